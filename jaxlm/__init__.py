@@ -1,0 +1,1 @@
+"""jaxlm: language models made smaller, faster and cheaper, with pure functions over parameter trees."""

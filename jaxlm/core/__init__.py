@@ -1,0 +1,30 @@
+"""Trees, paths, rules, the Weight and Site sockets, losses as sums, and Method with its chain."""
+
+from jaxlm.core.context import Context, dropout
+from jaxlm.core.loss import Loss, Tap, Term, Terms, add_terms, total
+from jaxlm.core.method import Adapted, Method, Step, chain
+from jaxlm.core.parameter import Dim, Parameter, abstract, axis_names, axis_sizes, dim, initialize
+from jaxlm.core.partition import merge, partition, trainable
+from jaxlm.core.paths import (
+    ArrayInfo,
+    Rules,
+    Tree,
+    arrays,
+    check_rules,
+    describe,
+    first_match,
+    flatten,
+    is_node,
+    layer_number,
+    map_leaves,
+    matches,
+    sizes,
+    unflatten,
+    with_arrays,
+)
+from jaxlm.core.registry import call, lookup, nearest
+from jaxlm.core.site import SITES, Gate, Site, visit
+from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, matmul, take
+from jaxlm.core.weights import WEIGHTS, FakeQuant, LowRank, Masked, Quantized
+
+

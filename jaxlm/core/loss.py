@@ -1,0 +1,62 @@
+"""The loss socket: terms that are sums with weights, and functions from a loss to a loss."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Term(NamedTuple):
+    """One term of a loss, or one metric: `coefficient · sum / weight`.
+
+    Sums and weights are added over microbatches, devices and batches and divided once, so a term means the same however
+    the data were cut. The weight depends on the batch alone, never on the parameters.
+    """
+
+    sum: jax.Array
+    weight: jax.Array
+    coefficient: float | jax.Array = 1.0
+
+    @property
+    def mean(self) -> jax.Array:
+        """`sum / weight`, 0 where there was nothing to weigh."""
+        return self.sum / jnp.maximum(self.weight, 1e-9)
+
+
+Terms = dict[str, Term]
+
+
+class Tap(NamedTuple):
+    """An activation that leaves the forward pass: `hidden` (index 0 is the embeddings, i the output of layer i-1) or
+    `attention` (index i is layer i)."""
+
+    site: str
+    index: int
+
+
+class Loss(NamedTuple):
+    """`fn(params, constants, batch, ctx) -> (terms, outputs)` and the taps it reads."""
+
+    fn: Callable[..., tuple[Terms, dict[str, Any]]]
+    taps: frozenset[Tap] = frozenset()
+
+
+def add_terms(a: Mapping[str, Term], b: Mapping[str, Term]) -> Terms:
+    """Adds sums and weights by name."""
+    return {
+        name: Term(a[name].sum + b[name].sum, a[name].weight + b[name].weight, b[name].coefficient)
+        if name in a and name in b
+        else (a.get(name) or b[name])
+        for name in {**a, **b}
+    }
+
+
+def total(terms: Mapping[str, Term], weights: Mapping[str, jax.Array]) -> jax.Array:
+    """`Σ_i c_i · sum_i / W_i` with the weights `W` of the whole step.
+
+    >>> float(total({"ce": Term(jnp.array(6.0), jnp.array(2.0))}, {"ce": jnp.array(4.0)}))
+    1.5
+    """
+    parts = [t.coefficient * t.sum / jnp.maximum(weights[name], 1e-9) for name, t in terms.items()]
+    return sum(parts, jnp.zeros((), jnp.float32))

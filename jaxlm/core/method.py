@@ -1,0 +1,124 @@
+"""Method: the bundle of pure functions that a config names, and the chain of several."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlm.core.loss import Loss
+from jaxlm.core.partition import Verdict
+from jaxlm.core.paths import Tree
+from jaxlm.core.weight import Axes
+
+
+class Adapted(NamedTuple):
+    """What `Method.init` returns: parameters in the canonical view with their axis names, constants and state.
+
+    Attributes:
+      params: nested dict, possibly with new leaves or Weights.
+      axes: axis names by path, those of new leaves included.
+      constants: sharded arguments of the step that never change and are not in the checkpoint (a teacher, say).
+      state: arrays that change in training and are in the checkpoint, by name.
+    """
+
+    params: Tree
+    axes: dict[str, Axes]
+    constants: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+
+
+class Step(NamedTuple):
+    """What `Method.update` may change after the optimizer's update, in the run view.
+
+    Attributes:
+      params: the parameters, already updated.
+      moments: optimizer state as a list of flat dicts by array name, those that mirror the parameters (Adam has two).
+      state: the method's own state.
+    """
+
+    params: Tree
+    moments: list[dict[str, jax.Array]]
+    state: dict[str, Any]
+
+
+class Method(NamedTuple):
+    """Every field defaults to the identity, so that a method states only what it does.
+
+    Attributes:
+      init: `(key, model, params, axes) -> Adapted`. `model` offers what a method may know of the network without
+        importing it: its `config`.
+      trainable: ArrayInfo -> True, False or None; the last method with an opinion wins.
+      loss: Loss -> Loss.
+      grad: GradFn -> GradFn.
+      update: `(Step, grads, constants, step number) -> Step`, inside the compiled step.
+      eval_params: `(params, state) -> params` seen by evaluation.
+      bake: `(model, params, axes, state) -> (model, params, axes)`: plain leaves again, the same function.
+      claims: `(params) -> {(path, aspect)}` that the method owns; two methods of a chain may not own the same.
+    """
+
+    init: Callable[..., Adapted] = lambda key, model, params, axes: Adapted(params, axes)
+    trainable: Verdict = lambda info: None
+    loss: Callable[[Loss], Loss] = lambda loss: loss
+    grad: Callable[[Callable], Callable] = lambda grad: grad
+    update: Callable[..., Step] = lambda step, grads, constants, number: step
+    eval_params: Callable[[Tree, dict], Tree] = lambda params, state: params
+    bake: Callable[..., tuple[Any, Tree, dict[str, Axes]]] = lambda model, params, axes, state: (model, params, axes)
+    claims: Callable[[Tree], set[tuple[str, str]]] = lambda params: set()
+
+
+def chain(methods: Sequence[tuple[str, Method]]) -> Method:
+    """One method that applies several named ones, in order; `bake` undoes them in reverse.
+
+    Constants and state share one dict each, so that a method finds its own under the name it chose.
+
+    Raises:
+      ValueError: (from `init`) when two methods claim the same aspect of the same leaf, or use the same name.
+    """
+
+    def init(key, model, params, axes):
+        result = Adapted(params, axes)
+        owners: dict[tuple[str, str], str] = {}
+        for index, (name, method) in enumerate(methods):
+            for claim in sorted(method.claims(result.params)):
+                if claim in owners:
+                    raise ValueError(f"{name} and {owners[claim]} both claim the {claim[1]} of {claim[0]}; drop one")
+                owners[claim] = name
+            new = method.init(jax.random.fold_in(key, index), model, result.params, result.axes)
+            twice = (new.constants.keys() & result.constants.keys()) | (new.state.keys() & result.state.keys())
+            if twice:
+                raise ValueError(f"{name} is used twice in one run ({', '.join(sorted(twice))}); merge the two entries")
+            result = Adapted(
+                new.params, new.axes, {**result.constants, **new.constants}, {**result.state, **new.state}
+            )
+        return result
+
+    def trainable(info):
+        answers = [answer for _, method in methods if (answer := method.trainable(info)) is not None]
+        return answers[-1] if answers else None
+
+    def loss(inner):
+        for _, method in methods:
+            inner = method.loss(inner)
+        return inner
+
+    def grad(inner):
+        for _, method in methods:
+            inner = method.grad(inner)
+        return inner
+
+    def update(step, grads, constants, number):
+        for _, method in methods:
+            step = method.update(step, grads, constants, number)
+        return step
+
+    def eval_params(params, state):
+        for _, method in methods:
+            params = method.eval_params(params, state)
+        return params
+
+    def bake(model, params, axes, state):
+        for _, method in reversed(methods):
+            model, params, axes = method.bake(model, params, axes, state)
+        return model, params, axes
+
+    return Method(init, trainable, loss, grad, update, eval_params, bake)

@@ -1,0 +1,41 @@
+"""Names that a config may use, and the functions behind them."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` when something is close, else the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """`table[name]`, or a ValueError that names the nearest valid one.
+
+    >>> lookup({"adamw": 1}, "adamw", "optimizer")
+    1
+    """
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; {nearest(name, table)}")
+    return table[name]
+
+
+def call(function: Callable[..., Any], arguments: Mapping[str, Any], what: str, **given: Any) -> Any:
+    """`function(**given, **arguments)`, where every argument must be a keyword of the function.
+
+    Raises:
+      ValueError: for an argument that the function does not have (naming the nearest), or a required one left out.
+    """
+    parameters = inspect.signature(function).parameters
+    for name in arguments:
+        if name in given or name not in parameters:
+            raise ValueError(f"{what} has no option {name!r}; {nearest(name, parameters.keys() - given.keys())}")
+    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY | p.kind]
+    missing = [n for n in required if n not in arguments and n not in given]
+    if missing:
+        raise ValueError(f"{what} needs {', '.join(missing)}")
+    return function(**given, **arguments)

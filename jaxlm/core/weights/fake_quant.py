@@ -1,0 +1,69 @@
+"""FakeQuant: quantization-aware training with a straight-through estimator."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxlm.core.context import Context
+from jaxlm.core.weight import Axes, Component, Weight, materialize, matmul
+from jaxlm.core.weights.quantized import LEVELS, Quantized, scale_of
+
+
+def fake_quantize(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x + stop_gradient(q(x) - x)` with `q(x) = scale · clip(round(x/scale), ±127)`.
+
+    The gradient is 1 inside the representable range and 0 outside. Source: Bengio et al. 2013, arXiv:1308.3432.
+
+    >>> fake_quantize(jnp.array([0.24, 0.26]), jnp.array(0.1)).round(2).tolist()
+    [0.2, 0.3]
+    """
+    limit = (LEVELS * scale).astype(x.dtype)
+    inside = jnp.clip(x, -limit, limit)
+    rounded = (jnp.round(inside.astype(jnp.float32) / scale) * scale).astype(x.dtype)
+    return inside + jax.lax.stop_gradient(rounded - inside)
+
+
+class FakeQuant(Weight):
+    """`W = q(base)`: the float weight is trained, the forward pass sees its int8 rounding.
+
+    Scales follow the weight: symmetric, one a channel, recomputed in every pass and not differentiated, exactly
+    as `Quantized.of` computes them, so that `quantize()` stores the function that was trained.
+
+    Attributes:
+      base: array or Weight `[in, out]`.
+      dynamic: also round the inputs, a token at a time. Static.
+      channel: dimension with a scale of its own, as in `Quantized`. Static.
+    """
+
+    base: jax.Array | Weight
+    dynamic: bool = struct.field(pytree_node=False, default=False)
+    channel: int = struct.field(pytree_node=False, default=-1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    def materialize(self) -> jax.Array:
+        dense = materialize(self.base)
+        return fake_quantize(dense, jax.lax.stop_gradient(scale_of(dense, axis=-3 - self.channel)))
+
+    def dot(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return matmul(self._rounded(x) if self.channel == -1 else x, self.materialize())
+
+    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return matmul(self._rounded(x) if self.channel == -2 else x, self.materialize().T)
+
+    def _rounded(self, x: jax.Array) -> jax.Array:
+        """The inputs as an integer product would see them."""
+        return fake_quantize(x, jax.lax.stop_gradient(scale_of(x, axis=-1))) if self.dynamic else x
+
+    def quantize(self) -> Quantized:
+        """The stored form: the same function with int8 codes."""
+        return Quantized.of(materialize(self.base), dynamic=self.dynamic, channel=self.channel)
+
+    def components(self, axes: Axes) -> dict[str, Component]:
+        return {"base": Component(axes, "base")}
