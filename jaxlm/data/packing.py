@@ -1,0 +1,142 @@
+"""Packing: many documents or examples in one row, so that little is spent on padding.
+
+Two ways. Joining and cutting (for pre-training) lays all documents end to end and cuts the stream in rows: no padding
+but in the last row, documents broken at row ends. Best fit (for fine-tuning) keeps every example whole and fills rows
+as well as it can. In both, ``segment_ids`` keep documents apart in attention and ``positions`` restart in each.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxlm.data.ragged import Ragged, offsets_of, spans
+
+IGNORED = -100  # the label of a position that is not predicted
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """An epoch's stream: the documents in the given order, laid end to end and cut in rows of ``length`` tokens.
+
+    Only the order is stored; rows are gathered when asked for.
+    """
+
+    documents: Ragged
+    order: np.ndarray
+    length: int
+    ends: np.ndarray  # int64 [len(order)], where each document ends in the stream
+
+    @property
+    def rows(self) -> int:
+        return -(-int(self.ends[-1]) // self.length) if len(self.ends) else 0
+
+
+def join(documents: Ragged, length: int, order: np.ndarray | None = None) -> Joined:
+    """Plans rows over ``documents[order]`` (all, as they stand, when ``order`` is None); empty documents vanish."""
+    order = np.arange(len(documents)) if order is None else np.asarray(order)
+    lengths = documents.lengths[order]
+    order, lengths = order[lengths > 0], lengths[lengths > 0]
+    return Joined(documents, order, length, np.cumsum(lengths, dtype=np.int64))
+
+
+def cut(joined: Joined, rows: np.ndarray, pad_id: int = 0) -> Batch:
+    """Gathers rows of the stream; row -1 (or any beyond the end) is padding.
+
+    Returns int32 ``[len(rows), length]``: ``input_ids``; ``segment_ids`` 1, 2, .. by document, 0 on padding;
+    ``positions`` from 0 in every segment (so also where a row begins inside a document); ``labels``, the document's
+    next token, IGNORED at its end and on padding. At the end of a row inside a document that next token is the first
+    of the next row: a document of n tokens has n - 1 labels, however it is cut.
+    """
+    documents, ends, length = joined.documents, joined.ends, joined.length
+    total = int(ends[-1]) if len(ends) else 0
+    begin = np.where(rows >= 0, rows, joined.rows).astype(np.int64)[:, None] * length
+    place = begin + np.arange(length)
+    real = place < total
+    if not real.any():
+        blank = np.zeros(place.shape, np.int32)
+        return {
+            "input_ids": blank + np.int32(pad_id),
+            "segment_ids": blank,
+            "positions": blank.copy(),
+            "labels": blank + np.int32(IGNORED),
+        }
+    clipped = np.minimum(place, total - 1)
+    document = _document_of(clipped, ends)
+    start = ends[document] - documents.lengths[joined.order[document]]
+    source = documents.offsets[joined.order[document]] + clipped - start
+    following = documents.values[np.minimum(source + 1, len(documents.values) - 1)]
+    inside = real & (clipped + 1 < ends[document])
+    return {
+        "input_ids": np.where(real, documents.values[source], pad_id).astype(np.int32),
+        "segment_ids": np.where(real, document - document[:, :1] + 1, 0).astype(np.int32),
+        "positions": np.where(real, clipped - np.maximum(start, begin), 0).astype(np.int32),
+        "labels": np.where(inside, following, IGNORED).astype(np.int32),
+    }
+
+
+def _document_of(places: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """For rising places in each row, the document that holds each: a search for the first, then a count of ends."""
+    first = np.searchsorted(ends, places[:, 0], side="right")
+    last = np.searchsorted(ends, places[:, -1], side="right")
+    document = np.repeat(first[:, None], places.shape[1], axis=1)
+    for row in np.flatnonzero(last > first):
+        document[row] = np.searchsorted(ends, places[row], side="right")
+    return document
+
+
+def best_fit(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) -> Ragged:
+    """Packs whole examples into rows of ``capacity`` tokens, longest first, each in the fullest row that has room.
+
+    Best-fit decreasing needs at most 11/9 of the optimal number of rows, plus a constant. Among equal lengths the
+    earlier in ``order`` comes first, so a permuted order gives other neighbours.
+
+    Returns a Ragged of int64 example numbers, one sequence a row. Examples of length 0 are left out.
+    Raises ValueError if an example is longer than ``capacity``.
+    """
+    order = np.arange(len(lengths)) if order is None else np.asarray(order)
+    if len(lengths) and lengths.max() > capacity:
+        raise ValueError(f"example {lengths.argmax()} has {lengths.max()} tokens, more than a row of {capacity}")
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # row numbers by free space
+    available = 0  # bit s is set where some row has s free
+    for example, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if length == 0:
+            break
+        fitting = available >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[space].pop()
+            if not open_rows[space]:
+                available &= ~(1 << space)
+            rows[row].append(example)
+        else:
+            space, row = capacity, len(rows)
+            rows.append([example])
+        open_rows[space - length].append(row)
+        available |= 1 << (space - length)
+    return Ragged.of(rows, np.int64)
+
+
+def lay_out(columns: dict[str, Ragged], packed: Ragged, rows: np.ndarray, length: int, fill: dict[str, int]) -> Batch:
+    """Writes packed rows: ``[len(rows), length]`` a column, examples side by side; row -1 is padding.
+
+    Adds ``segment_ids`` (1, 2, .. by example, 0 on padding) and ``positions`` (from 0 in each), both int32.
+    """
+    sizes = np.where(rows >= 0, packed.lengths[rows], 0)
+    examples = packed.values[spans(packed.offsets[:-1][rows], sizes)]
+    lengths = next(iter(columns.values())).lengths[examples]
+    row_lengths = np.add.reduceat(np.append(lengths, 0), offsets_of(sizes)[:-1]) * (sizes > 0)
+    real = np.arange(length) < row_lengths[:, None]
+    number = np.arange(len(examples)) - np.repeat(offsets_of(sizes)[:-1], sizes)
+    batch = {}
+    for name, values in {
+        "segment_ids": np.repeat(number + 1, lengths),
+        "positions": spans(np.zeros_like(lengths), lengths),
+        **{name: column.values[spans(column.offsets[:-1][examples], lengths)] for name, column in columns.items()},
+    }.items():
+        batch[name] = np.full(real.shape, fill.get(name, 0), np.int32)
+        batch[name][real] = values
+    return batch

@@ -1,0 +1,148 @@
+"""Columns of sequences of many lengths, held as two flat arrays, and the table of such columns: Examples."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """``n`` sequences in one array: sequence ``i`` is ``values[offsets[i]:offsets[i + 1]]``.
+
+    Attributes:
+      values: any dtype, ``[total]``.
+      offsets: int64 ``[n + 1]``, from 0 to ``total``, never falling.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __post_init__(self) -> None:
+        offsets = self.offsets
+        if offsets.dtype != np.int64 or offsets.ndim != 1 or self.values.ndim != 1:
+            raise ValueError(f"Ragged needs values [total] and int64 offsets [n + 1], not {offsets.dtype} {offsets.shape}")
+        if offsets.size == 0 or offsets[0] != 0 or offsets[-1] != len(self.values) or np.any(np.diff(offsets) < 0):
+            raise ValueError(f"offsets must rise from 0 to the number of values, {len(self.values)}")
+
+    @classmethod
+    def of(cls, sequences: Iterable[np.ndarray | list], dtype: type | np.dtype = np.int32) -> "Ragged":
+        """Joins sequences.
+
+        >>> Ragged.of([[1, 2], [], [3]]).offsets
+        array([0, 2, 2, 3])
+        """
+        arrays = [np.asarray(sequence, dtype) for sequence in sequences]
+        return cls(np.concatenate([np.empty(0, dtype), *arrays]), offsets_of([len(array) for array in arrays]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        i %= len(self)
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n]."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> "Ragged":
+        """The given rows, in the given order."""
+        lengths = self.lengths[rows]
+        return Ragged(self.values[spans(self.offsets[:-1][rows], lengths)], offsets_of(lengths))
+
+    def padded(self, rows: np.ndarray, length: int, fill: int | float) -> np.ndarray:
+        """``[len(rows), length]``: the given rows, right-padded with ``fill``; row -1 is all ``fill``.
+
+        Raises ValueError if a row is longer than ``length``.
+        """
+        real = rows >= 0
+        lengths = np.where(real, self.lengths[rows] if len(self) else 0, 0)
+        if lengths.max(initial=0) > length:
+            raise ValueError(f"row {rows[lengths.argmax()]} has {lengths.max()} values, more than {length}")
+        result = np.full((len(rows), length), fill, self.values.dtype)
+        starts = self.offsets[:-1][rows] if len(self) else lengths
+        result[np.arange(length) < lengths[:, None]] = self.values[spans(starts, lengths)]
+        return result
+
+
+def offsets_of(lengths: np.ndarray | list[int]) -> np.ndarray:
+    """Offsets int64 [n + 1] of sequences of the given lengths."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The indices ``starts[i], starts[i] + 1, ..`` (``lengths[i]`` of them) of all spans, joined: int64 [sum lengths].
+
+    >>> spans(np.array([5, 0]), np.array([2, 3]))
+    array([5, 6, 0, 1, 2])
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded examples: columns of equal length, a Ragged for what has many lengths, an array for one value a row.
+
+    ``input_ids`` is always there. Columns as long as it, row by row, are aligned with it; where there is a
+    ``decoder_input_ids``, that and ``labels`` form the decoder's side with lengths of their own.
+    """
+
+    columns: Mapping[str, Ragged | np.ndarray]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.columns.get("input_ids"), Ragged):
+            raise ValueError(f"Examples need a ragged column 'input_ids', not only {sorted(self.columns)}")
+        sizes = {name: len(column) for name, column in self.columns.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"columns differ in their number of rows: {sizes}")
+        for name, column in self.columns.items():
+            side = self._ragged("decoder_input_ids" if self.on_decoder(name) else "input_ids")
+            if isinstance(column, Ragged) and not np.array_equal(column.offsets, side.offsets):
+                row = int((column.lengths != side.lengths).argmax())
+                raise ValueError(f"row {row}: column {name!r} has {column.lengths[row]} values, not {side.lengths[row]}")
+
+    def _ragged(self, name: str) -> Ragged:
+        column = self.columns[name]
+        assert isinstance(column, Ragged)
+        return column
+
+    def on_decoder(self, name: str) -> bool:
+        """Whether a column belongs to the decoder's side."""
+        return "decoder_input_ids" in self.columns and (name.startswith("decoder_") or name == "labels")
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of input tokens of every example, int64 [n]."""
+        return self._ragged("input_ids").lengths
+
+    @property
+    def decoder_lengths(self) -> np.ndarray | None:
+        """Number of decoder tokens of every example, or None where there is no decoder's side."""
+        return self._ragged("decoder_input_ids").lengths if "decoder_input_ids" in self.columns else None
+
+    def take(self, rows: np.ndarray) -> "Examples":
+        """The given rows, in the given order."""
+        return Examples({n: c.take(rows) if isinstance(c, Ragged) else c[rows] for n, c in self.columns.items()})
+
+    def fingerprint(self) -> str:
+        """sha256 over names, dtypes and contents: equal for equal data, whatever it was read from."""
+        digest = hashlib.sha256()
+        for name in sorted(self.columns):
+            column = self.columns[name]
+            for array in (column.offsets, column.values) if isinstance(column, Ragged) else (column,):
+                digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()

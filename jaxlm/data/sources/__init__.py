@@ -1,0 +1,66 @@
+"""Sources of records, one small file a format, chosen by name.
+
+To add a format, write a Reader (``place, slice, options -> stream of rows``) and give it a line in ``READERS``.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from jaxlm.data.sources import conll, csv_tsv, jsonl, python_library, text, tfds
+from jaxlm.data.sources.places import nearest, split_place
+from jaxlm.data.sources.rows import BadRow, BadRowError, Options, Reader, Record, Row, Source
+
+READERS: dict[str, Reader] = {
+    "conll": conll.rows,
+    "csv": csv_tsv.csv_rows,
+    "jsonl": jsonl.rows,
+    "python": python_library.rows,
+    "text": text.rows,
+    "tfds": tfds.rows,
+    "tsv": csv_tsv.tsv_rows,
+}
+
+
+def read(
+    format: str,
+    place: str,
+    *,
+    columns: Mapping[str, str] | Sequence[str] | None = None,
+    bad_rows: str = "stop",
+    documents: str = "file",
+) -> Source:
+    """The records of a place.
+
+    Args:
+      format: a name in ``READERS``.
+      place: path, glob or split, with an optional slice suffix (``train.csv[:90%]``).
+      columns: a mapping selects and renames columns, ``{our name: name in the file}``; a sequence names the columns of
+        a csv or tsv file without header, where a last ``"..."`` lets rows have further fields.
+      bad_rows: "stop" raises BadRowError at the first bad row, "skip" lists them in ``Source.bad``.
+      documents: for the text format, what one document is: "file", "line" or "paragraph".
+
+    Raises:
+      ValueError: unknown format, option or column, text that is not UTF-8, a place without a single row.
+      FileNotFoundError: the path does not exist, or no file matches the glob.
+      BadRowError: see ``bad_rows``; here if the first row is bad, else while iterating.
+    """
+    if format not in READERS:
+        raise ValueError(f"unknown data format {format!r}; {nearest(format, READERS)}")
+    if bad_rows not in ("stop", "skip"):
+        raise ValueError(f"unknown bad_rows={bad_rows!r}; {nearest(bad_rows, ('stop', 'skip'))}")
+    if documents != "file" and format != "text":
+        raise ValueError(f"documents={documents!r} is an option of the text format; {format} has one record a row")
+    if isinstance(columns, str):
+        raise ValueError(f"columns={columns!r} must be a mapping or a sequence of names")
+    names = None if columns is None or isinstance(columns, Mapping) else tuple(columns)
+    if names is not None and format not in ("csv", "tsv"):
+        raise ValueError(f"a sequence of columns names those of a csv or tsv file; for {format} give a mapping")
+    bare, part = split_place(place)
+    stream = READERS[format](bare, part, Options(names, documents))
+    source = Source(format, place, stream, columns if isinstance(columns, Mapping) else None, bad_rows)
+    if next(iter(source), None) is None:
+        bad = f": all {len(source.bad)} are bad, the first at {source.bad[0]}" if source.bad else ""
+        raise ValueError(f"{place!r} ({format}) holds no usable row{bad}")
+    return source
+
+
+__all__ = ["READERS", "BadRow", "BadRowError", "Record", "Row", "Source", "read"]

@@ -1,0 +1,162 @@
+"""Rows: what a source yields, what it does with bad ones, and the reading of text files line by line."""
+
+import functools
+import gzip
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+
+from jaxlm.data.sources.places import Slice, nearest
+
+Record = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One row with its origin; ``record`` is None where the row is bad, and ``reason`` says why."""
+
+    file: str
+    line: int
+    record: Record | None
+    reason: str = ""
+
+
+class BadRow(NamedTuple):
+    """A row that could not be read: line numbers start at 1, as editors count."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+class BadRowError(ValueError):
+    """Raised at the first bad row when ``bad_rows="stop"``."""
+
+    def __init__(self, bad: BadRow):
+        super().__init__(f"{bad}. Correct the row, or set bad_rows='skip' to count such rows and go on")
+        self.bad = bad
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a format may be told: the names of the columns of a file without a header, and what one document is."""
+
+    names: tuple[str, ...] | None = None
+    documents: str = "file"
+
+
+Stream = Callable[[], Iterator[Row]]  # called again for every pass
+Reader = Callable[[str, Slice, Options], Stream]
+
+
+class Source:
+    """Records of one place, read anew (and lazily) on every pass.
+
+    ``rows`` and ``bad`` describe the latest pass; asking for them before any pass makes one. Nothing is dropped
+    silently: a bad row either stops the reading or stands in ``bad``.
+    """
+
+    def __init__(self, format: str, place: str, stream: Stream, rename: Mapping[str, str] | None, bad_rows: str):
+        self.format, self.place = format, place
+        self._stream, self._rename, self._stop = stream, dict(rename) if rename else None, bad_rows == "stop"
+        self._rows: int | None = None
+        self._bad: list[BadRow] = []
+
+    def __iter__(self) -> Iterator[Record]:
+        return (row.record for row in self.located() if row.record is not None)
+
+    def located(self) -> Iterator[Row]:
+        """Good rows together with their file and line, for a reader that may ``reject`` some of them."""
+        self._rows, self._bad = None, []
+        rows = 0
+        for row in self._stream():
+            if row.record is not None and self._rename:
+                row = self._select(row, first=rows == 0 and not self._bad)
+            if row.record is None:
+                self.reject(row, row.reason)
+                continue
+            rows += 1
+            yield row
+        self._rows = rows
+
+    def reject(self, row: Row, reason: str) -> None:
+        """Marks a row as bad: raises BadRowError under "stop", else counts it. For rows that only a task can judge."""
+        bad = BadRow(row.file, row.line, reason)
+        if self._stop:
+            raise BadRowError(bad)
+        self._bad.append(bad)
+
+    def _select(self, row: Row, first: bool) -> Row:
+        assert self._rename is not None and row.record is not None
+        missing = [name for name in self._rename.values() if name not in row.record]
+        if not missing:
+            return row._replace(record={ours: row.record[theirs] for ours, theirs in self._rename.items()})
+        if first:  # a wrong configuration rather than a bad row
+            raise ValueError(f"{row.file}: no column {missing[0]!r}; {nearest(missing[0], row.record)}")
+        return row._replace(record=None, reason=f"no column {missing[0]!r}")
+
+    @property
+    def rows(self) -> int:
+        """Number of good rows."""
+        if self._rows is None:
+            for _ in self.located():
+                pass
+        assert self._rows is not None
+        return self._rows
+
+    @property
+    def bad(self) -> list[BadRow]:
+        """Bad rows of the latest pass (empty under "stop", which raises instead)."""
+        if self._rows is None:
+            self.rows  # noqa: B018  (makes the pass that counts)
+        return self._bad
+
+    def __repr__(self) -> str:
+        return f"Source(format={self.format!r}, place={self.place!r})"
+
+
+def sliced(stream: Stream, part: Slice) -> Stream:
+    """The part of a stream that a slice names; a percentage costs one more pass, to count."""
+    if part.whole:
+        return stream
+
+    count = functools.cache(lambda: sum(1 for _ in stream()))
+
+    def rows() -> Iterator[Row]:
+        if part.needs_count:
+            start, stop = part.bounds(count())
+        else:
+            start, stop = int(part.start or 0), None if part.stop is None else int(part.stop)
+        return itertools.islice(stream(), start, stop)
+
+    return rows
+
+
+def open_bytes(file: str) -> IO[bytes]:
+    """A file's bytes; ``.gz`` is unpacked on the way."""
+    return gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb")
+
+
+def lines(file: str) -> Iterator[str]:
+    """Lines of a UTF-8 file without their line ends; a byte-order mark is dropped.
+
+    Only ``\\n`` and ``\\r\\n`` end a line: form feeds and Unicode separators are part of the text.
+    """
+    with open_bytes(file) as handle:
+        for number, raw in enumerate(handle, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise not_utf8(file, number, error) from None
+            yield line.rstrip("\n").removesuffix("\r")
+
+
+def not_utf8(file: str, line: int, error: UnicodeDecodeError) -> ValueError:
+    byte = error.object[error.start]
+    return ValueError(
+        f"{file}:{line}: byte 0x{byte:02x} is not UTF-8; convert the file first, for example "
+        f"`iconv -f latin1 -t utf-8` or `iconv -f gb18030 -t utf-8`"
+    )
