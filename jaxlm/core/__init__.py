@@ -6,6 +6,7 @@ from jaxlm.core.method import Adapted, Method, Step, chain
 from jaxlm.core.parameter import Dim, Parameter, abstract, axis_names, axis_sizes, dim, initialize
 from jaxlm.core.partition import merge, partition, trainable
 from jaxlm.core.paths import (
+    SEGMENT,
     ArrayInfo,
     Rules,
     Tree,
@@ -15,7 +16,6 @@ from jaxlm.core.paths import (
     first_match,
     flatten,
     is_node,
-    layer_number,
     map_leaves,
     matches,
     sizes,

@@ -16,6 +16,8 @@ from jaxlm.core.weight import Axes, Node, components
 
 Tree = Mapping[str, Any]
 Rules = Sequence[tuple[str, Any]]
+SEGMENT = r"layers_(\d+)-\d+"
+"""Key of several consecutive layers stacked in the run view: `layers_0-11`."""
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
@@ -76,16 +78,19 @@ def describe(tree: Tree, axes: Mapping[str, Axes] | None = None) -> dict[str, Ar
     """`{name: ArrayInfo}` in the order of `arrays`.
 
     Args:
-      tree: parameters in the canonical or the run view.
-      axes: axis names by path; a path without names raises KeyError. `None` leaves them out.
+      tree: parameters in the canonical or the run view. In the run view an array stands for several layers; its
+        `path` is that of the first of them, and its axes begin with `layers`.
+      axes: axis names by canonical path; a path without names raises KeyError. `None` leaves them out.
     """
     found: dict[str, ArrayInfo] = {}
-    for path, leaf in flatten(tree).items():
+    for place, leaf in flatten(tree).items():
+        path = re.sub(SEGMENT, r"layers_\1", place)
         if axes is not None and path not in axes:
             raise KeyError(f"parameter {path!r} has no axis names; whoever adds a leaf must name its axes")
+        stack = ("layers",) if path != place else ()
         for field, part in components(leaf, (None, None) if axes is None else axes[path]).items():
-            name = join_field(path, field)
-            found[name] = ArrayInfo(name, path, part.role, None if axes is None else part.axes)
+            name = join_field(place, field)
+            found[name] = ArrayInfo(name, path, part.role, None if axes is None else stack + part.axes)
     return found
 
 
@@ -147,12 +152,6 @@ def check_rules(rules: Rules, infos: Iterable[ArrayInfo], what: str) -> None:
         if not any(matches(pattern, info.path, info.role) for info in infos):
             near = difflib.get_close_matches(pattern, [info.path for info in infos], n=3, cutoff=0.0)
             raise ValueError(f"{what}: the rule {pattern!r} matches no parameter; paths look like {near}")
-
-
-def layer_number(key: str) -> int | None:
-    """`i` for `layers_{i}` and for a run-view segment `layers_{i}-{j}`, else `None`."""
-    found = re.fullmatch(r"layers_(\d+)(-\d+)?", key)
-    return int(found[1]) if found else None
 
 
 def is_node(leaf: Any) -> bool:

@@ -88,7 +88,7 @@ class Quantized(Weight):
 
     def components(self, axes: Axes) -> dict[str, Component]:
         scale_axes = (None, axes[1]) if self.channel == -1 else (axes[0], None)
-        return {"codes": Component(axes, "codes"), "scale": Component(scale_axes, "scale")}
+        return {"codes": Component(axes, "codes"), "scale": Component(scale_axes, "buffer")}
 
 
 def integer_product(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,0 +1,178 @@
+"""ModelConfig: one flat description for every family; per-layer sizes are part of it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlm.nn.layer import Layer, Rotary
+
+HEADS = ("causal", "masked", "sequence", "token", "seq2seq", "pooled", "none")
+Sizes = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Structure of a network. A size may be one number or one a layer, as structured pruning leaves it.
+
+    Attributes:
+      family: `gpt2`, `bert`, `roberta`, `llama`, `mistral`, `qwen2` or `t5`.
+      vocab_size: rows of the token table; hidden_size: width of the residual stream.
+      num_layers, num_heads, num_kv_heads, head_dim, ffn_size: the stack (the encoder of a T5). `num_kv_heads` defaults
+        to `num_heads`, `head_dim` to `hidden_size / num_heads`, `ffn_size` to `4 hidden_size`.
+      num_decoder_layers, decoder_num_heads, cross_num_heads, decoder_ffn_size: the decoder of a T5, by default as the
+        encoder; 0 layers: no decoder.
+      max_positions: longest row, 0 where positions have no table; position_offset: first row used (2 in RoBERTa).
+      type_vocab_size: token types (BERT), 0 for none.
+      relative_buckets, relative_max_distance: T5's relative positions, 0 for none; position_heads,
+        decoder_position_heads: columns of their table that each layer's remaining heads use.
+      rotary: rotary positions, or `None`.
+      norm, norm_eps, pre_norm, embed_norm, final_norm: kind and places of normalization.
+      activation, gated, qkv_bias, output_bias, mlp_bias, scale_scores: see `Layer`.
+      causal, window, window_from: causality; sliding window of the layers from `window_from` on.
+      tie_embeddings: the head is the token table; scale_head: hidden states times hidden_size^-0.5 before a tied head.
+      head: what sits on top; pooling: token that a sequence head reads, `first` or `last`; pooler: it passes a tanh
+        layer; next_sentence: the masked head also predicts the next sentence.
+      labels: names of the classes of a sequence or token head; regression: the sequence head predicts one number.
+      pad_token_id: id that HF configs carry; decoder_start_token_id: first decoder input of a T5.
+      dropout, attention_dropout, head_dropout: rates.
+      init_std: deviation of initial kernels and tables.
+    """
+
+    family: str
+    vocab_size: int = 0
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: Sizes = 4
+    num_kv_heads: Sizes | None = None
+    head_dim: int | None = None
+    ffn_size: Sizes | None = None
+    num_decoder_layers: int = 0
+    decoder_num_heads: Sizes | None = None
+    cross_num_heads: Sizes | None = None
+    decoder_ffn_size: Sizes | None = None
+    max_positions: int = 0
+    position_offset: int = 0
+    type_vocab_size: int = 0
+    relative_buckets: int = 0
+    relative_max_distance: int = 128
+    position_heads: tuple[tuple[int, ...], ...] | None = None
+    decoder_position_heads: tuple[tuple[int, ...], ...] | None = None
+    rotary: Rotary | None = None
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    pre_norm: bool = True
+    embed_norm: bool = False
+    final_norm: bool = True
+    activation: str = "gelu"
+    gated: bool = False
+    qkv_bias: bool = True
+    output_bias: bool = True
+    mlp_bias: bool = True
+    scale_scores: bool = True
+    causal: bool = True
+    window: int | None = None
+    window_from: int = 0
+    tie_embeddings: bool = True
+    scale_head: bool = False
+    head: str = "causal"
+    pooling: str = "last"
+    pooler: bool = False
+    next_sentence: bool = False
+    labels: tuple[str, ...] = ()
+    regression: bool = False
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    head_dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                put(field.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
+        if isinstance(self.rotary, dict):
+            put("rotary", Rotary(**self.rotary))
+        if self.head not in HEADS:
+            raise ValueError(f"unknown head {self.head!r}; known: {', '.join(HEADS)}")
+        heads = self._per_layer("num_heads", self.num_heads, self.num_layers)
+        if self.head_dim is None:
+            if self.hidden_size % heads[0]:
+                raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {heads[0]}; set head_dim")
+            put("head_dim", self.hidden_size // heads[0])
+        kv_heads = self._per_layer("num_kv_heads", self.num_kv_heads or heads, self.num_layers)
+        for i, (h, kv) in enumerate(zip(heads, kv_heads, strict=True)):
+            if (kv == 0 and h) or (kv and h % kv):
+                raise ValueError(f"layer {i}: num_heads {h} is not a multiple of num_kv_heads {kv}")
+        put("num_heads", heads)
+        put("num_kv_heads", kv_heads)
+        put("ffn_size", self._per_layer("ffn_size", self.ffn_size or 4 * self.hidden_size, self.num_layers))
+        if self.num_decoder_layers:
+            for name, default in (("decoder_num_heads", heads), ("cross_num_heads", heads), ("decoder_ffn_size", self.ffn_size)):
+                value = getattr(self, name) or (default[0] if len(set(default)) == 1 else default)
+                put(name, self._per_layer(name, value, self.num_decoder_layers))
+
+    @staticmethod
+    def _per_layer(name: str, value: Sizes, layers: int) -> tuple[int, ...]:
+        if isinstance(value, int):
+            return (value,) * layers
+        if len(value) != layers:
+            raise ValueError(f"{name} lists {len(value)} sizes for {layers} layers")
+        return tuple(value)
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a sequence or token head."""
+        return 1 if self.regression else len(self.labels)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return self.num_decoder_layers > 0
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Structure of the stack (of the encoder, for an encoder-decoder)."""
+        return tuple(
+            self._layer(
+                kv_heads=kv,
+                q_per_kv=h // kv if kv else 1,
+                ffn=f,
+                causal=self.causal and not self.encoder_decoder,
+                window=self.window if i >= self.window_from else None,
+                position_heads=self.position_heads[i] if self.position_heads else None,
+            )
+            for i, (h, kv, f) in enumerate(zip(self.num_heads, self.num_kv_heads, self.ffn_size, strict=True))
+        )
+
+    def decoder_layers(self) -> tuple[Layer, ...]:
+        """Structure of the decoder of an encoder-decoder."""
+        sizes = zip(self.decoder_num_heads, self.cross_num_heads, self.decoder_ffn_size, strict=True)
+        return tuple(
+            self._layer(
+                kv_heads=h,
+                q_per_kv=1,
+                ffn=f,
+                cross_heads=c,
+                causal=True,
+                position_heads=self.decoder_position_heads[i] if self.decoder_position_heads else None,
+            )
+            for i, (h, c, f) in enumerate(sizes)
+        )
+
+    def _layer(self, **own: Any) -> Layer:
+        shared = {f.name for f in dataclasses.fields(Layer)} & {f.name for f in dataclasses.fields(self)} - own.keys()
+        return Layer(hidden=self.hidden_size, **{name: getattr(self, name) for name in shared}, **own)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; sizes that are equal in all layers as one number."""
+        values = dataclasses.asdict(self)
+        for name in ("num_heads", "num_kv_heads", "ffn_size", "decoder_num_heads", "cross_num_heads", "decoder_ffn_size"):
+            sizes = values[name]
+            if sizes and len(set(sizes)) == 1:
+                values[name] = sizes[0]
+        return values
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,85 @@
+"""What sits on top of the stack: language-model heads, classifiers, poolers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import Context, Parameter, attend, dim, dropout
+from jaxlm.models.config import ModelConfig
+from jaxlm.nn.dense import ACTIVATIONS, dense, dense_spec, norm, norm_spec
+
+
+def head_spec(config: ModelConfig) -> dict[str, Any]:
+    """Parameters of `config.head`; a tied output product has none of its own."""
+    width, inner = dim(embed=config.hidden_size), dim(pooled=config.hidden_size)
+    vocab, labels = dim(vocab=config.vocab_size), dim(labels=config.num_labels)
+    pooler = {"pooler": dense_spec(width, inner, True, config.init_std)}
+    own_output = {} if config.tie_embeddings else {"output": dense_spec(width, vocab, False, config.init_std)}
+    if config.head in ("causal", "seq2seq"):
+        return own_output
+    if config.head == "masked":
+        spec = {"transform": dense_spec(width, dim(embed_out=config.hidden_size), True, config.init_std)}
+        spec["norm"] = norm_spec(config.norm, config.hidden_size)
+        output = own_output.get("output", {}) | {"bias": Parameter((vocab,))}
+        spec["output"] = output
+        if config.next_sentence:
+            spec |= pooler | {"next_sentence": dense_spec(inner, dim(labels=2), True, config.init_std)}
+        return spec
+    if config.head == "sequence":
+        inputs = inner if config.pooler else width
+        bias = config.pooling == "first"
+        own = {"output": dense_spec(inputs, labels, bias, config.init_std)}
+        return pooler | own if config.pooler else own
+    if config.head == "token":
+        return {"output": dense_spec(width, labels, True, config.init_std)}
+    return pooler if config.head == "pooled" else {}
+
+
+def apply_head(
+    config: ModelConfig, params: Mapping[str, Any], x: jax.Array, segments: jax.Array, ctx: Context
+) -> dict[str, jax.Array]:
+    """Outputs of the head on `x [batch, length, hidden]`.
+
+    `logits` are float32: `[batch, length, vocab]` (causal, masked, seq2seq), `[batch, labels]` (sequence) or
+    `[batch, length, labels]` (token). Also `next_sentence_logits [batch, 2]` and `pooled [batch, hidden]` where the
+    config has them.
+    """
+    head, own, ctx = config.head, params.get("head", {}), ctx.at("head")
+    outputs: dict[str, jax.Array] = {}
+    if head == "none":
+        return outputs
+    if config.pooler or config.next_sentence or head == "pooled":
+        outputs["pooled"] = jnp.tanh(dense(own["pooler"], _pool(config, x, segments), ctx.at("pooler")))
+    if head in ("causal", "seq2seq"):
+        if config.tie_embeddings:
+            x = x * config.hidden_size**-0.5 if config.scale_head else x
+            logits = attend(x, params["embed"]["tokens"]["embedding"], ctx)
+        else:
+            logits = dense(own["output"], x, ctx)
+    elif head == "masked":
+        h = ACTIVATIONS[config.activation](dense(own["transform"], x, ctx.at("transform")))
+        h = norm(config.norm, own["norm"], h, config.norm_eps)
+        if config.tie_embeddings:
+            logits = attend(h, params["embed"]["tokens"]["embedding"], ctx) + own["output"]["bias"].astype(h.dtype)
+        else:
+            logits = dense(own["output"], h, ctx)
+        if config.next_sentence:
+            outputs["next_sentence_logits"] = dense(own["next_sentence"], outputs["pooled"], ctx).astype(jnp.float32)
+    elif head == "sequence":
+        h = outputs["pooled"] if config.pooler else _pool(config, x, segments)
+        logits = dense(own["output"], dropout(h, config.head_dropout, ctx.at("dropout")), ctx)
+    elif head == "token":
+        logits = dense(own["output"], dropout(x, config.head_dropout, ctx.at("dropout")), ctx)
+    else:
+        return outputs
+    return outputs | {"logits": logits.astype(jnp.float32)}
+
+
+def _pool(config: ModelConfig, x: jax.Array, segments: jax.Array) -> jax.Array:
+    """The first token, or the last real one: `[batch, hidden]`."""
+    if config.pooling == "first":
+        return x[:, 0]
+    last = jnp.max(jnp.where(segments > 0, jnp.arange(x.shape[1]), 0), axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

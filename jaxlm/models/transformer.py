@@ -1,0 +1,225 @@
+"""The one network: embeddings, a stack (or an encoder and a decoder), and a head, all read from a ModelConfig."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+
+from jaxlm.core import Context, Parameter, Tap, dim, dropout, initialize
+from jaxlm.models import heads
+from jaxlm.models.config import ModelConfig
+from jaxlm.nn.attention import Tokens
+from jaxlm.nn.block import Surroundings, block_spec
+from jaxlm.nn.dense import embed, embedding_spec, norm, norm_spec, residual_std
+from jaxlm.nn.layer import Layer
+from jaxlm.nn.position import relative_bucket
+from jaxlm.nn.stack import segments, stack
+
+
+def model_spec(config: ModelConfig) -> dict[str, Any]:
+    """Every parameter of the network in the canonical view."""
+    width = config.hidden_size
+    table: dict[str, Any] = {"tokens": embedding_spec(config.vocab_size, "vocab", width, config.init_std)}
+    if config.max_positions:
+        table["positions"] = embedding_spec(
+            config.max_positions + config.position_offset, "positions", width, config.init_std
+        )
+    if config.type_vocab_size:
+        table["types"] = embedding_spec(config.type_vocab_size, "types", width, config.init_std)
+    if config.embed_norm:
+        table["norm"] = norm_spec(config.norm, width)
+    spec: dict[str, Any] = {"embed": table}
+    if config.encoder_decoder:
+        spec["encoder"] = _stack_spec(config, config.layers())
+        spec["decoder"] = _stack_spec(config, config.decoder_layers())
+    else:
+        spec |= _stack_spec(config, config.layers())
+    return spec | {"head": top} if (top := heads.head_spec(config)) else spec
+
+
+def _stack_spec(config: ModelConfig, layers: tuple[Layer, ...]) -> dict[str, Any]:
+    spec: dict[str, Any] = {}
+    if config.relative_buckets:
+        columns = max(max(layer.position_heads, default=-1) + 1 if layer.position_heads else layer.heads for layer in layers)
+        shape = (dim(buckets=config.relative_buckets), dim(position_heads=columns))
+        spec["relative_positions"] = {"embedding": Parameter(shape, std=config.init_std)}
+    for i, layer in enumerate(layers):
+        spec[f"layers_{i}"] = block_spec(layer, residual_std(len(layers), config.init_std))
+    if config.final_norm:
+        spec["final_norm"] = norm_spec(config.norm, config.hidden_size)
+    return spec
+
+
+def forward(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    *,
+    ctx: Context = Context(),
+    taps: Collection[Tap] = (),
+    cache: Mapping[str, Any] | None = None,
+    remat: str = "none",
+    dtype: Any = jnp.float32,
+) -> dict[str, Any]:
+    """The forward pass, in either view of the parameters.
+
+    Args:
+      config: structure.
+      params: canonical or run view.
+      batch: `input_ids` int `[batch, length]`, and optionally `attention_mask` (1 = token) or `segment_ids` (0 =
+        padding) with `positions`, `token_type_ids`, and for an encoder-decoder `decoder_input_ids` and
+        `decoder_attention_mask`.
+      ctx: dropout key and placement.
+      taps: activations wanted in `outputs["taps"]`; of an encoder, with the site prefixed `encoder_`.
+      cache: of `empty_cache`; `input_ids` (`decoder_input_ids`) are then the tokens that follow.
+      remat: what layers keep for the backward pass (`none`, `full`, `dots`).
+      dtype: of activations and products; norms, softmax and logits stay float32.
+
+    Returns:
+      `logits` float32 as the head gives them, `last_hidden`, `taps`, and with a cache `cache`.
+    """
+    options = dict(ctx=ctx, taps=frozenset(taps), cache=cache, remat=remat, dtype=dtype)
+    run = _encoder_decoder if config.encoder_decoder else _single_stack
+    x, segments_of_x, outputs = run(config, params, batch, **options)
+    return {"last_hidden": x} | outputs | heads.apply_head(config, params, x, segments_of_x, ctx)
+
+
+def _single_stack(config, params, batch, *, ctx, taps, cache, remat, dtype):
+    """An encoder or a decoder alone: its output, the segments of its tokens, and taps and cache."""
+    ids = batch["input_ids"]
+    tokens, start, keys = _tokens(ids, batch, cache, "")
+    x = _embed(config, params["embed"], ids, tokens, batch.get("token_type_ids"), ctx, dtype)
+    around = Surroundings(tokens, keys, _bias(config, params, tokens, keys, config.causal), start=start)
+    own_cache = None if cache is None else cache["layers"]
+    x, tapped, own_cache = stack(params, x, config.layers(), around, cache=own_cache, ctx=ctx, taps=taps, remat=remat)
+    if config.final_norm:
+        x = norm(config.norm, params["final_norm"], x, config.norm_eps)
+    outputs: dict[str, Any] = {"taps": tapped}
+    if cache is not None:
+        outputs["cache"] = {"layers": own_cache, "segments": keys.segments, "length": start + ids.shape[1]}
+    return x, tokens.segments, outputs
+
+
+def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
+    """An encoder read by a decoder; once the cache holds the encoder's keys and values, the decoder alone."""
+    tapped: dict[Tap, jax.Array] = {}
+    source = None
+    if "input_ids" in batch:
+        own, place, own_ctx = params["encoder"], batch["input_ids"], ctx.at("encoder")
+        source_tokens, _, _ = _tokens(place, batch, None, "")
+        x = _embed(config, params["embed"], place, source_tokens, None, own_ctx, dtype)
+        around = Surroundings(source_tokens, source_tokens, _bias(config, own, source_tokens, source_tokens, False))
+        inner = {Tap(t.site.removeprefix("encoder_"), t.index) for t in taps if t.site.startswith("encoder_")}
+        x, found, _ = stack(own, x, config.layers(), around, ctx=own_ctx, taps=inner, remat=remat)
+        source = dropout(norm(config.norm, own["final_norm"], x, config.norm_eps), config.dropout, ctx.at("source"))
+        tapped = {Tap(f"encoder_{t.site}", t.index): value for t, value in found.items()}
+    else:
+        source_tokens = _at(cache["source_segments"])
+    own, ids, own_ctx = params["decoder"], batch["decoder_input_ids"], ctx.at("decoder")
+    tokens, start, keys = _tokens(ids, batch, cache, "decoder_")
+    x = _embed(config, params["embed"], ids, tokens, None, own_ctx, dtype)
+    around = Surroundings(tokens, keys, _bias(config, own, tokens, keys, True), source, source_tokens, start)
+    inner = {t for t in taps if not t.site.startswith("encoder_")}
+    own_cache = None if cache is None else cache["layers"]
+    x, found, own_cache = stack(
+        own, x, config.decoder_layers(), around, cache=own_cache, ctx=own_ctx, taps=inner, remat=remat
+    )
+    x = dropout(norm(config.norm, own["final_norm"], x, config.norm_eps), config.dropout, ctx.at("output"))
+    outputs: dict[str, Any] = {"taps": tapped | found}
+    if cache is not None:
+        outputs["cache"] = {
+            "layers": own_cache,
+            "segments": keys.segments,
+            "length": start + ids.shape[1],
+            "source_segments": source_tokens.segments,
+        }
+    return x, tokens.segments, outputs
+
+
+def _at(segments: jax.Array) -> Tokens:
+    order = jnp.arange(segments.shape[1])
+    return Tokens(segments, order, jnp.broadcast_to(order, segments.shape))
+
+
+def _tokens(ids: jax.Array, batch: Mapping[str, Any], cache: Any, side: str) -> tuple[Tokens, Any, Tokens]:
+    """Tokens of the input, where they start, and the tokens they may attend to (those in the cache too)."""
+    segments = batch.get(f"{side}segment_ids", batch.get(f"{side}attention_mask"))
+    segments = jnp.ones_like(ids) if segments is None else jnp.asarray(segments)
+    if cache is None:
+        tokens = _at(segments)
+        positions = batch.get(f"{side}positions")
+        if positions is not None:
+            tokens = tokens._replace(positions=jnp.asarray(positions))
+        return tokens, 0, tokens
+    start = cache["length"]
+    known = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments.astype(jnp.int32), start, axis=1)
+    # A prompt may be padded on either side: a token's position counts the real tokens of its row that precede it.
+    counted = jnp.cumsum(known > 0, axis=1) - 1
+    positions = jax.lax.dynamic_slice_in_dim(counted, start, ids.shape[1], axis=1)
+    tokens = Tokens(segments, start + jnp.arange(ids.shape[1]), jnp.maximum(positions, 0))
+    return tokens, start, Tokens(known, jnp.arange(known.shape[1]), jnp.maximum(counted, 0))
+
+
+def _embed(config, params, ids, tokens: Tokens, types, ctx: Context, dtype) -> jax.Array:
+    x = embed(params["tokens"], ids, ctx.at("tokens"))
+    if config.max_positions:
+        x = x + embed(params["positions"], tokens.positions + config.position_offset, ctx.at("positions"))
+    if config.type_vocab_size:
+        x = x + embed(params["types"], jnp.zeros_like(ids) if types is None else types, ctx.at("types"))
+    if config.embed_norm:
+        x = norm(config.norm, params["norm"], x, config.norm_eps)
+    x = dropout(x.astype(dtype), config.dropout, ctx.at("embed"))
+    return ctx.place(x, ("batch", "length", "activation"))
+
+
+def _bias(config: ModelConfig, params, queries: Tokens, keys: Tokens, causal: bool) -> jax.Array | None:
+    """T5's relative position bias `[1, heads, queries, keys]`, float32, shared by all layers of a stack."""
+    if not config.relative_buckets:
+        return None
+    distance = keys.order[None, :] - queries.order[:, None]
+    bucket = relative_bucket(distance, causal, config.relative_buckets, config.relative_max_distance)
+    values = embed(params["relative_positions"], bucket, Context())
+    return jnp.moveaxis(values, -1, 0)[None].astype(jnp.float32)
+
+
+def empty_cache(
+    config: ModelConfig, params: Mapping[str, Any], batch: int, length: int, dtype: Any = jnp.float32, source: int = 0
+) -> dict[str, Any]:
+    """A cache for `length` tokens of `batch` rows (and `source` encoder positions), shaped as `params` is."""
+    own = params["decoder"] if config.encoder_decoder else params
+    layers = config.decoder_layers() if config.encoder_decoder else config.layers()
+
+    def zeros(lead, kv_heads, positions, head_dim):
+        return {n: jnp.zeros((*lead, batch, positions, kv_heads, head_dim), dtype) for n in ("key", "value")}
+
+    layer_cache = {}
+    for segment in segments(own):
+        layer = layers[segment.first]
+        lead = () if segment.length is None else (segment.length,)
+        layer_cache[segment.key] = {"attention": zeros(lead, layer.kv_heads, length, layer.head_dim)}
+        if layer.cross_heads is not None:
+            layer_cache[segment.key]["cross_attention"] = zeros(lead, layer.cross_heads, source, layer.head_dim)
+    cache = {"layers": layer_cache, "segments": jnp.zeros((batch, length), jnp.int32), "length": jnp.int32(0)}
+    return cache | {"source_segments": jnp.zeros((batch, source), jnp.int32)} if config.encoder_decoder else cache
+
+
+class LanguageModel(linen.Module):
+    """The linen shell: declares the network's parameters and calls the pure forward pass.
+
+    `LanguageModel(config).init(key, batch)["params"]` is `initialize(key, model_spec(config))`, leaf by leaf a linen
+    parameter; `apply({"params": params}, batch)` is `forward(config, params, batch)`, for trees with Weights too.
+    """
+
+    config: ModelConfig
+
+    @linen.compact
+    def __call__(self, batch: Mapping[str, jax.Array], **options: Any) -> dict[str, Any]:
+        spec = model_spec(self.config)
+        if self.is_initializing():
+            values = initialize(self.make_rng("params"), spec)
+            params = {name: self.param(name, lambda _, value=values[name]: value) for name in spec}
+        else:
+            params = {name: self.get_variable("params", name) for name in spec}
+        return forward(self.config, params, batch, **options)

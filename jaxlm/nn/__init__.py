@@ -1,0 +1,1 @@
+"""Pure layers: dense, norms, positions, attention, the block, and stacks of blocks that scan."""

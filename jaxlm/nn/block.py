@@ -1,0 +1,123 @@
+"""One Transformer layer: attention, optional cross-attention, feed-forward network, residuals and norms."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlm.core import Context, dim, dropout, visit
+from jaxlm.nn.attention import Tokens, attention, attention_spec
+from jaxlm.nn.dense import ACTIVATIONS, dense, dense_spec, norm, norm_spec
+from jaxlm.nn.layer import Layer
+
+
+def block_spec(layer: Layer, residual_std: float) -> dict[str, Any]:
+    """Parameters of one layer."""
+    width, units = dim(embed=layer.hidden), dim(ffn=layer.ffn)
+    spec = {
+        "attention": attention_spec(layer, residual_std),
+        "attention_norm": norm_spec(layer.norm, layer.hidden),
+    }
+    if layer.cross_heads is not None:
+        spec["cross_attention"] = attention_spec(layer, residual_std, cross=True)
+        spec["cross_attention_norm"] = norm_spec(layer.norm, layer.hidden)
+    mlp = {"up": dense_spec(width, units, layer.mlp_bias)}
+    if layer.gated:
+        mlp = {"gate_proj": dense_spec(width, units, layer.mlp_bias)} | mlp
+    mlp["down"] = dense_spec(units, width, layer.mlp_bias, std=residual_std)
+    return spec | {"mlp": mlp, "mlp_norm": norm_spec(layer.norm, layer.hidden)}
+
+
+class Surroundings(NamedTuple):
+    """What every layer of a stack reads besides the residual stream.
+
+    Attributes:
+      queries, keys: tokens of the stream and of what it may attend to (the same without a cache).
+      bias: relative position bias `[1, heads, queries, keys]`, if any.
+      source, source_tokens: encoder output and its tokens, for cross-attention.
+      start: where new keys and values go in the cache.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    bias: jax.Array | None = None
+    source: jax.Array | None = None
+    source_tokens: Tokens | None = None
+    start: jax.Array | int = 0
+
+
+class BlockOutput(NamedTuple):
+    """The residual stream after the layer, its attention probabilities, and its updated cache."""
+
+    x: jax.Array
+    attention: jax.Array
+    cache: dict[str, Any] | None
+
+
+def block(
+    params: Mapping[str, Any],
+    x: jax.Array,
+    layer: Layer,
+    around: Surroundings,
+    cache: Mapping[str, Any] | None,
+    ctx: Context,
+) -> BlockOutput:
+    """One layer on `x [batch, length, hidden]`.
+
+    Pre-norm: `x + f(norm(x))` for each sublayer f; post-norm: `norm(x + f(x))`. The site `gate` scales the whole
+    layer's change of the stream: `x + g · (layer(x) - x)`.
+    """
+    new_cache: dict[str, Any] = {}
+    probabilities = None
+
+    def attend_to(name: str, h: jax.Array) -> jax.Array:
+        nonlocal probabilities
+        cross = name == "cross_attention"
+        done = attention(
+            params[name],
+            h,
+            layer,
+            around.queries,
+            around.source_tokens if cross else around.keys,
+            ctx=ctx.at(name),
+            bias=None if cross else _own_heads(layer, around.bias),
+            cross=cross,
+            source=around.source,
+            cache=None if cache is None else cache[name],
+            start=around.start,
+        )
+        if done.cache is not None:
+            new_cache[name] = done.cache
+        if not cross:
+            probabilities = done.probabilities
+        return visit(params, f"after_{name}", done.output, ctx)
+
+    def sublayer(h: jax.Array, name: str, function) -> jax.Array:
+        inputs = norm(layer.norm, params[f"{name}_norm"], h, layer.norm_eps) if layer.pre_norm else h
+        h = h + dropout(function(inputs), layer.dropout, ctx.at(f"{name}_dropout"))
+        h = ctx.place(h, ("batch", "length", "activation"))
+        return h if layer.pre_norm else norm(layer.norm, params[f"{name}_norm"], h, layer.norm_eps)
+
+    y = sublayer(x, "attention", lambda h: attend_to("attention", h))
+    if layer.cross_heads is not None:
+        y = sublayer(y, "cross_attention", lambda h: attend_to("cross_attention", h))
+    y = sublayer(y, "mlp", lambda h: mlp(params["mlp"], h, layer, ctx.at("mlp")))
+    if "gate" in params:
+        y = x + params["gate"](y - x, ctx)
+    return BlockOutput(y, probabilities, new_cache if cache is not None else None)
+
+
+def mlp(params: Mapping[str, Any], x: jax.Array, layer: Layer, ctx: Context) -> jax.Array:
+    """`act(x up) down`, or gated: `(act(x gate_proj) * (x up)) down`; the site `gate` acts on the units."""
+    activate = ACTIVATIONS[layer.activation]
+    h = dense(params["up"], x, ctx.at("up"))
+    h = activate(dense(params["gate_proj"], x, ctx.at("gate_proj"))) * h if layer.gated else activate(h)
+    h = visit(params, "gate", ctx.place(h, ("batch", "length", "ffn")), ctx)
+    return dense(params["down"], h, ctx.at("down"))
+
+
+def _own_heads(layer: Layer, bias: jax.Array | None) -> jax.Array | None:
+    """The shared relative-position bias, for the heads that this layer still has."""
+    if bias is None or layer.position_heads is None:
+        return bias
+    return bias[:, jax.numpy.array(layer.position_heads)]

@@ -1,0 +1,62 @@
+"""Dense layers, embeddings and activations."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import Context, Dim, Parameter, dim, dot, take
+
+ACTIVATIONS = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def dense_spec(inputs: Dim, outputs: Dim, bias: bool, std: float = 0.02) -> dict[str, Parameter]:
+    """Parameters of `x @ kernel + bias`, kernel `[in, out]`."""
+    spec = {"kernel": Parameter((inputs, outputs), std=std)}
+    return spec | {"bias": Parameter((outputs,))} if bias else spec
+
+
+def dense(params: Mapping[str, Any], x: jax.Array, ctx: Context) -> jax.Array:
+    """`x @ kernel + bias`, in the dtype of `x [..., in]`."""
+    y = dot(x, params["kernel"], ctx)
+    return y + params["bias"].astype(x.dtype) if "bias" in params else y
+
+
+def embedding_spec(rows: int, name: str, width: int, std: float = 0.02) -> dict[str, Parameter]:
+    """A table `[rows, width]` whose rows carry the axis `name`."""
+    return {"embedding": Parameter((dim(**{name: rows}), dim(embed=width)), std=std)}
+
+
+def embed(params: Mapping[str, Any], ids: jax.Array, ctx: Context) -> jax.Array:
+    """Rows of the table: int ids `[...]` to `[..., width]`."""
+    return take(params["embedding"], ids, ctx)
+
+
+def norm_spec(kind: str, width: int) -> dict[str, Parameter]:
+    """Scale, and for `layer` a bias."""
+    spec = {"scale": Parameter((dim(embed=width),), constant=1.0)}
+    return spec | {"bias": Parameter((dim(embed=width),))} if kind == "layer" else spec
+
+
+def norm(kind: str, params: Mapping[str, Any], x: jax.Array, eps: float) -> jax.Array:
+    """`layer`: `(x - mean) / sqrt(var + ε) · scale + bias`; `rms`: `x / sqrt(mean(x²) + ε) · scale`. In float32."""
+    y = x.astype(jnp.float32)
+    if kind == "layer":
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    y = y * params["scale"]
+    return (y + params["bias"] if kind == "layer" else y).astype(x.dtype)
+
+
+def residual_std(layers: int, std: float = 0.02) -> float:
+    """Initial deviation of projections into the residual stream: `std / sqrt(2 · layers)` (GPT-2)."""
+    return std / math.sqrt(2 * max(layers, 1))

@@ -1,0 +1,68 @@
+"""The block vocabulary: everything a Transformer layer can be, whatever its family."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding: base `theta`, and the scaling that long-context models apply to its frequencies.
+
+    Attributes:
+      theta: base of the geometric series of frequencies.
+      scaling: `default`, `linear` (frequencies divided by `factor`) or `llama3` (only the slow ones divided).
+      factor, low_freq_factor, high_freq_factor, original_max_positions: parameters of the scaling.
+    """
+
+    theta: float = 10000.0
+    scaling: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's structure. Layers with equal values (and equal parameter trees) are stacked and scanned.
+
+    Attributes:
+      hidden: width of the residual stream.
+      kv_heads: key/value heads; q_per_kv: query heads that share each of them; head_dim: width of a head.
+      cross_heads: heads of the cross-attention (decoder layers of an encoder-decoder), else `None`.
+      ffn: units of the feed-forward network; gated: `act(x gate) * (x up)` instead of `act(x up)`.
+      activation: `gelu` (erf), `gelu_tanh`, `relu` or `silu`.
+      norm: `layer` (with bias), or `rms` (without mean and bias); norm_eps: its ε; pre_norm: norms before the sublayers
+        (GPT-2, Llama, T5) or after the residual sum (BERT).
+      qkv_bias, output_bias, mlp_bias: which products add a bias.
+      causal: a token sees itself and what precedes it; window: at most this many tokens back, itself included.
+      rotary: rotary positions; scale_scores: divide attention scores by sqrt(head_dim) (T5 does not).
+      position_heads: columns of the shared relative-position table that the heads use (T5 after pruning), else `None`.
+      dropout: on embeddings' and sublayers' outputs; attention_dropout: on attention probabilities.
+    """
+
+    hidden: int
+    kv_heads: int
+    q_per_kv: int
+    head_dim: int
+    ffn: int
+    cross_heads: int | None = None
+    gated: bool = False
+    activation: str = "gelu"
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    pre_norm: bool = True
+    qkv_bias: bool = True
+    output_bias: bool = True
+    mlp_bias: bool = True
+    causal: bool = True
+    window: int | None = None
+    rotary: Rotary | None = None
+    scale_scores: bool = True
+    position_heads: tuple[int, ...] | None = None
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.kv_heads * self.q_per_kv
