@@ -1,0 +1,1 @@
+"""Losses as sums with weights: cross-entropy, and distillation from a teacher."""

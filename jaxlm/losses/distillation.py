@@ -1,0 +1,95 @@
+"""What a student may learn from a teacher: its answers, and its hidden states."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import Term
+
+
+def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """`Σ p (log p - log q)` over the last axis."""
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def forward_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """`KL(teacher‖student)` of log-probabilities `[..., classes]`."""
+    return _kl(teacher, student)
+
+
+def reverse_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """`KL(student‖teacher)`."""
+    return _kl(student, teacher)
+
+
+def jensen_shannon(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """`½ KL(teacher‖m) + ½ KL(student‖m)` with `m` their mean."""
+    middle = jnp.logaddexp(teacher, student) - jnp.log(2.0)
+    return 0.5 * _kl(teacher, middle) + 0.5 * _kl(student, middle)
+
+
+DIVERGENCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "forward": forward_kl,
+    "reverse": reverse_kl,
+    "jsd": jensen_shannon,
+}
+
+
+def response(
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    valid: jax.Array,
+    temperature: float = 2.0,
+    divergence: Callable[[jax.Array, jax.Array], jax.Array] = forward_kl,
+) -> Term:
+    """`T² Σ_valid D(softmax(t/T), softmax(s/T))` and the number of valid positions.
+
+    The factor `T²` keeps the gradient's size independent of the temperature: softened probabilities change `1/T` as
+    fast, twice. Source: Hinton et al. 2015, arXiv:1503.02531.
+
+    Args:
+      teacher_logits, student_logits: float `[..., classes]`; the teacher's are not differentiated.
+      valid: bool `[...]`.
+
+    >>> logits = jnp.array([[0.0, 1.0]])
+    >>> float(response(logits, logits, jnp.array([True])).sum)
+    0.0
+    """
+    teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature
+    student = student_logits.astype(jnp.float32) / temperature
+    each = divergence(jax.nn.log_softmax(teacher, axis=-1), jax.nn.log_softmax(student, axis=-1))
+    return Term(temperature**2 * jnp.sum(jnp.where(valid, each, 0.0)), jnp.sum(valid.astype(jnp.float32)))
+
+
+def hidden_distance(teacher: jax.Array, student: jax.Array, valid: jax.Array) -> Term:
+    """`Σ_valid mean_j (t_j - s_j)²` of hidden states `[batch, length, width]`, and the number of valid tokens.
+
+    Source: Jiao et al. 2020, TinyBERT, arXiv:1909.10351.
+    """
+    difference = student.astype(jnp.float32) - jax.lax.stop_gradient(teacher).astype(jnp.float32)
+    each = jnp.mean(jnp.square(difference), axis=-1)
+    return Term(jnp.sum(jnp.where(valid, each, 0.0)), jnp.sum(valid.astype(jnp.float32)))
+
+
+def layer_map(student_layers: int, teacher_layers: int, kind: str | tuple[tuple[int, int], ...]) -> dict[int, int]:
+    """Which teacher hidden state each student hidden state learns (0 is the embeddings, i the output of layer i).
+
+    `uniform` spreads the student's layers over the teacher's, `last` maps them to its last ones, or explicit pairs.
+
+    >>> layer_map(2, 4, "uniform")
+    {0: 0, 1: 2, 2: 4}
+    >>> layer_map(2, 4, "last")
+    {1: 3, 2: 4}
+    """
+    if kind == "uniform":
+        return {i: round(i * teacher_layers / student_layers) for i in range(student_layers + 1)}
+    if kind == "last":
+        return {i: teacher_layers - student_layers + i for i in range(1, student_layers + 1)}
+    if isinstance(kind, str):
+        raise ValueError(f"unknown layer map {kind!r}; known: uniform, last, or (student, teacher) pairs")
+    pairs = dict(kind)
+    for s, t in pairs.items():
+        if not (0 <= s <= student_layers and 0 <= t <= teacher_layers):
+            raise ValueError(f"layer pair ({s}, {t}) does not exist: 0..{student_layers} and 0..{teacher_layers} do")
+    return pairs

@@ -1,0 +1,1 @@
+"""Adaptation with few parameters."""

@@ -1,0 +1,61 @@
+"""LoRA: trains a low-rank update beside frozen weights."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import Adapted, ArrayInfo, LowRank, Method, Tree, flatten, map_leaves, matches, materialize
+
+
+def lora(
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    rank_stabilized: bool = False,
+    targets: str = r".*attention/(query|value)/kernel",
+    also_train: str = r"head/.*",
+) -> Method:
+    """`y = x W + (α/r) · drop(x) A B` with W frozen, A uniform (Kaiming, √5) and B zero at first.
+
+    Baking merges: `W + (α/r) A B`, in float32, dense (a quantized W comes back dense; quantize it again in a later
+    stage). Source: Hu et al. 2021, arXiv:2106.09685; `α/√r` with `rank_stabilized`, Kalajdzievski 2023,
+    arXiv:2312.03732.
+
+    Args:
+      rank: columns of A; alpha: strength; dropout: rate on the update's input.
+      targets: regex over paths of the kernels that get an update.
+      also_train: regex over paths that train in full besides (a fresh classifier).
+    """
+    if rank < 1:
+        raise ValueError(f"lora: rank must be at least 1, not {rank}")
+    scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
+
+    def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
+        paths = [path for path in flatten(params) if matches(targets, path)]
+        if not paths:
+            raise ValueError(f"lora: targets {targets!r} match no parameter")
+        keys = dict(zip(paths, jax.random.split(key, len(paths)), strict=True))
+
+        def adapt(path: str, leaf: Any) -> Any:
+            if path not in keys:
+                return leaf
+            rows, columns = leaf.shape
+            bound = 1 / math.sqrt(rows)  # Kaiming uniform with a = sqrt(5): gain sqrt(1/3), bound gain * sqrt(3/rows)
+            a = jax.random.uniform(keys[path], (rows, rank), jnp.float32, -bound, bound)
+            return LowRank(leaf, a, jnp.zeros((rank, columns), jnp.float32), scale=scale, rate=dropout)
+
+        return Adapted(map_leaves(adapt, params), axes)
+
+    def trainable(info: ArrayInfo) -> bool:
+        return info.role == "factor" or matches(also_train, info.path)
+
+    def bake(model: Any, params: Tree, axes: dict, state: dict):
+        return model, map_leaves(lambda _, leaf: materialize(leaf) if isinstance(leaf, LowRank) else leaf, params), axes
+
+    def claims(params: Tree) -> set[tuple[str, str]]:
+        return {(path, "update") for path in flatten(params) if matches(targets, path)}
+
+    return Method(init=init, trainable=trainable, bake=bake, claims=claims)
