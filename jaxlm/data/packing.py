@@ -18,27 +18,42 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Joined:
-    """An epoch's stream: the documents in the given order, laid end to end and cut in rows of ``length`` tokens.
+    """A stream of pieces of ``values`` (documents, mostly) laid end to end and cut in rows of ``length`` tokens.
 
     Only the order is stored; rows are gathered when asked for.
     """
 
-    documents: Ragged
-    order: np.ndarray
+    values: np.ndarray
+    starts: np.ndarray  # int64 [pieces], where each piece begins in values
+    ends: np.ndarray  # int64 [pieces], where it ends in the stream
     length: int
-    ends: np.ndarray  # int64 [len(order)], where each document ends in the stream
+
+    @property
+    def total(self) -> int:
+        """Tokens in the stream."""
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     @property
     def rows(self) -> int:
-        return -(-int(self.ends[-1]) // self.length) if len(self.ends) else 0
+        return -(-self.total // self.length)
 
 
-def join(documents: Ragged, length: int, order: np.ndarray | None = None) -> Joined:
-    """Plans rows over ``documents[order]`` (all, as they stand, when ``order`` is None); empty documents vanish."""
+def join(documents: Ragged, length: int, order: np.ndarray | None = None, shift: int = 0) -> Joined:
+    """Plans rows over ``documents[order]`` (all, as they stand, when ``order`` is None); empty documents vanish.
+
+    ``shift`` moves that many tokens from the beginning of the first document to the end of the stream, which moves
+    every cut: long documents are then not cut in the same places every epoch.
+    """
     order = np.arange(len(documents)) if order is None else np.asarray(order)
     lengths = documents.lengths[order]
-    order, lengths = order[lengths > 0], lengths[lengths > 0]
-    return Joined(documents, order, length, np.cumsum(lengths, dtype=np.int64))
+    starts, lengths = documents.offsets[:-1][order][lengths > 0], lengths[lengths > 0]
+    if shift:
+        if shift >= lengths[0]:
+            raise ValueError(f"shift {shift} does not leave a token of the first document, of {lengths[0]}")
+        starts, lengths = np.append(starts, starts[0]), np.append(lengths, shift)
+        starts[0] += shift
+        lengths[0] -= shift
+    return Joined(documents.values, starts, np.cumsum(lengths, dtype=np.int64), length)
 
 
 def cut(joined: Joined, rows: np.ndarray, pad_id: int = 0) -> Batch:
@@ -49,8 +64,7 @@ def cut(joined: Joined, rows: np.ndarray, pad_id: int = 0) -> Batch:
     next token, IGNORED at its end and on padding. At the end of a row inside a document that next token is the first
     of the next row: a document of n tokens has n - 1 labels, however it is cut.
     """
-    documents, ends, length = joined.documents, joined.ends, joined.length
-    total = int(ends[-1]) if len(ends) else 0
+    values, ends, length, total = joined.values, joined.ends, joined.length, joined.total
     begin = np.where(rows >= 0, rows, joined.rows).astype(np.int64)[:, None] * length
     place = begin + np.arange(length)
     real = place < total
@@ -59,19 +73,19 @@ def cut(joined: Joined, rows: np.ndarray, pad_id: int = 0) -> Batch:
         return {
             "input_ids": blank + np.int32(pad_id),
             "segment_ids": blank,
-            "positions": blank.copy(),
+            "positions": blank,
             "labels": blank + np.int32(IGNORED),
         }
-    clipped = np.minimum(place, total - 1)
-    document = _document_of(clipped, ends)
-    start = ends[document] - documents.lengths[joined.order[document]]
-    source = documents.offsets[joined.order[document]] + clipped - start
-    following = documents.values[np.minimum(source + 1, len(documents.values) - 1)]
-    inside = real & (clipped + 1 < ends[document])
+    place = np.minimum(place, total - 1)
+    document = _document_of(place, ends)
+    start = np.concatenate([[0], ends[:-1]])[document]
+    source = joined.starts[document] + place - start
+    following = values[np.minimum(source + 1, len(values) - 1)]
+    inside = real & (place + 1 < ends[document])
     return {
-        "input_ids": np.where(real, documents.values[source], pad_id).astype(np.int32),
+        "input_ids": np.where(real, values[source], pad_id).astype(np.int32),
         "segment_ids": np.where(real, document - document[:, :1] + 1, 0).astype(np.int32),
-        "positions": np.where(real, clipped - np.maximum(start, begin), 0).astype(np.int32),
+        "positions": np.where(real, place - np.maximum(start, begin), 0).astype(np.int32),
         "labels": np.where(inside, following, IGNORED).astype(np.int32),
     }
 
@@ -86,19 +100,17 @@ def _document_of(places: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return document
 
 
-def best_fit(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) -> Ragged:
+def best_fit(lengths: np.ndarray, capacity: int) -> Ragged:
     """Packs whole examples into rows of ``capacity`` tokens, longest first, each in the fullest row that has room.
 
-    Best-fit decreasing needs at most 11/9 of the optimal number of rows, plus a constant. Among equal lengths the
-    earlier in ``order`` comes first, so a permuted order gives other neighbours.
+    Best-fit decreasing needs at most 11/9 of the optimal number of rows, plus a constant.
 
     Returns a Ragged of int64 example numbers, one sequence a row. Examples of length 0 are left out.
     Raises ValueError if an example is longer than ``capacity``.
     """
-    order = np.arange(len(lengths)) if order is None else np.asarray(order)
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"example {lengths.argmax()} has {lengths.max()} tokens, more than a row of {capacity}")
-    order = order[np.argsort(-lengths[order], kind="stable")]
+    order = np.argsort(-lengths, kind="stable")
     rows: list[list[int]] = []
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # row numbers by free space
     available = 0  # bit s is set where some row has s free

@@ -22,7 +22,9 @@ class Ragged:
     def __post_init__(self) -> None:
         offsets = self.offsets
         if offsets.dtype != np.int64 or offsets.ndim != 1 or self.values.ndim != 1:
-            raise ValueError(f"Ragged needs values [total] and int64 offsets [n + 1], not {offsets.dtype} {offsets.shape}")
+            raise ValueError(
+                f"Ragged needs values [total] and int64 offsets [n + 1], not {offsets.dtype} {offsets.shape}"
+            )
         if offsets.size == 0 or offsets[0] != 0 or offsets[-1] != len(self.values) or np.any(np.diff(offsets) < 0):
             raise ValueError(f"offsets must rise from 0 to the number of values, {len(self.values)}")
 
@@ -109,7 +111,9 @@ class Examples:
             side = self._ragged("decoder_input_ids" if self.on_decoder(name) else "input_ids")
             if isinstance(column, Ragged) and not np.array_equal(column.offsets, side.offsets):
                 row = int((column.lengths != side.lengths).argmax())
-                raise ValueError(f"row {row}: column {name!r} has {column.lengths[row]} values, not {side.lengths[row]}")
+                raise ValueError(
+                    f"row {row}: column {name!r} has {column.lengths[row]} values, not {side.lengths[row]}"
+                )
 
     def _ragged(self, name: str) -> Ragged:
         column = self.columns[name]

@@ -1,0 +1,294 @@
+"""The batch socket: ``batch(step)`` as a pure function of (seed, step).
+
+Nothing is remembered from one step to the next, so a run resumes anywhere by asking for the next step, and every host
+of a pod sees the same global batch and keeps its own rows. A batch transform is a function Batches -> Batches.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from jaxlm.data.packing import IGNORED, Batch, Joined, best_fit, cut, join, lay_out
+from jaxlm.data.ragged import Examples, Ragged
+
+Remainder = Literal["pad", "drop"]
+
+
+class Shape(NamedTuple):
+    """What a compiler needs to know about one array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class Batches:
+    """``batches(step)`` for step = 0, 1, ..; epochs follow one another without end.
+
+    Attributes:
+      make: step -> batch, pure.
+      steps_per_epoch: number of steps in which every row is seen once.
+      kinds: number of distinct shapes. ``make(-1)`` to ``make(-kinds)`` give one batch of each, of ignored rows only.
+    """
+
+    make: Callable[[int], Batch]
+    steps_per_epoch: int
+    kinds: int = 1
+
+    def __call__(self, step: int) -> Batch:
+        return self.make(step)
+
+    def map(self, transform: Callable[[Batch, int], Batch]) -> "Batches":
+        """Applies ``transform(batch, step)``, which must be pure and keep the number of distinct shapes."""
+        return dataclasses.replace(self, make=lambda step: transform(self.make(step), step))
+
+
+def shapes(batches: Batches) -> list[dict[str, Shape]]:
+    """Every distinct shape of batch that can occur, by column: what to compile before the first step."""
+    kinds = (batches(-1 - kind) for kind in range(batches.kinds))
+    return [{name: Shape(a.shape, a.dtype) for name, a in batch.items()} for batch in kinds]
+
+
+def steps_per_epoch(rows: int, batch_size: int, remainder: Remainder = "pad") -> int:
+    """Batches in an epoch: with "pad" the last may be filled with ignored rows, with "drop" it is left out."""
+    if remainder not in ("pad", "drop"):
+        raise ValueError(f"unknown remainder={remainder!r}: 'pad' or 'drop'")
+    steps = -(-rows // batch_size) if remainder == "pad" else rows // batch_size
+    if steps == 0:
+        raise ValueError(f"{rows} rows make no batch of {batch_size}" + (", use remainder='pad'" if rows else ""))
+    return steps
+
+
+def generator(*key: int) -> np.random.Generator:
+    """A generator that is a pure function of its key, for example (seed, step)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([k % 2**64 for k in key])))
+
+
+def multiples(of: int, max_length: int) -> tuple[int, ...]:
+    """Bucket lengths: the multiples up to ``max_length``, and ``max_length`` itself.
+
+    >>> multiples(16, 40)
+    (16, 32, 40)
+    """
+    return (*range(of, max_length, of), max_length)
+
+
+# -- padded rows ----------------------------------------------------------------------------------------------------
+
+
+class _Buckets(NamedTuple):
+    """Static lengths: ``inputs[i]`` goes with ``targets[i]`` on the decoder's side (None without one)."""
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...] | None
+
+
+def _buckets(examples: Examples, lengths: Sequence[int]) -> _Buckets:
+    """The buckets that some example needs. A decoder's length is a function of the input's bucket (the longest target
+    among inputs that fit it), so that two sides do not multiply the number of shapes."""
+    edges, sizes = np.unique(np.asarray(lengths, np.int64)), examples.lengths
+    if len(sizes) and sizes.max() > edges[-1]:
+        raise ValueError(
+            f"example {sizes.argmax()} has {sizes.max()} tokens, more than the longest bucket, {edges[-1]}"
+        )
+    used = np.unique(np.searchsorted(edges, sizes))
+    inputs = tuple(edges[used].tolist())
+    if examples.decoder_lengths is None:
+        return _Buckets(inputs, None)
+    longest = [int(examples.decoder_lengths[sizes <= edge].max()) for edge in inputs]
+    if max(longest) > edges[-1]:
+        row = examples.decoder_lengths.argmax()
+        raise ValueError(f"example {row} has {max(longest)} decoder tokens, more than the longest bucket, {edges[-1]}")
+    return _Buckets(inputs, tuple(edges[np.searchsorted(edges, longest)].tolist()))
+
+
+def assemble(examples: Examples, rows: np.ndarray, length: int, target: int | None, pad_id: int) -> Batch:
+    """Right-padded rows; row -1 is filler: ``labels`` IGNORED (NaN where they are real numbers), attention on one pad.
+
+    Args:
+      rows: int [B], numbers of examples.
+      length: of the columns on the input's side; target: of those on the decoder's side.
+    """
+    batch: Batch = {}
+    for name, column in examples.columns.items():
+        decoder = examples.on_decoder(name)
+        fill = pad_id if name.endswith("input_ids") else IGNORED if name.endswith("labels") else -(name == "row")
+        if isinstance(column, Ragged):
+            width = target if decoder else length
+            assert width is not None
+            batch[name] = column.padded(rows, width, fill)
+            if name.endswith("input_ids"):
+                sizes = np.where(rows >= 0, column.lengths[rows], 0)
+                mask = "decoder_attention_mask" if decoder else "attention_mask"
+                batch[mask] = (np.arange(width) < np.maximum(sizes, 1)[:, None]).astype(np.int32)
+        else:
+            nothing = np.nan if np.issubdtype(column.dtype, np.floating) else fill
+            shape = (len(rows), *(1,) * (column.ndim - 1))
+            batch[name] = np.where((rows >= 0).reshape(shape), column[rows], np.asarray(nothing, column.dtype))
+    return batch
+
+
+def _padded(
+    examples: Examples,
+    lengths: Sequence[int],
+    pad_id: int,
+    batch_size: int,
+    plan: Callable[[int], np.ndarray],
+    steps: int,
+) -> Callable[[int], Batch]:
+    buckets = _buckets(examples, lengths)
+    sizes = examples.lengths
+
+    def make(step: int) -> Batch:
+        if step < 0:
+            kind, rows = -1 - step, np.full(batch_size, -1)
+        else:
+            rows = plan(step // steps)[step % steps]
+            kind = int(np.searchsorted(buckets.inputs, sizes[rows[rows >= 0]].max(initial=0)))
+        target = buckets.targets[kind] if buckets.targets else None
+        return assemble(examples, rows, buckets.inputs[kind], target, pad_id)
+
+    return make
+
+
+def bucketed(
+    examples: Examples,
+    batch_size: int,
+    seed: int,
+    *,
+    lengths: Sequence[int],
+    pad_id: int = 0,
+    remainder: Remainder = "pad",
+    window: int = 50,
+) -> Batches:
+    """Training batches of examples of similar length, each padded to the smallest bucket that holds it.
+
+    As transformers' ``group_by_length``: a permutation of the examples every epoch, sorted by length inside windows of
+    ``window`` batches; then the batches are shuffled.
+
+    Args:
+      lengths: bucket lengths, see ``multiples``; each that occurs is one compiled shape.
+      remainder: what becomes of the last ``n % batch_size`` rows of an epoch: "pad" fills the batch with ignored rows.
+    """
+    n, sizes = len(examples), examples.lengths
+    steps = steps_per_epoch(n, batch_size, remainder)
+
+    @functools.lru_cache(maxsize=2)
+    def plan(epoch: int) -> np.ndarray:
+        random = generator(seed, epoch)
+        order = random.permutation(n)[: steps * batch_size]
+        group = np.arange(len(order)) // (window * batch_size)
+        order = order[np.lexsort((-sizes[order], group))]
+        return random.permutation(_in_batches(order, batch_size))
+
+    make = _padded(examples, lengths, pad_id, batch_size, plan, steps)
+    return Batches(make, steps, len(_buckets(examples, lengths).inputs))
+
+
+def in_order(examples: Examples, batch_size: int, *, lengths: Sequence[int], pad_id: int = 0) -> Batches:
+    """Evaluation batches: each example exactly once in ``steps_per_epoch`` steps, sorted by length.
+
+    Adds ``row`` int32 [B], the number of the example in ``examples``, -1 for filler rows.
+    """
+    order = np.argsort(examples.lengths, kind="stable")
+    numbered = Examples({**examples.columns, "row": np.arange(len(examples), dtype=np.int32)})
+    steps = steps_per_epoch(len(examples), batch_size)
+    rows = _in_batches(order, batch_size)
+    make = _padded(numbered, lengths, pad_id, batch_size, lambda epoch: rows, steps)
+    return Batches(make, steps, len(_buckets(examples, lengths).inputs))
+
+
+def _in_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
+    """int [batches, batch_size], the last filled with -1."""
+    return np.pad(order, (0, -len(order) % batch_size), constant_values=-1).reshape(-1, batch_size)
+
+
+# -- packed rows ----------------------------------------------------------------------------------------------------
+
+
+def packed(
+    documents: Ragged,
+    batch_size: int,
+    seed: int | None,
+    *,
+    length: int,
+    pad_id: int = 0,
+    remainder: Remainder = "pad",
+) -> Batches:
+    """Pre-training batches: documents joined and cut in rows of ``length``; ``packing.cut`` says what a batch holds.
+
+    Every epoch permutes the documents, cuts in other places and permutes the rows. With ``seed=None`` (evaluation)
+    documents and rows stand in order. Each token is in exactly one row of an epoch (all but the remainder of "drop").
+    """
+    steps = steps_per_epoch(join(documents, length).rows, batch_size, remainder)
+    filled = np.flatnonzero(documents.lengths)
+
+    @functools.lru_cache(maxsize=2)
+    def plan(epoch: int) -> tuple[Joined, np.ndarray]:
+        if seed is None:
+            joined = join(documents, length)
+            return joined, _in_batches(np.arange(joined.rows), batch_size)
+        random = generator(seed, epoch)
+        order = random.permutation(filled)
+        shift = int(random.integers(length)) if documents.lengths[order[0]] > length else 0
+        joined = join(documents, length, order, shift)
+        return joined, _in_batches(random.permutation(joined.rows)[: steps * batch_size], batch_size)
+
+    def make(step: int) -> Batch:
+        joined, rows = plan(max(step, 0) // steps)
+        return _attending(cut(joined, rows[step % steps] if step >= 0 else np.full(batch_size, -1), pad_id))
+
+    return Batches(make, steps)
+
+
+def packed_examples(
+    examples: Examples,
+    batch_size: int,
+    seed: int,
+    *,
+    length: int,
+    pad_id: int = 0,
+    remainder: Remainder = "pad",
+) -> Batches:
+    """Whole examples packed in rows of ``length`` by best fit; for tasks with one label a token.
+
+    Every epoch exchanges examples of equal length, so that each meets other neighbours (which lengths share a row, and
+    so the number of rows, stays), and permutes the rows.
+    """
+    columns = {
+        name: c for name, c in examples.columns.items() if isinstance(c, Ragged) and not examples.on_decoder(name)
+    }
+    if len(columns) < len(examples.columns):
+        raise ValueError(
+            f"only columns with one value a token can be packed, not {sorted(examples.columns - columns.keys())}"
+        )
+    sizes = examples.lengths
+    fill = {"input_ids": pad_id, "labels": IGNORED}
+    slots = best_fit(np.sort(sizes), length)  # of the i-th shortest example
+    steps = steps_per_epoch(len(slots), batch_size, remainder)
+
+    @functools.lru_cache(maxsize=2)
+    def plan(epoch: int) -> tuple[Ragged, np.ndarray]:
+        random = generator(seed, epoch)
+        order = random.permutation(len(examples))
+        order = order[np.argsort(sizes[order], kind="stable")]
+        rows = random.permutation(len(slots))[: steps * batch_size]
+        return Ragged(order[slots.values], slots.offsets), _in_batches(rows, batch_size)
+
+    def make(step: int) -> Batch:
+        packing, rows = plan(max(step, 0) // steps)
+        chosen = rows[step % steps] if step >= 0 else np.full(batch_size, -1)
+        return _attending(lay_out(columns, packing, chosen, length, fill))
+
+    return Batches(make, steps)
+
+
+def _attending(batch: Batch) -> Batch:
+    """Gives rows without any token a segment of one pad, since a softmax over nothing is not a number."""
+    segments = batch["segment_ids"].copy()
+    segments[:, 0] = np.maximum(segments[:, 0], 1)
+    return batch | {"segment_ids": segments}

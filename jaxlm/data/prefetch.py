@@ -1,0 +1,111 @@
+"""Building batches ahead of the step that uses them, and keeping the rows of one host."""
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxlm.data.loader import Batches
+from jaxlm.data.packing import Batch
+
+
+def shard(batches: Batches, host: int, hosts: int) -> Batches:
+    """The rows of one host: the global batch is the concatenation over hosts 0, 1, .. of their batches.
+
+    Apply it after every other transform, so that what is drawn at random for a row does not depend on ``hosts``.
+    Raises ValueError (when a batch is made) if the rows do not divide evenly.
+    """
+    if not 0 <= host < hosts:
+        raise ValueError(f"host {host} of {hosts}: hosts are numbered from 0")
+
+    def rows(batch: Batch, step: int) -> Batch:
+        size = len(batch["input_ids"])
+        if size % hosts:
+            raise ValueError(
+                f"a batch of {size} rows does not divide among {hosts} hosts; choose a multiple of {hosts}"
+            )
+        mine = slice(host * size // hosts, (host + 1) * size // hosts)
+        return {name: array[mine] for name, array in batch.items()}
+
+    return batches.map(rows)
+
+
+class prefetch:  # noqa: N801  (used like a function)
+    """Iterates over ``batches(start) .. batches(stop - 1)``, made ahead of time by one thread.
+
+    Args:
+      batches: step -> batch.
+      depth: how many batches wait ready at most.
+      place: called on every batch in the thread, for example to put it on devices.
+
+    Attributes:
+      waited: seconds that the consumer has spent waiting for a batch: what the data pipeline costs the run.
+
+    An error in the thread is raised where the batch would have been. The thread ends when the iterator is exhausted,
+    closed (it is a context manager too) or forgotten.
+    """
+
+    def __init__(
+        self,
+        batches: Callable[[int], Any],
+        start: int,
+        stop: int,
+        depth: int = 2,
+        place: Callable[[Any], Any] = lambda batch: batch,
+    ):
+        self.waited = 0.0
+        self._ready: queue.Queue = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        # The thread holds the queue and the event but not self: forgetting the iterator stops it.
+        self._finalizer = weakref.finalize(self, self._stopped.set)
+        arguments = (batches, start, stop, place, self._ready, self._stopped)
+        self._thread = threading.Thread(target=_produce, args=arguments, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._stopped.is_set():
+            raise StopIteration
+        begin = time.perf_counter()
+        batch, error, done = self._ready.get()
+        self.waited += time.perf_counter() - begin
+        if error is not None:
+            self.close()
+            raise error
+        if done:
+            self.close()
+            raise StopIteration
+        return batch
+
+    def close(self) -> None:
+        """Stops the thread and waits for it."""
+        self._stopped.set()
+        self._thread.join()
+
+    def __enter__(self) -> "prefetch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _produce(batches, start: int, stop: int, place, ready: queue.Queue, stopped: threading.Event) -> None:
+    def put(item: tuple) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.05)
+            except queue.Full:
+                continue
+
+    try:
+        for step in range(start, stop):
+            put((place(batches(step)), None, False))
+            if stopped.is_set():
+                return
+        put((None, None, True))
+    except BaseException as error:  # handed to the consumer, who raises it
+        put((None, error, False))

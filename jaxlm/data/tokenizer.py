@@ -1,0 +1,252 @@
+"""Tokenizers: any Hugging Face fast tokenizer, or one trained in place; and encoding of many texts at once.
+
+Training is deterministic: the same texts give the same vocabulary with the same ids.
+"""
+
+import contextlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.data.ragged import Ragged, offsets_of
+from jaxlm.data.sources.places import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TRAINED = ("bpe", "wordpiece", "character")
+END = "<|endoftext|>"
+_BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def load_tokenizer(spec: str, texts: Iterable[str] | None = None, *, sentinels: int = 0) -> "PreTrainedTokenizerFast":
+    """A fast tokenizer from a directory, from the Hugging Face hub, or trained on ``texts``.
+
+    Args:
+      spec: a directory or hub id, or what to train: ``"bpe:4096"`` (bytes, so nothing is unknown; ``<|endoftext|>``
+        begins and ends documents), ``"wordpiece:8000"`` (BERT's uncased form with [CLS] and [SEP]) or ``"character"``.
+        The number is the size of the whole vocabulary.
+      texts: the texts to train on.
+      sentinels: number of ``<extra_id_0>``, ``<extra_id_1>``, .. to put in a trained vocabulary, for span denoising.
+
+    Raises:
+      ValueError: a malformed spec, a size too small for the alphabet, texts missing or empty, a slow tokenizer.
+      OSError: no such directory, and the hub has no such tokenizer or cannot be reached.
+    """
+    kind, _, size = spec.partition(":")
+    if os.path.isdir(spec) or (kind not in TRAINED and ":" not in spec):
+        return _pretrained(spec)
+    if kind not in TRAINED:
+        raise ValueError(f"tokenizer {spec!r}: cannot train a {kind!r}; {nearest(kind, TRAINED)}")
+    if (kind == "character") != (not size) or (size and not size.isdecimal()):
+        raise ValueError(f"tokenizer {spec!r}: write 'bpe:SIZE', 'wordpiece:SIZE' or 'character'")
+    texts = [] if texts is None else list(texts)
+    if not any(texts):
+        raise ValueError(f"tokenizer {spec!r} is trained in place and needs texts, of which there are none")
+    extra = [f"<extra_id_{i}>" for i in range(sentinels)]
+    if kind == "bpe":
+        return _train_bpe(texts, int(size), extra)
+    if kind == "wordpiece":
+        return _train_wordpiece(texts, int(size), extra)
+    return _train_character(texts, extra)
+
+
+def _pretrained(spec: str) -> "PreTrainedTokenizerFast":
+    from transformers import AutoTokenizer
+
+    if not os.path.isdir(spec) and (spec.count("/") > 1 or spec.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"tokenizer directory {spec!r} does not exist (working directory {os.getcwd()!r})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec)
+    except Exception as error:  # the hub client raises many kinds, most of them about the network
+        where = "has no readable tokenizer" if os.path.isdir(spec) else "is no directory here, and the hub did not help"
+        raise OSError(f"tokenizer {spec!r} {where}: {str(error).strip().splitlines()[0]}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {spec!r} has no fast version (tokenizer.json); only fast tokenizers are used")
+    return tokenizer
+
+
+def _train_bpe(texts: list[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = [END, "<|pad|>", *extra]
+    _check_size(size, len(special) + 256, "bpe: 256 bytes and the special tokens")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer, extra, bos_token=END, eos_token=END, pad_token="<|pad|>")
+
+
+def _train_wordpiece(texts: list[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    def blank(vocabulary: dict[str, int]) -> Any:
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        return tokenizer
+
+    def train(special: list[str], vocab_size: int) -> list[str]:
+        tokenizer = blank({})
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        vocabulary = tokenizer.get_vocab()
+        return sorted(vocabulary, key=vocabulary.__getitem__)
+
+    # The trainer breaks ties among rare characters, and numbers the pieces "##x", in the order of a hash table. So the
+    # alphabet (the most frequent characters) is chosen here, and the pieces are given to it in order.
+    normalize = normalizers.BertNormalizer(lowercase=True).normalize_str
+    counts = Counter(chain.from_iterable(map(normalize, texts)))
+    ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    alphabet = sorted(ranked[: max(size // 4, 1)])
+    special = [*_BERT, *extra]
+    pieces = sorted(token for token in train(special, 0) if token.startswith("##") and len(token) == 3)
+    _check_size(size, len(special) + len(alphabet) + len(pieces), "wordpiece: the alphabet and the special tokens")
+    learned = train([*special, *alphabet, *pieces], size)
+    tokenizer = blank({token: i for i, token in enumerate(learned)})
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, learned.index(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    names = {f"{token.strip('[]').lower()}_token": token for token in _BERT}
+    return _wrap(tokenizer, extra, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names)
+
+
+def _train_character(texts: list[str], extra: list[str]) -> "PreTrainedTokenizerFast":
+    from tokenizers import Tokenizer, decoders, models
+
+    special = [END, "<|pad|>", "<|unknown|>", *extra]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(set(chain.from_iterable(texts)))])}
+    # BPE without merges splits into characters eight times faster than a regular expression before a word model.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|unknown|>"))
+    tokenizer.decoder = decoders.Fuse()
+    return _wrap(tokenizer, extra, bos_token=END, eos_token=END, pad_token="<|pad|>", unk_token="<|unknown|>")
+
+
+def _check_size(size: int, least: int, what: str) -> None:
+    if size < least:
+        raise ValueError(f"a vocabulary of {size} is too small: at least {least} for {what}")
+
+
+def _wrap(tokenizer: Any, extra: list[str], **names: Any) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    more = {"additional_special_tokens": extra} if extra else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=10**9, **names, **more
+    )
+
+
+def sentinel_ids(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+    """int32 ids of ``<extra_id_0>``, ``<extra_id_1>``, ..; ValueError where the vocabulary has none."""
+    vocabulary = tokenizer.get_vocab()
+    ids = []
+    while (token := f"<extra_id_{len(ids)}>") in vocabulary:
+        ids.append(vocabulary[token])
+    if not ids:
+        raise ValueError("the vocabulary has no sentinel <extra_id_0>: use a T5 tokenizer, or train one with sentinels")
+    return np.array(ids, np.int32)
+
+
+def padding_id(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """The id to pad with. Any does where padding is masked; a tokenizer without one (GPT-2) pads with its last token."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None)
+
+
+class Encoded(NamedTuple):
+    """Encoded texts, row by row of equal lengths (int32)."""
+
+    ids: Ragged
+    types: Ragged  # 0 in the first text, 1 in the second of a pair
+    words: Ragged  # number of the word whose first piece stands here, else -1
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerFast",
+    texts: Iterable[str] | Iterable[tuple[str, str]] | Iterable[Sequence[str]],
+    *,
+    max_length: int | None = None,
+    special_tokens: bool = True,
+    words: bool = False,
+    chunk: int = 1024,
+) -> Encoded:
+    """Encodes texts, pairs of texts, or (``words=True``) sentences split in words, ``chunk`` at a time on all cores.
+
+    Longer results are truncated to ``max_length`` as Hugging Face tokenizers do: the longer text of a pair first, the
+    special tokens kept. ``Encoded.words`` is only filled for words.
+    """
+    backend = tokenizer.backend_tokenizer
+    prefix = " " if words and _wants_leading_space(backend) else ""
+    ids, types, firsts = [np.empty(0, np.int32)], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    lengths: list[int] = []
+    with _truncating(backend, max_length):
+        remaining = iter(texts)
+        while some := list(islice(remaining, chunk)):
+            if words:
+                some = [[prefix + word for word in sentence] for sentence in some]
+            run = backend.encode_batch if words else backend.encode_batch_fast  # the fast one forgets the words
+            encodings = run(some, is_pretokenized=words, add_special_tokens=special_tokens)
+            lengths += [len(e) for e in encodings]
+            ids.append(_joined(e.ids for e in encodings))
+            types.append(_joined(e.type_ids for e in encodings))
+            if words:
+                firsts += [_first_pieces(e.word_ids) for e in encodings]
+    offsets = offsets_of(lengths)
+    first = np.concatenate(firsts) if words else np.full(offsets[-1], -1, np.int32)
+    return Encoded(*(Ragged(v, offsets) for v in (np.concatenate(ids), np.concatenate(types), first)))
+
+
+def _joined(sequences: Iterable[list[int]]) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(sequences), np.int32)
+
+
+def _first_pieces(word_ids: list[int | None]) -> np.ndarray:
+    pieces = pairwise([None, *word_ids])
+    return np.array([-1 if word is None or word == before else word for before, word in pieces], np.int32)
+
+
+def _wants_leading_space(backend: Any) -> bool:
+    """Byte-level tokenizers mark a word's beginning by the space before it, which split words have lost."""
+    parts = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    return any(
+        part["type"] == "ByteLevel" and not part["add_prefix_space"]
+        for part in parts.get("pretokenizers", [parts])
+        if part
+    )
+
+
+@contextlib.contextmanager
+def _truncating(backend: Any, max_length: int | None) -> Iterator[None]:
+    """Sets truncation and no padding, and restores what the tokenizer had."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_padding()
+    if max_length is None:
+        backend.no_truncation()
+    else:
+        backend.enable_truncation(max_length)
+    try:
+        yield
+    finally:
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
