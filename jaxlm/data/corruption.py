@@ -99,7 +99,7 @@ def denoising_length(input_length: int, noise_density: float = 0.15, mean_span: 
 
 
 def noise_mask(random: np.random.Generator, rows: int, counts: Spans) -> np.ndarray:
-    """bool [rows, length]: exactly ``noise`` True in exactly ``spans`` runs; a row begins with text, ends with noise."""
+    """bool [rows, length]: exactly ``noise`` True in ``spans`` runs; a row begins with text and ends with noise."""
     kept = _partition(random, rows, counts.length - counts.noise, counts.spans)
     noise = _partition(random, rows, counts.noise, counts.spans)
     runs = np.stack([kept, noise], axis=2).reshape(rows, -1)

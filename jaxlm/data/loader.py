@@ -63,6 +63,27 @@ def steps_per_epoch(rows: int, batch_size: int, remainder: Remainder = "pad") ->
     return steps
 
 
+def shard(batches: Batches, host: int, hosts: int) -> Batches:
+    """The rows of one host: the global batch is the concatenation over hosts 0, 1, .. of their batches.
+
+    Apply it after every other transform, so that what is drawn at random for a row does not depend on ``hosts``.
+    Raises ValueError (when a batch is made) if the rows do not divide evenly.
+    """
+    if not 0 <= host < hosts:
+        raise ValueError(f"host {host} of {hosts}: hosts are numbered from 0")
+
+    def rows(batch: Batch, step: int) -> Batch:
+        size = len(batch["input_ids"])
+        if size % hosts:
+            raise ValueError(
+                f"a batch of {size} rows does not divide among {hosts} hosts; choose a multiple of {hosts}"
+            )
+        mine = slice(host * size // hosts, (host + 1) * size // hosts)
+        return {name: array[mine] for name, array in batch.items()}
+
+    return batches.map(rows)
+
+
 def generator(*key: int) -> np.random.Generator:
     """A generator that is a pure function of its key, for example (seed, step)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([k % 2**64 for k in key])))

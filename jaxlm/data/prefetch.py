@@ -1,4 +1,4 @@
-"""Building batches ahead of the step that uses them, and keeping the rows of one host."""
+"""Building batches ahead of the step that uses them."""
 
 import queue
 import threading
@@ -7,32 +7,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxlm.data.loader import Batches
-from jaxlm.data.packing import Batch
 
-
-def shard(batches: Batches, host: int, hosts: int) -> Batches:
-    """The rows of one host: the global batch is the concatenation over hosts 0, 1, .. of their batches.
-
-    Apply it after every other transform, so that what is drawn at random for a row does not depend on ``hosts``.
-    Raises ValueError (when a batch is made) if the rows do not divide evenly.
-    """
-    if not 0 <= host < hosts:
-        raise ValueError(f"host {host} of {hosts}: hosts are numbered from 0")
-
-    def rows(batch: Batch, step: int) -> Batch:
-        size = len(batch["input_ids"])
-        if size % hosts:
-            raise ValueError(
-                f"a batch of {size} rows does not divide among {hosts} hosts; choose a multiple of {hosts}"
-            )
-        mine = slice(host * size // hosts, (host + 1) * size // hosts)
-        return {name: array[mine] for name, array in batch.items()}
-
-    return batches.map(rows)
-
-
-class prefetch:  # noqa: N801  (used like a function)
+class prefetch:
     """Iterates over ``batches(start) .. batches(stop - 1)``, made ahead of time by one thread.
 
     Args:

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def _pretrained(spec: str) -> "PreTrainedTokenizerFast":
         raise OSError(f"tokenizer {spec!r} {where}: {str(error).strip().splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {spec!r} has no fast version (tokenizer.json); only fast tokenizers are used")
-    return tokenizer
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def _train_bpe(texts: list[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
@@ -160,7 +160,7 @@ def _wrap(tokenizer: Any, extra: list[str], **names: Any) -> "PreTrainedTokenize
 def sentinel_ids(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     """int32 ids of ``<extra_id_0>``, ``<extra_id_1>``, ..; ValueError where the vocabulary has none."""
     vocabulary = tokenizer.get_vocab()
-    ids = []
+    ids: list[int] = []
     while (token := f"<extra_id_{len(ids)}>") in vocabulary:
         ids.append(vocabulary[token])
     if not ids:
@@ -169,7 +169,7 @@ def sentinel_ids(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """The id to pad with. Any does where padding is masked; a tokenizer without one (GPT-2) pads with its last token."""
+    """The id to pad with. Any id does where padding is masked, so without one (GPT-2) it is that of the end."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in ids if i is not None)
 

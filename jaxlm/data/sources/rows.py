@@ -5,7 +5,7 @@ import gzip
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from jaxlm.data.sources.places import Slice, nearest
 
@@ -127,17 +127,15 @@ def sliced(stream: Stream, part: Slice) -> Stream:
 
     def rows() -> Iterator[Row]:
         if part.needs_count:
-            start, stop = part.bounds(count())
-        else:
-            start, stop = int(part.start or 0), None if part.stop is None else int(part.stop)
-        return itertools.islice(stream(), start, stop)
+            return itertools.islice(stream(), *part.bounds(count()))
+        return itertools.islice(stream(), int(part.start or 0), None if part.stop is None else int(part.stop))
 
     return rows
 
 
 def open_bytes(file: str) -> IO[bytes]:
     """A file's bytes; ``.gz`` is unpacked on the way."""
-    return gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb")
+    return cast(IO[bytes], gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb"))
 
 
 def lines(file: str) -> Iterator[str]:
