@@ -1,0 +1,102 @@
+"""One update: loss, gradients, gradient transforms, clipping, optimizer, methods."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxlm.core import Context, Method, Step, Tree, merge, partition
+from jaxlm.core.partition import Verdict
+from jaxlm.train.gradient import GradFn
+from jaxlm.train.optimizer import moments, with_moments
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that changes while training, and nothing else.
+
+    Attributes:
+      step: int32, updates taken (skipped ones included).
+      nonfinite: int32, consecutive updates skipped because a gradient was not finite.
+      params: the run view.
+      optimizer: optax state over the trained arrays.
+      method: state of the methods.
+    """
+
+    step: jax.Array
+    nonfinite: jax.Array
+    params: Tree
+    optimizer: Any
+    method: dict[str, Any]
+
+
+def create_state(
+    params: Tree, method_state: dict[str, Any], optimizer: optax.GradientTransformation, verdicts: Sequence[Verdict]
+) -> TrainState:
+    """The state before the first update."""
+    trained, _ = partition(params, verdicts)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, params, optimizer.init(trained), method_state)
+
+
+def clip(grads: Mapping[str, jax.Array], norm: jax.Array, largest: float) -> dict[str, jax.Array]:
+    """Gradients scaled to at most `largest` in global norm; unchanged for 0."""
+    if not largest:
+        return dict(grads)
+    return {name: g * jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-9)) for name, g in grads.items()}
+
+
+def make_step(
+    grad: GradFn,
+    optimizer: optax.GradientTransformation,
+    method: Method,
+    verdicts: Sequence[Verdict],
+    *,
+    key: jax.Array,
+    ctx: Context,
+    largest_norm: float,
+) -> Callable[[TrainState, dict, dict], tuple[TrainState, dict[str, Any]]]:
+    """The function to compile: `(state, constants, batch) -> (state, log)`.
+
+    The dropout key is folded from the step's number, so a resumed run draws the bits of an uninterrupted one. An update
+    with a gradient that is not finite leaves parameters and optimizer as they were; `log["finite"]` says which arrays
+    were.
+
+    Args:
+      grad: gradient of the loss, with its transforms.
+      optimizer: over the trained arrays.
+      method: the chain of the run's methods.
+      verdicts: what trains.
+      key: of the run.
+      ctx: placement of activations.
+      largest_norm: clipping, 0 for none.
+    """
+
+    def step(state: TrainState, constants: dict, batch: dict) -> tuple[TrainState, dict[str, Any]]:
+        now = ctx.replace(key=jax.random.fold_in(key, state.step))
+        grads, terms = grad(state.params, constants, batch, now)
+        trained, frozen = partition(state.params, verdicts)
+        norm = optax.global_norm(grads)
+        finite = {name: jnp.isfinite(g).all() for name, g in grads.items()}
+        ok = jnp.isfinite(norm)
+        updates, new_optimizer = optimizer.update(clip(grads, norm, largest_norm), state.optimizer, trained)
+        updated = optax.apply_updates(trained, updates)
+
+        names = frozenset(trained)
+        result = Step(merge(state.params, updated, frozen), moments(new_optimizer, names), state.method)
+        result = method.update(result, grads, constants, state.step + 1)
+        new = TrainState(
+            state.step + 1,
+            jnp.zeros((), jnp.int32),
+            result.params,
+            with_moments(new_optimizer, names, result.moments),
+            result.state,
+        )
+        skipped = state.replace(step=state.step + 1, nonfinite=state.nonfinite + 1)
+        state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, skipped)
+        log = {"terms": {n: (t.sum, t.weight, t.coefficient) for n, t in terms.items()}, "gradient_norm": norm}
+        return state, log | {"nonfinite": state.nonfinite, "finite": finite}
+
+    return step
