@@ -51,12 +51,13 @@ def read(
         raise ValueError(f"documents={documents!r} is an option of the text format; {format} has one record a row")
     if isinstance(columns, str):
         raise ValueError(f"columns={columns!r} must be a mapping or a sequence of names")
-    names = None if columns is None or isinstance(columns, Mapping) else tuple(columns)
+    rename = dict(columns) if hasattr(columns, "keys") else None  # a mapping, also one that is not a Mapping (ConfigDict)
+    names = tuple(columns) if columns is not None and rename is None else None
     if names is not None and format not in ("csv", "tsv"):
         raise ValueError(f"a sequence of columns names those of a csv or tsv file; for {format} give a mapping")
     bare, part = split_place(place)
     stream = READERS[format](bare, part, Options(names, documents))
-    source = Source(format, place, stream, columns if isinstance(columns, Mapping) else None, bad_rows)
+    source = Source(format, place, stream, rename, bad_rows)
     if next(iter(source), None) is None:
         bad = f": all {len(source.bad)} are bad, the first at {source.bad[0]}" if source.bad else ""
         raise ValueError(f"{place!r} ({format}) holds no usable row{bad}")
