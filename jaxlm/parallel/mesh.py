@@ -1,0 +1,98 @@
+"""The mesh: three named axes over all devices, and the start of a multi-host run."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import jax
+from absl import logging
+from jax.sharding import AxisType, Mesh
+
+from jaxlm.core import nearest
+
+MESH_AXES = ("data", "fsdp", "tensor")
+"""Slowest to fastest: neighbours in `tensor` exchange activations in every layer, so they are nearest each other."""
+
+
+def initialize() -> int:
+    """Joins the other processes of the run, if there are any, and returns this process's number.
+
+    Call it before anything else touches a device. The cluster is read from the environment: `JAX_COORDINATOR_ADDRESS`
+    with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, a Slurm step, Open MPI, or the hosts of a TPU slice. A lone process
+    stays alone.
+
+    Raises:
+      ValueError: when `JAX_COORDINATOR_ADDRESS` is set without the other two.
+    """
+    if not jax.distributed.is_initialized():
+        if "JAX_COORDINATOR_ADDRESS" in os.environ:
+            count, number = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
+            jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
+        elif _in_cluster(os.environ):
+            jax.distributed.initialize()
+        elif _may_be_compute_engine(os.environ):
+            try:
+                jax.distributed.initialize()
+            except ValueError as error:  # jax found no cluster: a lone TPU host
+                logging.info("running on this host alone: %s", error)
+    return jax.process_index()
+
+
+def _number(name: str) -> int:
+    if not os.environ.get(name, "").isdecimal():
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, so {name} must be a number, not {os.environ.get(name)!r}")
+    return int(os.environ[name])
+
+
+def _in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether several processes were started together in a way that jax recognises."""
+    if any(int(environment.get(name, 1)) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
+        return True
+    if any("," in environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")):
+        return True
+    return "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def _may_be_compute_engine(environment: Mapping[str, str]) -> bool:
+    """Whether this is a TPU machine (jax then sets the first variable) whose metadata server may know other hosts."""
+    return environment.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in environment
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `tensor` over all devices.
+
+    Args:
+      shape: size of each axis; axes left out have size 1, and one may be -1: whatever is left. `None` puts all devices
+        on `data`.
+      devices: by default every device of the run. Their order follows the interconnect where that is known.
+
+    Raises:
+      ValueError: for an unknown axis, a size that is not positive, more than one -1, or a product that is not the
+        number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes({"data": -1} if shape is None else shape, len(devices))
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+
+
+def mesh_sizes(shape: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Size of every mesh axis, with -1 filled in.
+
+    >>> mesh_sizes({"fsdp": -1, "tensor": 2}, devices=8)
+    {'data': 1, 'fsdp': 4, 'tensor': 2}
+    """
+    for name, size in shape.items():
+        if name not in MESH_AXES:
+            raise ValueError(f"unknown mesh axis {name!r}; {nearest(name, MESH_AXES)}")
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh axis {name} has size {size}; use a positive number, or -1 for what is left")
+    sizes = {name: shape.get(name, 1) for name in MESH_AXES}
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ValueError(f"mesh axes {' and '.join(open_axes)} are both -1; at most one can be filled in")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if devices % known or (not open_axes and known != devices):
+        wanted = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"a mesh of {wanted} does not fit {devices} devices; their product must be {devices}")
+    return sizes | dict.fromkeys(open_axes, devices // known)

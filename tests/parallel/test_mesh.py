@@ -1,0 +1,101 @@
+"""Meshes: sizes, errors, and the start of several processes."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxlm.parallel import make_mesh, mesh_sizes
+from jaxlm.parallel.mesh import _in_cluster
+
+
+def test_sizes_are_filled_in():
+    assert mesh_sizes({"data": 1, "fsdp": -1, "tensor": 2}, 8) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert mesh_sizes({"tensor": 8}, 8) == {"data": 1, "fsdp": 1, "tensor": 8}
+    assert mesh_sizes({}, 1) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"tensors": 2}, "did you mean 'tensor'"),
+        ({"data": 0}, "size 0"),
+        ({"data": -2}, "size -2"),
+        ({"data": -1, "fsdp": -1}, "data and fsdp are both -1"),
+        ({"data": 3, "fsdp": -1}, "does not fit 8 devices"),
+        ({"data": 2, "tensor": 2}, "product must be 8"),
+    ],
+)
+def test_errors(shape, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_sizes(shape, 8)
+
+
+def test_mesh_is_automatic_and_covers_all_devices():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+    assert set(mesh.devices.flat) == set(jax.devices())
+    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert make_mesh({}, jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "8"}, False),  # inside sbatch, outside srun: one process
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ],
+)
+def test_clusters_are_recognised(environment, expected):
+    assert _in_cluster(environment) is expected
+
+
+PROGRAM = """
+import jax, numpy as np
+from jaxlm.parallel import initialize, make_mesh, shard_batch
+number = initialize()
+mesh = make_mesh({"data": -1})
+batch = shard_batch({"x": np.full((2, 3), number + 1, np.float32)}, mesh, {"batch": ("data", "fsdp")})
+total = jax.jit(lambda x: x.sum())(batch["x"])
+print("result", initialize(), jax.process_count(), batch["x"].shape, float(total))
+"""
+
+
+def test_two_processes_share_a_batch():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env={**os.environ, **common, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for i, (out, error) in enumerate(outputs):
+        assert f"result {i} 2 (4, 3) 18.0" in out, error
+
+
+def test_an_incomplete_environment_is_refused():
+    env = {**os.environ, "JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_PROCESS_ID": "0", "JAX_PLATFORMS": "cpu"}
+    program = "from jaxlm.parallel import initialize; initialize()"
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+    assert "JAX_NUM_PROCESSES must be a number" in done.stderr
