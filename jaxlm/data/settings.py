@@ -1,0 +1,50 @@
+"""`config.data`: every field is a field here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlm.data.sources import Source, read
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the data are and how they become batches.
+
+    Attributes:
+      format: `tfds`, `jsonl`, `csv`, `tsv`, `conll`, `text` or `python`.
+      train, eval, test: path, glob or split, with an optional slice (`corpus.txt[:90%]`); "" where there is none.
+      columns: names by position, or `{ours: the file's}`; ours are `text`, `text_pair`, `label`, `tokens`, `tags`,
+        `source`, `target`.
+      documents: what one document of the text format is: `file`, `line` or `paragraph`.
+      bad_rows: `stop` or `skip` (and count).
+      tokenizer: directory or hub id, `bpe:SIZE`, `wordpiece:SIZE` or `character` to train one, "" for the model's own.
+      max_length: tokens of a row, of the decoder's too.
+      bucket: rows are padded to a multiple of this (fewer, longer shapes for a larger one).
+      pack: put several whole examples in a row (token classification).
+    """
+
+    format: str = "text"
+    train: str = ""
+    eval: str = ""
+    test: str = ""
+    columns: Any = None
+    documents: str = "file"
+    bad_rows: str = "stop"
+    tokenizer: str = ""
+    max_length: int = 128
+    bucket: int = 16
+    pack: bool = False
+
+    def __post_init__(self):
+        for name in ("max_length", "bucket"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config.data.{name} = {getattr(self, name)}: must be at least 1")
+
+    def source(self, split: str) -> Source:
+        """The records of `train`, `eval` or `test`."""
+        place = getattr(self, split)
+        if not place:
+            raise ValueError(f"config.data.{split} is empty; name a file, a glob or a tfds split")
+        columns: Mapping[str, str] | Sequence[str] | None = self.columns
+        return read(self.format, place, columns=columns, bad_rows=self.bad_rows, documents=self.documents)

@@ -1,0 +1,189 @@
+"""Classification and regression of whole texts, and of the words of a sentence."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.core import Term, Terms
+from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed_examples
+from jaxlm.data.ragged import Examples, Ragged
+from jaxlm.data.settings import DataSettings
+from jaxlm.data.sources import Source
+from jaxlm.data.tokenizer import encode, padding_id
+from jaxlm.losses.cross_entropy import IGNORED, cross_entropy, squared_error
+from jaxlm.tasks.task import Batch, Outputs, Prepared, Score, Task, column, scalar, texts_of
+
+
+def padded_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None) -> Batches:
+    """Rows of similar length, padded to the smallest bucket; with `pack`, several examples in a row for training."""
+    examples, pad = prepared.examples, padding_id(tokenizer)
+    if settings.pack and seed is not None:
+        return packed_examples(examples, batch_size, seed, length=settings.max_length, pad_id=pad)
+    lengths = multiples(settings.bucket, settings.max_length)
+    if seed is None:
+        return in_order(examples, batch_size, lengths=lengths, pad_id=pad)
+    return bucketed(examples, batch_size, seed, lengths=lengths, pad_id=pad)
+
+
+# -- whole texts ------------------------------------------------------------------------------------------------------
+
+
+def text_labels(source: Source) -> tuple[str, ...]:
+    """The classes of the training data, sorted."""
+    return tuple(sorted({str(column(record, "label", source)) for record in source}))
+
+
+def labelled_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
+    """`text` (and `text_pair`) with the class of `label`; a class that training did not have is a bad row."""
+    numbers = {name: i for i, name in enumerate(labels)}
+    texts, classes = [], []
+    for row in source.located():
+        label = str(column(row.record, "label", source))
+        if label not in numbers:
+            source.reject(row, f"label {label!r} is not in the training data ({', '.join(labels[:8])})")
+            continue
+        texts.append(texts_of(row.record, source))
+        classes.append(numbers[label])
+    return _texts(texts, np.array(classes, np.int32), tokenizer, settings)
+
+
+def rated_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
+    """`text` (and `text_pair`) with the number in `label`."""
+    texts, targets = [], []
+    for row in source.located():
+        value = column(row.record, "label", source)
+        try:
+            targets.append(float(value))
+        except ValueError:
+            source.reject(row, f"label {value!r} is not a number")
+            continue
+        texts.append(texts_of(row.record, source))
+    return _texts(texts, np.array(targets, np.float32), tokenizer, settings)
+
+
+def _texts(texts: list[tuple[str, ...]], labels: np.ndarray, tokenizer: Any, settings: DataSettings) -> Prepared:
+    paired = any(len(t) == 2 for t in texts)
+    inputs = texts if paired else [t[0] for t in texts]
+    encoded = encode(tokenizer, inputs, max_length=settings.max_length)
+    columns: dict[str, Any] = {"input_ids": encoded.ids, "labels": labels}
+    return Prepared(Examples(columns | ({"token_type_ids": encoded.types} if paired else {})), {})
+
+
+def class_loss(outputs: Outputs, batch: Batch) -> Terms:
+    """Cross-entropy an example (or a labelled word)."""
+    return {"cross_entropy": cross_entropy(outputs["logits"], batch["labels"])}
+
+
+def class_predictions(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    """The likeliest class beside the true one."""
+    return {"predicted": jnp.argmax(outputs["logits"], axis=-1), "true": batch["labels"]}
+
+
+def class_score(
+    terms: dict[str, Term], predictions: dict[str, np.ndarray], labels: tuple[str, ...], facts: Mapping[str, int]
+) -> Score:
+    """Accuracy, macro F1 and Matthews correlation, with scikit-learn's report a class."""
+    from sklearn.metrics import accuracy_score, classification_report, f1_score, matthews_corrcoef
+
+    true, predicted = predictions["true"], predictions["predicted"]
+    metrics = {
+        "loss": scalar(terms, "cross_entropy"),
+        "accuracy": accuracy_score(true, predicted),
+        "f1": f1_score(true, predicted, average="macro", labels=range(len(labels)), zero_division=0),
+        "mcc": matthews_corrcoef(true, predicted),
+    }
+    report = classification_report(
+        true, predicted, labels=range(len(labels)), target_names=labels, digits=4, zero_division=0
+    )
+    return Score({name: float(value) for name, value in metrics.items()}, report)
+
+
+def rating_loss(outputs: Outputs, batch: Batch) -> Terms:
+    """Squared error an example."""
+    return {"squared_error": squared_error(outputs["logits"][:, 0], batch["labels"])}
+
+
+def rating_predictions(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    """The predicted number beside the true one."""
+    return {"predicted": outputs["logits"][:, 0], "true": batch["labels"]}
+
+
+def rating_score(terms, predictions, labels, facts) -> Score:
+    """Mean squared error, Pearson and Spearman correlation."""
+    from scipy.stats import pearsonr, spearmanr
+
+    true, predicted = predictions["true"], predictions["predicted"]
+    correlations = {"pearson": pearsonr(true, predicted)[0], "spearman": spearmanr(true, predicted)[0]}
+    return Score({"loss": scalar(terms, "squared_error")} | {n: float(v) for n, v in correlations.items()})
+
+
+# -- words of a sentence ----------------------------------------------------------------------------------------------
+
+
+def word_labels(source: Source) -> tuple[str, ...]:
+    """The tags of the training data, sorted."""
+    return tuple(sorted({tag for record in source for tag in column(record, "tags", source)}))
+
+
+def labelled_words(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
+    """`tokens` with the tag of each on its first piece; words beyond `max_length` are counted as `truncated_words`."""
+    numbers = {name: i for i, name in enumerate(labels)}
+    sentences, tags = [], []
+    for row in source.located():
+        unknown = set(column(row.record, "tags", source)) - numbers.keys()
+        if unknown:
+            source.reject(row, f"tags {sorted(unknown)} are not in the training data")
+            continue
+        sentences.append(column(row.record, "tokens", source))
+        tags.append(np.array([numbers[tag] for tag in row.record["tags"]], np.int32))
+    encoded = encode(tokenizer, sentences, words=True, max_length=settings.max_length)
+    values = np.full(len(encoded.ids.values), IGNORED, np.int32)
+    first = encoded.words.values >= 0
+    row_of = np.repeat(np.arange(len(tags)), encoded.ids.lengths)[first]
+    starts = Ragged.of(tags).offsets
+    values[first] = np.concatenate(tags)[starts[row_of] + encoded.words.values[first]] if tags else 0
+    columns = {"input_ids": encoded.ids, "labels": Ragged(values, encoded.ids.offsets)}
+    return Prepared(Examples(columns), {"truncated_words": int(starts[-1] - first.sum())})
+
+
+def word_score(
+    terms: dict[str, Term], predictions: dict[str, np.ndarray], labels: tuple[str, ...], facts: Mapping[str, int]
+) -> Score:
+    """Precision, recall and F1 of entities by seqeval's (conlleval's) conventions, accuracy of words; reports of both."""
+    from seqeval.metrics import classification_report as entity_report
+    from seqeval.metrics import f1_score, precision_score, recall_score
+    from sklearn.metrics import accuracy_score
+    from sklearn.metrics import classification_report as word_report
+
+    valid = predictions["true"] != IGNORED
+    true = [[labels[t] for t in row[keep]] for row, keep in zip(predictions["true"], valid, strict=True)]
+    predicted = [[labels[p] for p in row[keep]] for row, keep in zip(predictions["predicted"], valid, strict=True)]
+    metrics = {
+        "loss": scalar(terms, "cross_entropy"),
+        "f1": f1_score(true, predicted, zero_division=0),
+        "precision": precision_score(true, predicted, zero_division=0),
+        "recall": recall_score(true, predicted, zero_division=0),
+        "accuracy": accuracy_score(predictions["true"][valid], predictions["predicted"][valid]),
+    }
+    words = word_report(
+        predictions["true"][valid],
+        predictions["predicted"][valid],
+        labels=range(len(labels)),
+        target_names=labels,
+        digits=4,
+        zero_division=0,
+    )
+    report = f"entities\n{entity_report(true, predicted, digits=4, zero_division=0)}\nwords\n{words}"
+    return Score({name: float(value) for name, value in metrics.items()}, report)
+
+
+sequence = Task(
+    "sequence", labelled_texts, padded_batches, class_loss, class_loss, class_score, text_labels, class_predictions
+)
+regression = Task(
+    "sequence", rated_texts, padded_batches, rating_loss, rating_loss, rating_score, predict=rating_predictions
+)
+token = Task("token", labelled_words, padded_batches, class_loss, class_loss, word_score, word_labels, class_predictions)

@@ -1,0 +1,60 @@
+"""Causal language modelling on packed documents; also what every language-modelling task shares."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxlm.core import Term, Terms
+from jaxlm.data.loader import Batches, packed
+from jaxlm.data.ragged import Examples, Ragged
+from jaxlm.data.settings import DataSettings
+from jaxlm.data.sources import Source
+from jaxlm.data.tokenizer import encode, padding_id
+from jaxlm.losses.cross_entropy import accuracy, cross_entropy
+from jaxlm.tasks.task import Batch, Outputs, Prepared, Score, Task, column, scalar
+
+
+def documents(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
+    """Every record's `text`, between the tokenizer's begin and end tokens where it has them, and the bytes of them all.
+
+    With a begin token the first token of a document is predicted too, so the loss accounts for every byte.
+    """
+    texts = [column(record, "text", source) for record in source]
+    encoded = encode(tokenizer, texts, special_tokens=False).ids
+    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ids = Ragged.of([np.concatenate([first, row, last]).astype(np.int32) for row in encoded])
+    return Prepared(Examples({"input_ids": ids}), {"bytes": sum(len(t.encode("utf8")) for t in texts)})
+
+
+def packed_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None) -> Batches:
+    """Rows of exactly `max_length` tokens."""
+    ids = prepared.examples.columns["input_ids"]
+    assert isinstance(ids, Ragged)
+    return packed(ids, batch_size, seed, length=settings.max_length, pad_id=padding_id(tokenizer))
+
+
+def token_loss(outputs: Outputs, batch: Batch) -> Terms:
+    """Cross-entropy a predicted token."""
+    return {"cross_entropy": cross_entropy(outputs["logits"], batch["labels"])}
+
+
+def token_measures(outputs: Outputs, batch: Batch) -> Terms:
+    """Cross-entropy and accuracy over the predicted tokens."""
+    return token_loss(outputs, batch) | {"accuracy": accuracy(outputs["logits"], batch["labels"])}
+
+
+def token_score(
+    terms: dict[str, Term], predictions: dict[str, np.ndarray], labels: tuple[str, ...], facts: Mapping[str, int]
+) -> Score:
+    """Loss in nats a token, perplexity, accuracy; with the text's size also bits a byte, which compares tokenizers."""
+    loss = scalar(terms, "cross_entropy")
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), "accuracy": scalar(terms, "accuracy")}
+    if facts.get("bytes"):
+        metrics["bits_per_byte"] = float(terms["cross_entropy"].sum) / math.log(2) / facts["bytes"]
+    return Score(metrics)
+
+
+causal = Task("causal", documents, packed_batches, token_loss, token_measures, token_score)

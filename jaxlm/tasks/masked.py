@@ -1,0 +1,88 @@
+"""Masked language modelling, with next-sentence prediction where the model has a head for it."""
+
+import re
+from typing import Any
+
+import numpy as np
+
+from jaxlm.core import Terms
+from jaxlm.data.corruption import mask_tokens, next_sentence_pairs
+from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed
+from jaxlm.data.ragged import Examples, Ragged
+from jaxlm.data.settings import DataSettings
+from jaxlm.data.sources import Source
+from jaxlm.data.tokenizer import encode, padding_id
+from jaxlm.losses.cross_entropy import accuracy, cross_entropy
+from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
+from jaxlm.tasks.task import Batch, Outputs, Prepared, Task, column
+
+
+def framed(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
+    """Documents between the tokenizer's first and last special tokens."""
+    texts = [column(record, "text", source) for record in source]
+    return Prepared(Examples({"input_ids": encode(tokenizer, texts).ids}), {})
+
+
+def sentence_pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
+    """Pairs of passages for next-sentence prediction; a sentence ends at `.`, `!`, `?` or a line's end."""
+    sentences, offsets = [], [0]
+    for record in source:
+        parts = re.split(r"(?<=[.!?])\s+|\n+", column(record, "text", source))
+        sentences += [part for part in parts if part.strip()]
+        offsets.append(len(sentences))
+    ids = encode(tokenizer, sentences, special_tokens=False).ids
+    return Prepared(
+        next_sentence_pairs(
+            ids,
+            np.array(offsets, np.int64),
+            seed=0,
+            max_length=settings.max_length,
+            first_id=tokenizer.cls_token_id,
+            between_id=tokenizer.sep_token_id,
+        ),
+        {},
+    )
+
+
+def masked_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None) -> Batches:
+    """Packed rows (or padded pairs), 15% of their tokens hidden anew at every step; evaluation hides the same ones."""
+    examples, pad = prepared.examples, padding_id(tokenizer)
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token; masked language modelling needs one (wordpiece:SIZE has)")
+    if "next_sentence_labels" in examples.columns:
+        lengths = multiples(settings.bucket, settings.max_length)
+        if seed is None:
+            batches = in_order(examples, batch_size, lengths=lengths, pad_id=pad)
+        else:
+            batches = bucketed(examples, batch_size, seed, lengths=lengths, pad_id=pad)
+    else:
+        ids = examples.columns["input_ids"]
+        assert isinstance(ids, Ragged)
+        batches = packed(ids, batch_size, seed, length=settings.max_length, pad_id=pad)
+    special = np.array(tokenizer.all_special_ids, np.int32)
+    return mask_tokens(
+        batches, seed or 0, mask_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), special_ids=special
+    )
+
+
+def pair_loss(outputs: Outputs, batch: Batch) -> Terms:
+    """Cross-entropy of the hidden tokens, plus that of the pair."""
+    pair = cross_entropy(outputs["next_sentence_logits"], batch["next_sentence_labels"])
+    return token_loss(outputs, batch) | {"next_sentence": pair}
+
+
+def pair_measures(outputs: Outputs, batch: Batch) -> Terms:
+    """Both losses and both accuracies."""
+    pair = accuracy(outputs["next_sentence_logits"], batch["next_sentence_labels"])
+    return pair_loss(outputs, batch) | token_measures(outputs, batch) | {"next_sentence_accuracy": pair}
+
+
+def pair_score(terms, predictions, labels, facts):
+    """As `token_score`, with the accuracy of the pair."""
+    score = token_score(terms, predictions, labels, facts)
+    pair = terms["next_sentence_accuracy"]
+    return score._replace(metrics=score.metrics | {"next_sentence_accuracy": float(pair.sum) / float(pair.weight)})
+
+
+masked = Task("masked", framed, masked_batches, token_loss, token_measures, token_score)
+next_sentence = Task("masked", sentence_pairs, masked_batches, pair_loss, pair_measures, pair_score)

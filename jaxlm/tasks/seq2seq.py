@@ -1,0 +1,58 @@
+"""Sequence to sequence: supervised pairs, and T5's span denoising of plain text."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data.corruption import denoise_spans, denoising_length
+from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed
+from jaxlm.data.ragged import Examples, Ragged
+from jaxlm.data.settings import DataSettings
+from jaxlm.data.sources import Source
+from jaxlm.data.tokenizer import encode, padding_id, sentinel_ids
+from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
+from jaxlm.tasks.task import Prepared, Task, column
+
+
+def pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
+    """`source` and `target` of every record; the decoder reads the target shifted right, from the pad token."""
+    records = [(column(r, "source", source), column(r, "target", source)) for r in source]
+    inputs = encode(tokenizer, [a for a, _ in records], max_length=settings.max_length).ids
+    targets = encode(tokenizer, [b for _, b in records], max_length=settings.max_length).ids
+    shifted = Ragged(np.empty_like(targets.values), targets.offsets)
+    shifted.values[1:] = targets.values[:-1]
+    shifted.values[targets.offsets[:-1]] = padding_id(tokenizer)
+    return Prepared(Examples({"input_ids": inputs, "decoder_input_ids": shifted, "labels": targets}), {})
+
+
+def padded_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None) -> Batches:
+    """Rows of similar length, padded to the smallest bucket."""
+    lengths, pad = multiples(settings.bucket, settings.max_length), padding_id(tokenizer)
+    if seed is None:
+        return in_order(prepared.examples, batch_size, lengths=lengths, pad_id=pad)
+    return bucketed(prepared.examples, batch_size, seed, lengths=lengths, pad_id=pad)
+
+
+def plain(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
+    """Every record's `text`, ended by the end token."""
+    texts = [column(record, "text", source) for record in source]
+    return Prepared(Examples({"input_ids": encode(tokenizer, texts).ids}), {})
+
+
+def denoising_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None) -> Batches:
+    """Rows of text whose corrupted form is at most `max_length` tokens, the spans drawn anew at every step."""
+    ids = prepared.examples.columns["input_ids"]
+    assert isinstance(ids, Ragged)
+    length = denoising_length(settings.max_length).length
+    rows = packed(ids, batch_size, seed, length=length, pad_id=padding_id(tokenizer))
+    return denoise_spans(
+        rows,
+        seed or 0,
+        sentinels=sentinel_ids(tokenizer),
+        end_id=tokenizer.eos_token_id,
+        pad_id=padding_id(tokenizer),
+    )
+
+
+seq2seq = Task("seq2seq", pairs, padded_batches, token_loss, token_measures, token_score)
+denoising = Task("seq2seq", plain, denoising_batches, token_loss, token_measures, token_score)
