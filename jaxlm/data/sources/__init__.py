@@ -51,8 +51,8 @@ def read(
         raise ValueError(f"documents={documents!r} is an option of the text format; {format} has one record a row")
     if isinstance(columns, str):
         raise ValueError(f"columns={columns!r} must be a mapping or a sequence of names")
-    rename = dict(columns) if hasattr(columns, "keys") else None  # a mapping, also one that is not a Mapping (ConfigDict)
-    names = tuple(columns) if columns is not None and rename is None else None
+    names = tuple(columns) if isinstance(columns, Sequence) else None
+    rename = None if columns is None or isinstance(columns, Sequence) else dict(columns)
     if names is not None and format not in ("csv", "tsv"):
         raise ValueError(f"a sequence of columns names those of a csv or tsv file; for {format} give a mapping")
     bare, part = split_place(place)

@@ -78,8 +78,9 @@ class Source:
             if row.record is None:
                 self.reject(row, row.reason)
                 continue
-            rows += 1
+            bad = len(self._bad)
             yield row
+            rows += len(self._bad) == bad  # not rejected by whoever took it
         self._rows = rows
 
     def reject(self, row: Row, reason: str) -> None:
