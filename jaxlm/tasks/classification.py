@@ -181,9 +181,31 @@ def word_score(
 
 
 sequence = Task(
-    "sequence", labelled_texts, padded_batches, class_loss, class_loss, class_score, text_labels, class_predictions
+    {"head": "sequence"},
+    labelled_texts,
+    padded_batches,
+    class_loss,
+    class_loss,
+    class_score,
+    text_labels,
+    class_predictions,
 )
 regression = Task(
-    "sequence", rated_texts, padded_batches, rating_loss, rating_loss, rating_score, predict=rating_predictions
+    {"head": "sequence", "regression": True},
+    rated_texts,
+    padded_batches,
+    rating_loss,
+    rating_loss,
+    rating_score,
+    predict=rating_predictions,
 )
-token = Task("token", labelled_words, padded_batches, class_loss, class_loss, word_score, word_labels, class_predictions)
+token = Task(
+    {"head": "token"},
+    labelled_words,
+    padded_batches,
+    class_loss,
+    class_loss,
+    word_score,
+    word_labels,
+    class_predictions,
+)

@@ -57,4 +57,4 @@ def token_score(
     return Score(metrics)
 
 
-causal = Task("causal", documents, packed_batches, token_loss, token_measures, token_score)
+causal = Task({"head": "causal"}, documents, packed_batches, token_loss, token_measures, token_score)

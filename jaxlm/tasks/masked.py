@@ -84,5 +84,7 @@ def pair_score(terms, predictions, labels, facts):
     return score._replace(metrics=score.metrics | {"next_sentence_accuracy": float(pair.sum) / float(pair.weight)})
 
 
-masked = Task("masked", framed, masked_batches, token_loss, token_measures, token_score)
-next_sentence = Task("masked", sentence_pairs, masked_batches, pair_loss, pair_measures, pair_score)
+masked = Task({"head": "masked"}, framed, masked_batches, token_loss, token_measures, token_score)
+next_sentence = Task(
+    {"head": "masked", "next_sentence": True}, sentence_pairs, masked_batches, pair_loss, pair_measures, pair_score
+)

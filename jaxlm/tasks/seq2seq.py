@@ -54,5 +54,5 @@ def denoising_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings
     )
 
 
-seq2seq = Task("seq2seq", pairs, padded_batches, token_loss, token_measures, token_score)
-denoising = Task("seq2seq", plain, denoising_batches, token_loss, token_measures, token_score)
+seq2seq = Task({"head": "seq2seq"}, pairs, padded_batches, token_loss, token_measures, token_score)
+denoising = Task({"head": "seq2seq"}, plain, denoising_batches, token_loss, token_measures, token_score)

@@ -44,7 +44,7 @@ class Task(NamedTuple):
     """One kind of training.
 
     Attributes:
-      head: the model's head.
+      structure: fields of the model's config that the task decides: its `head`, and what that needs.
       prepare: `(source, tokenizer, labels, settings) -> Prepared`.
       batches: `(prepared, tokenizer, settings, batch_size, seed) -> Batches`; `seed` None: in order, each row once.
       loss: `(outputs, batch) -> terms`, what training minimises.
@@ -54,7 +54,7 @@ class Task(NamedTuple):
       predict: `(outputs, batch) -> {name: array [batch, ...]}` that `score` reads on the host.
     """
 
-    head: str
+    structure: Mapping[str, Any]
     prepare: Callable[[Source, Any, tuple[str, ...], DataSettings], Prepared]
     batches: Callable[[Prepared, Any, DataSettings, int, int | None], Batches]
     loss: Callable[[Outputs, Batch], Terms]

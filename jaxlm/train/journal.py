@@ -25,14 +25,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class Journal:
     """Writes scalars of a run; `rewind` first drops what a resumed run is going to write again."""
 
-    def __init__(self, workdir: Path, name: str, steps: int, tensorboard: bool = True):
+    def __init__(self, workdir: Path, name: str):
         self.path = workdir / "metrics.jsonl"
         self.console = Console(file=sys.stderr)
-        self.tensorboard = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+        self.folder = workdir / "tensorboard"
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -44,8 +40,13 @@ class Journal:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.bar = self.progress.add_task(name, total=steps, status="compiling")
-        self.name, self.steps, self.file = name, steps, None
+        self.bar = self.progress.add_task(name, total=None, status="compiling")
+        self.name, self.steps = name, 0
+
+    def expect(self, steps: int) -> None:
+        """Sets the number of steps, once it is known."""
+        self.steps = steps
+        self.progress.update(self.bar, total=steps)
 
     def rewind(self, step: int) -> None:
         """Keeps the lines up to `step`, where the run goes on."""
@@ -55,6 +56,9 @@ class Journal:
         self.progress.update(self.bar, completed=step)
 
     def __enter__(self) -> "Journal":
+        from tensorboardX import SummaryWriter
+
+        self.tensorboard = SummaryWriter(str(self.folder))
         self.progress.start()
         self.file = self.path.open("a", encoding="utf8")
         return self
@@ -62,8 +66,7 @@ class Journal:
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
         self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self.tensorboard.close()
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
@@ -74,9 +77,8 @@ class Journal:
         line = {"step": step, "split": split, "time": round(time.time(), 3), **values}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        if self.tensorboard is not None:
-            for key, value in values.items():
-                self.tensorboard.add_scalar(f"{split}/{key}", value, step)
+        for key, value in values.items():
+            self.tensorboard.add_scalar(f"{split}/{key}", value, step)
         shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
         if split == "train":
             status = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tok/s"

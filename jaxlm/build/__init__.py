@@ -1,0 +1,1 @@
+"""From a config to objects: models, data, methods, and the stages that run them."""

@@ -1,0 +1,89 @@
+"""The default config, derived from the functions that read it, and its way back to plain values."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxlm.data.settings import DataSettings
+from jaxlm.models.config import ModelConfig
+from jaxlm.train.settings import TrainSettings
+
+NOT_SET_BY_HAND = {"head", "labels", "regression", "next_sentence"}
+"""Fields of ModelConfig that the task decides."""
+
+
+def default_config() -> ConfigDict:
+    """What a recipe starts from. A field that a recipe or the command line names and that is not here is an error.
+
+    `model` holds `init` (a model directory, a hub id, or "" for a fresh model) and every hyper-parameter, `None` where
+    the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`.
+    """
+    return ConfigDict(
+        {
+            "seed": 0,
+            "task": "causal",
+            "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),
+            "data": _defaults(DataSettings),
+            "train": _defaults(TrainSettings),
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "sharding": {},
+            "surgery": (),
+            "methods": (),
+            "losses": (),
+            "bake": True,
+        }
+    )
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    fields = {field.name: field.default for field in dataclasses.fields(cls)}
+    return {name: config_dict.placeholder(object) if value is None else value for name, value in fields.items()}
+
+
+def _placeholders(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    own = [f.name for f in dataclasses.fields(cls) if f.name not in NOT_SET_BY_HAND | {"family"}]
+    return {name: config_dict.placeholder(_simple(hints[name])) for name in own}
+
+
+def _simple(hint: Any) -> type:
+    """The plain type of a field, `object` where several are possible."""
+    options = [t for t in typing.get_args(hint) if t is not types.NoneType] if typing.get_args(hint) else [hint]
+    return options[0] if len(options) == 1 and options[0] in (int, float, str, bool) else object
+
+
+def plain(config: Any) -> Any:
+    """Nested dicts, lists and scalars: what JSON can hold."""
+    if isinstance(config, ConfigDict):
+        return {key: plain(config[key]) for key in sorted(config)}
+    if isinstance(config, Mapping):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [plain(value) for value in config]
+    return config
+
+
+def set_fields(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a section that are not `None`."""
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def code_version() -> str:
+    """sha256 of the package's source files: what a finished stage was made with."""
+    root = Path(__file__).resolve().parents[1]
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()

@@ -1,0 +1,85 @@
+"""From `config.data` to tokenizers, prepared splits and batches on devices."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.build.config import digest
+from jaxlm.data.loader import Batches
+from jaxlm.data.settings import DataSettings
+from jaxlm.data.sources import Source
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.parallel import shard_batch
+from jaxlm.tasks import Prepared, Task
+
+SENTINELS = 100
+"""`<extra_id_…>` tokens of a tokenizer trained for denoising, as in T5."""
+
+_prepared: dict[str, Prepared] = {}
+
+
+def texts_of(source: Source) -> Iterable[str]:
+    """Every text of every record, whatever its columns: what a tokenizer is trained on."""
+    for record in source:
+        for name in ("text", "text_pair", "source", "target"):
+            if name in record:
+                yield record[name]
+        if "tokens" in record:
+            yield " ".join(record["tokens"])
+
+
+def tokenizer_for(settings: DataSettings, task: str, own: Any) -> Any:
+    """The tokenizer that the config names, or trained on the training split, or the model's `own`."""
+    if not settings.tokenizer:
+        if own is None:
+            raise ValueError(
+                "no tokenizer: set config.data.tokenizer (a directory, a hub id, bpe:SIZE, wordpiece:SIZE, character), "
+                "or config.model.init to a model directory that has one"
+            )
+        return own
+    sentinels = SENTINELS if task == "denoising" else 0
+    trained = settings.tokenizer.partition(":")[0] in ("bpe", "wordpiece", "character")
+    texts = texts_of(settings.source("train")) if trained else None
+    return load_tokenizer(settings.tokenizer, texts, sentinels=sentinels)
+
+
+def prepare(
+    name: str, task: Task, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings, split: str, say=lambda text: None
+) -> Prepared:
+    """One split, encoded; remembered for the other stages of a pipeline that read the same."""
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    key = digest([name, json.loads(vocabulary), labels, [str(v) for v in vars(settings).values()], split])
+    if key not in _prepared:
+        source = settings.source(split)
+        _prepared[key] = task.prepare(source, tokenizer, labels, settings)
+        for bad in source.bad[:5]:
+            say(f"{split}: skipped {bad}")
+        if len(source.bad) > 5:
+            say(f"{split}: skipped {len(source.bad)} rows in all")
+    return _prepared[key]
+
+
+def token_count(batch: Mapping[str, np.ndarray]) -> int:
+    """Tokens of a batch that are not padding, on both sides."""
+    masks = [batch[name] for name in ("segment_ids", "attention_mask", "decoder_attention_mask") if name in batch]
+    return sum(int(np.count_nonzero(mask)) for mask in masks)
+
+
+def to_devices(mesh: jax.sharding.Mesh, rules: Mapping[str, Any]) -> Callable[[dict[str, np.ndarray]], Any]:
+    """`batch -> (tokens of all hosts, batch on the devices)`."""
+
+    def place(batch: dict[str, np.ndarray]) -> tuple[int, dict[str, jax.Array]]:
+        return token_count(batch) * jax.process_count(), shard_batch(batch, mesh, rules)
+
+    return place
+
+
+def batch_shapes(batches: Batches, place: Callable) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Every shape of batch that can come, placed."""
+    placed = [place(batches(-1 - kind))[1] for kind in range(batches.kinds)]
+    return [{n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in b.items()} for b in placed]
+
+

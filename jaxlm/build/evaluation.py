@@ -1,0 +1,68 @@
+"""Evaluation of a model on one split."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlm.core import Context, Term, Tree, add_terms
+from jaxlm.data.loader import shard
+from jaxlm.data.settings import DataSettings
+from jaxlm.models.model import Model
+from jaxlm.tasks import Prepared, Score, Task
+from jaxlm.tasks.task import stacked
+
+
+def evaluator(
+    task: Task,
+    model: Model,
+    prepared: Prepared,
+    tokenizer: Any,
+    settings: DataSettings,
+    *,
+    batch_size: int,
+    place: Callable,
+    ctx: Context,
+    dtype: Any,
+) -> Callable[[Tree], Score]:
+    """`params -> Score` over every example of a split, once, without dropout.
+
+    Args:
+      place: `batch -> (tokens, batch on the devices)`.
+      ctx: placement of activations.
+      dtype: of activations and products.
+    """
+    batches = shard(
+        task.batches(prepared, tokenizer, settings, batch_size, None), jax.process_index(), jax.process_count()
+    )
+
+    @jax.jit
+    def step(params: Tree, batch: dict[str, jax.Array]):
+        outputs = model.forward(params, batch, ctx=ctx, dtype=dtype)
+        return task.measure(outputs, batch), task.predict(outputs, batch)
+
+    def evaluate(params: Tree) -> Score:
+        terms: dict[str, Term] = {}
+        predictions: dict[str, list[np.ndarray]] = {}
+        for number in range(batches.steps_per_epoch):
+            host_batch = batches(number)
+            rows = host_batch.pop("row", None)
+            measured, predicted = step(params, place(host_batch)[1])
+            terms = add_terms(terms, measured)
+            real = slice(None) if rows is None else _everywhere(rows) >= 0
+            for name, value in predicted.items():
+                predictions.setdefault(name, []).append(_everywhere(value)[real])
+        host_terms = {name: Term(*(float(v) for v in term)) for name, term in terms.items()}
+        arrays = {name: stacked(parts) for name, parts in predictions.items()}
+        return task.score(host_terms, arrays, model.config.labels, prepared.facts)
+
+    return evaluate
+
+
+def _everywhere(value: Any) -> np.ndarray:
+    """Rows of all hosts."""
+    if jax.process_count() == 1:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))

@@ -1,0 +1,67 @@
+"""Model: a config and the pure functions that follow from it."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxlm.core import Axes, Tree, abstract, axis_names, axis_sizes, initialize
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.transformer import forward, model_spec
+from jaxlm.nn.layer import Layer
+from jaxlm.nn.stack import run_view
+
+
+@dataclass(frozen=True)
+class Model:
+    """What methods and the trainer know of a network: its structure, its names, its forward pass; no parameters."""
+
+    config: ModelConfig
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters, float32, canonical view."""
+        return initialize(key, model_spec(self.config))
+
+    def abstract(self) -> dict[str, Any]:
+        """The parameters' shapes, without memory."""
+        return abstract(model_spec(self.config))
+
+    def axes(self) -> dict[str, Axes]:
+        """Axis names by path."""
+        return axis_names(model_spec(self.config))
+
+    def sizes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Sizes of the factors of every dimension by path."""
+        return axis_sizes(model_spec(self.config))
+
+    def forward(self, params: Tree, batch: Mapping[str, jax.Array], **options: Any) -> dict[str, Any]:
+        """See `transformer.forward`."""
+        return forward(self.config, params, batch, **options)
+
+    def run_view(
+        self, params: Tree, verdict: Callable[[str], Hashable] = lambda layer: None, breaks: Collection[int] = ()
+    ) -> dict[str, Any]:
+        """Stacks consecutive layers of equal structure and equal `verdict(path of the layer)`.
+
+        Args:
+          params: canonical view.
+          verdict: what else must be equal (whether a layer trains, for instance).
+          breaks: layers that begin a new segment, because the activation before them is tapped.
+        """
+
+        def kind(path: str) -> Hashable:
+            number = int(path.rpartition("layers_")[2])
+            return self.layer(path), verdict(path), sum(b <= number for b in breaks)
+
+        return run_view(params, kind)
+
+    def layer(self, path: str) -> Layer:
+        """Structure of the layer at `layers_3` or `decoder/layers_3`."""
+        layers = self.config.decoder_layers() if path.startswith("decoder/") else self.config.layers()
+        return layers[int(path.rpartition("layers_")[2])]
+
+    def replace(self, config: ModelConfig) -> "Model":
+        """The same with another structure."""
+        return dataclasses.replace(self, config=config)
