@@ -1,5 +1,6 @@
 """TensorFlow Datasets, read through ``as_data_source`` and so without TensorFlow."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +14,9 @@ def rows(place: str, part: Slice, options: Options) -> Stream:
     """One record an example of ``dataset[/config][:version]:split``, for example ``glue/sst2:train[:90%]``.
 
     Text becomes str, a class label its name (None where the data set leaves it out, as in unlabelled test splits),
-    numbers and lists of them become Python's. ``TFDS_DATA_DIR`` says where data sets lie; one that is not there yet is
-    prepared as array_record, which downloads it. Slices round to the nearest row, as TensorFlow Datasets does; they
-    are cut here because its parquet reader ignores them.
+    numbers and lists of them become Python's. ``TFDS_DATA_DIR`` (by default ``~/tensorflow_datasets``) says where data
+    sets lie, prepared; nothing is downloaded here, as preparing many of them needs TensorFlow. Slices round to the
+    nearest row, as TensorFlow Datasets does; they are cut here because its parquet reader ignores them.
     """
     name, colon, split = place.rpartition(":")
     if not colon:
@@ -36,24 +37,23 @@ def rows(place: str, part: Slice, options: Options) -> Stream:
 
 
 def _builder(name: str) -> Any:
+    """The data set as it lies on disk, without the code that prepared it."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
 
+    folder = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    recipe = f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
     try:
-        builder = tfds.builder(name)
+        builder = read_only_builder.builder_from_files(name, data_dir=folder)
     except tfds.core.DatasetNotFoundError:
-        raise ValueError(
-            f"no TensorFlow data set {name!r}, neither prepared under TFDS_DATA_DIR nor known by name; "
-            f"{nearest(name, tfds.list_builders())}"
+        prepared = os.listdir(folder) if os.path.isdir(folder) else []
+        raise FileNotFoundError(
+            f"no data set {name!r} is prepared in {folder!r} (TFDS_DATA_DIR): "
+            f"{nearest(name.partition('/')[0].partition(':')[0], prepared)}; to prepare it, {recipe}"
         ) from None
-    if not builder.is_prepared():
-        builder = tfds.builder(name, file_format="array_record")
-        builder.download_and_prepare()
     stored = builder.info.file_format.value
     if stored not in READABLE:
-        raise ValueError(
-            f"{name} is stored as {stored}, which only TensorFlow reads; prepare it again with "
-            f"tfds.builder({name!r}, file_format='array_record').download_and_prepare(), or `tfds convert_format`"
-        )
+        raise ValueError(f"{name} is stored as {stored}, which only TensorFlow reads; prepare it anew with {recipe}")
     return builder
 
 

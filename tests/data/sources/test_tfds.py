@@ -29,6 +29,8 @@ def prepared(request, tmp_path_factory):
         def get_metadata(cls):  # by default looked for in the folder of the module
             return tfds.core.dataset_metadata.DatasetMetadata(description="", citation="")
 
+        url_infos = None  # nothing to download
+
         def _info(self):
             return tfds.core.DatasetInfo(builder=self, features=features)
 
@@ -76,8 +78,10 @@ def test_slices_and_columns(prepared):
 def test_errors_name_what_there_is(prepared):
     with pytest.raises(ValueError, match="did you mean 'train'"):
         read("tfds", "tiny_reviews:trian")
-    with pytest.raises(ValueError, match="no TensorFlow data set 'mnits'.*did you mean 'mnist'"):
-        read("tfds", "mnits:train")
+    with pytest.raises(FileNotFoundError, match=r"TFDS_DATA_DIR\): did you mean 'tiny_reviews'\?; to prepare it, tfds"):
+        read("tfds", "tiny_review:train")
+    with pytest.raises(FileNotFoundError, match="no data set"):
+        read("tfds", "tiny_reviews:9.9.9:train")
     with pytest.raises(ValueError, match="dataset:split"):
         read("tfds", "tiny_reviews")
 
