@@ -2,9 +2,9 @@
 
     python experiments/train.py --config=configs/finetune/sequence.py --workdir=runs/sst2 --config.train.epochs=2
 
-A config file may take an argument (`--config=FILE:ARG`) and any of its fields can be set on the command line. A run that
-was cut off goes on where it was when the same command is given again. `workdir/result.json` holds the final metrics,
-`workdir/model/` the model directory, `workdir/metrics.jsonl` and `workdir/tensorboard/` the curves.
+A config file may take an argument (`--config=FILE:ARG`) and any of its fields can be set on the command line. A run
+that was cut off goes on where it was when the same command is given again. `workdir/result.json` holds the final
+metrics, `workdir/model/` the model directory, `workdir/metrics.jsonl` and `workdir/tensorboard/` the curves.
 """
 
 from pathlib import Path

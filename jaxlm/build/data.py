@@ -47,7 +47,13 @@ def tokenizer_for(settings: DataSettings, task: str, own: Any) -> Any:
 
 
 def prepare(
-    name: str, task: Task, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings, split: str, say=lambda text: None
+    name: str,
+    task: Task,
+    tokenizer: Any,
+    labels: tuple[str, ...],
+    settings: DataSettings,
+    split: str,
+    say=lambda text: None,
 ) -> Prepared:
     """One split, encoded; remembered for the other stages of a pipeline that read the same."""
     vocabulary = tokenizer.backend_tokenizer.to_str()
@@ -81,5 +87,3 @@ def batch_shapes(batches: Batches, place: Callable) -> list[dict[str, jax.ShapeD
     """Every shape of batch that can come, placed."""
     placed = [place(batches(-1 - kind))[1] for kind in range(batches.kinds)]
     return [{n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in b.items()} for b in placed]
-
-

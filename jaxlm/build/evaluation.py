@@ -54,7 +54,7 @@ def evaluator(
             real = slice(None) if rows is None else _everywhere(rows) >= 0
             for name, value in predicted.items():
                 predictions.setdefault(name, []).append(_everywhere(value)[real])
-        host_terms = {name: Term(*(float(v) for v in term)) for name, term in terms.items()}
+        host_terms = jax.device_get(terms)
         arrays = {name: stacked(parts) for name, parts in predictions.items()}
         return task.score(host_terms, arrays, model.config.labels, prepared.facts)
 

@@ -11,6 +11,7 @@ import re
 import resource
 import subprocess
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -94,14 +95,19 @@ class Setting:
 
     def key(self, name: str) -> jax.Array:
         """The key of one use of randomness."""
-        return Context(jax.random.key(self.config["seed"])).at(name).key
+        return key_of(self.config["seed"], name)
+
+
+def key_of(seed: int, name: str) -> jax.Array:
+    """The key of one use of randomness in a run."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say=print) -> Setting:
     """Reads model and data of a config; `splits` are encoded where the config names a place for them."""
     data, training = DataSettings(**config.data), TrainSettings(**config.train)
     task = lookup(TASKS, config.task, "task")
-    key = Context(jax.random.key(config.seed)).at("init").key
+    key = key_of(config.seed, "init")
     labels = task.labels(data.source("train")) if data.train else ()
     if config.model.init:
         lm = starting_model(config, task, labels, key, say)
@@ -133,7 +139,7 @@ def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Ar
 
 
 def fresh_config(config: Any, task: Task, labels: tuple[str, ...], tokenizer: Any) -> Any:
-    """The structure of a new model: the family's defaults, the config's fields, the task's head, the tokenizer's size."""
+    """The structure of a new model: the family's defaults, the config's fields, the task's head, the tokenizer."""
     fields = {n: v for n, v in set_fields(config.model).items() if n != "init"}
     family = fields.pop("family", "gpt2")
     given = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
@@ -287,7 +293,7 @@ def tap_breaks(taps: frozenset, model: Model) -> set[int]:
 
     Where most layers are tapped, one scan that gives out all of them is smaller than many short ones.
     """
-    tapped = {tap.index for tap in taps if tap.site == "hidden"}
+    tapped = {tap.depth for tap in taps if tap.site == "hidden"}
     return tapped if 2 * len(tapped) <= model.config.num_layers else set()
 
 
@@ -330,7 +336,9 @@ def finish(setting: Setting, ready: Ready, state: TrainState) -> tuple[Model, Tr
     """The trained model in the canonical view: averaged, without vocabulary padding, baked."""
     last = ready.run.settings.average_last
     if last > 1:
-        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, ready.run.shardings)
+        target = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, ready.run.shardings
+        )
         found = [ready.run.store.restore_at(step, flatten_state(target)) for step in ready.run.store.steps()[-last:]]
         state = state.replace(params=average([unflatten_state(state, flat).params for flat in found]))
     params = ready.method.eval_params(state.params, state.method)

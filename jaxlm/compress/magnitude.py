@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.compress.schedule import cubic
-from jaxlm.core import Adapted, Masked, Method, Step, Tree, flatten, map_leaves, materialize, matches
+from jaxlm.core import Adapted, Masked, Method, Step, Tree, flatten, map_leaves, matches, materialize
 from jaxlm.core.paths import join_field
 
 

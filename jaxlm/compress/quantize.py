@@ -33,7 +33,9 @@ def qat(*, dynamic: bool = True, targets: str = f"{KERNELS}|{TABLES}") -> Method
     def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
         _check(params, targets, "qat")
         wrap = lambda path, leaf: FakeQuant(leaf, dynamic=dynamic, channel=_channel(path))  # noqa: E731
-        return Adapted(map_leaves(lambda path, leaf: wrap(path, leaf) if matches(targets, path) else leaf, params), axes)
+        return Adapted(
+            map_leaves(lambda path, leaf: wrap(path, leaf) if matches(targets, path) else leaf, params), axes
+        )
 
     def bake(model: Any, params: Tree, axes: dict, state: dict):
         stored = map_leaves(lambda path, leaf: leaf.quantize() if isinstance(leaf, FakeQuant) else leaf, params)

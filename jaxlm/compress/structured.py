@@ -152,7 +152,9 @@ def _names(axes: Axes) -> list[str | None]:
 def _binary(path: str, gate: Gate) -> np.ndarray:
     value = np.asarray(gate.value)
     if not np.isin(value, (0.0, 1.0)).all():
-        raise ValueError(f"{path}: a gate must be 0 or 1 to be removed, found {float(value.min())}..{float(value.max())}")
+        raise ValueError(
+            f"{path}: a gate must be 0 or 1 to be removed, found {float(value.min())}..{float(value.max())}"
+        )
     return value
 
 
@@ -203,7 +205,8 @@ def _resized(config: Any, kept: Mapping[str, np.ndarray], closed: Mapping[str, b
         if config.relative_buckets and (getattr(config, columns) or any(path in kept for path in attention)):
             table = getattr(config, columns) or tuple(tuple(range(n)) for n in getattr(config, heads))
             changes[columns] = tuple(
-                tuple(np.array(table[i])[kept[attention[i]]].tolist()) if attention[i] in kept else table[i] for i in stay
+                tuple(np.array(table[i])[kept[attention[i]]].tolist()) if attention[i] in kept else table[i]
+                for i in stay
             )
         if stack != "decoder/" and config.window_from:
             changes["window_from"] = sum(i < config.window_from for i in stay)

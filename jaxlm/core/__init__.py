@@ -26,5 +26,3 @@ from jaxlm.core.registry import call, lookup, nearest
 from jaxlm.core.site import SITES, Gate, Site, visit
 from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, matmul, take
 from jaxlm.core.weights import WEIGHTS, FakeQuant, LowRank, Masked, Quantized
-
-

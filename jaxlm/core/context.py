@@ -12,8 +12,7 @@ def unsharded(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     return x
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
     """Randomness and placement of one forward pass.
 
     Attributes:

@@ -28,11 +28,11 @@ Terms = dict[str, Term]
 
 
 class Tap(NamedTuple):
-    """An activation that leaves the forward pass: `hidden` (index 0 is the embeddings, i the output of layer i-1) or
-    `attention` (index i is layer i)."""
+    """An activation that leaves the forward pass: `hidden` (depth 0 is the embeddings, i the output of layer i-1) or
+    `attention` (depth i is layer i)."""
 
     site: str
-    index: int
+    depth: int
 
 
 class Loss(NamedTuple):

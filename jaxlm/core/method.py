@@ -87,9 +87,7 @@ def chain(methods: Sequence[tuple[str, Method]]) -> Method:
             twice = (new.constants.keys() & result.constants.keys()) | (new.state.keys() & result.state.keys())
             if twice:
                 raise ValueError(f"{name} is used twice in one run ({', '.join(sorted(twice))}); merge the two entries")
-            result = Adapted(
-                new.params, new.axes, {**result.constants, **new.constants}, {**result.state, **new.state}
-            )
+            result = Adapted(new.params, new.axes, {**result.constants, **new.constants}, {**result.state, **new.state})
         return result
 
     def trainable(info):

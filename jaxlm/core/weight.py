@@ -37,7 +37,7 @@ class Node(struct.PyTreeNode):
 
 
 class Weight(Node):
-    """A matrix `W [in, out]`; subclasses need `materialize`, `components` and `shape`, and override what they do faster.
+    """A matrix `W [in, out]`; subclasses give `materialize`, `components`, `shape`, and override what they do faster.
 
     Under `scan` the same class carries a leading `layers` axis on every field; methods always see it without.
     """

@@ -1,4 +1,4 @@
-"""Distillation: what a student may learn from a teacher (its answers, its hidden states), and the method that does it."""
+"""Distillation: what a student may learn from a teacher, its answers and its hidden states, and the method for it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

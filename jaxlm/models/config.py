@@ -7,7 +7,8 @@ from typing import Any
 from jaxlm.nn.layer import Layer, Rotary
 
 HEADS = ("causal", "masked", "sequence", "token", "seq2seq", "pooled", "none")
-Sizes = int | tuple[int, ...]
+Sizes = Any
+"""One size, or one a layer; always a tuple once the config exists."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ class ModelConfig:
     hidden_size: int = 256
     num_layers: int = 4
     num_heads: Sizes = 4
-    num_kv_heads: Sizes | None = None
+    num_kv_heads: Sizes = None
     head_dim: int | None = None
-    ffn_size: Sizes | None = None
+    ffn_size: Sizes = None
     num_decoder_layers: int = 0
-    decoder_num_heads: Sizes | None = None
-    cross_num_heads: Sizes | None = None
-    decoder_ffn_size: Sizes | None = None
+    decoder_num_heads: Sizes = None
+    cross_num_heads: Sizes = None
+    decoder_ffn_size: Sizes = None
     max_positions: int = 0
     position_offset: int = 0
     type_vocab_size: int = 0
@@ -100,7 +101,9 @@ class ModelConfig:
         heads = self._per_layer("num_heads", self.num_heads, self.num_layers)
         if self.head_dim is None:
             if self.hidden_size % heads[0]:
-                raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {heads[0]}; set head_dim")
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_heads {heads[0]}; set head_dim"
+                )
             put("head_dim", self.hidden_size // heads[0])
         kv_heads = self._per_layer("num_kv_heads", self.num_kv_heads or heads, self.num_layers)
         for i, (h, kv) in enumerate(zip(heads, kv_heads, strict=True)):
@@ -110,7 +113,11 @@ class ModelConfig:
         put("num_kv_heads", kv_heads)
         put("ffn_size", self._per_layer("ffn_size", self.ffn_size or 4 * self.hidden_size, self.num_layers))
         if self.num_decoder_layers:
-            for name, default in (("decoder_num_heads", heads), ("cross_num_heads", heads), ("decoder_ffn_size", self.ffn_size)):
+            for name, default in (
+                ("decoder_num_heads", heads),
+                ("cross_num_heads", heads),
+                ("decoder_ffn_size", self.ffn_size),
+            ):
                 value = getattr(self, name) or (default[0] if len(set(default)) == 1 else default)
                 put(name, self._per_layer(name, value, self.num_decoder_layers))
 
@@ -167,7 +174,14 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain values; sizes that are equal in all layers as one number."""
         values = dataclasses.asdict(self)
-        for name in ("num_heads", "num_kv_heads", "ffn_size", "decoder_num_heads", "cross_num_heads", "decoder_ffn_size"):
+        for name in (
+            "num_heads",
+            "num_kv_heads",
+            "ffn_size",
+            "decoder_num_heads",
+            "cross_num_heads",
+            "decoder_ffn_size",
+        ):
             sizes = values[name]
             if sizes and len(set(sizes)) == 1:
                 values[name] = sizes[0]

@@ -59,6 +59,8 @@ def generate(
     """
     rows, length = batch["input_ids"].shape
     if config.encoder_decoder:
+        if config.decoder_start_token_id is None:
+            raise ValueError("generation needs config.decoder_start_token_id")
         first = jnp.full((rows, 1), config.decoder_start_token_id, jnp.int32)
         cache = empty_cache(config, params, rows, 1 + new_tokens, dtype, source=length)
         outputs = forward(config, params, {**batch, "decoder_input_ids": first}, cache=cache, dtype=dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxlm.core import Context, Parameter, attend, dim, dropout
 from jaxlm.models.config import ModelConfig
 from jaxlm.nn.dense import ACTIVATIONS, dense, dense_spec, norm, norm_spec
+from jaxlm.parallel.vocabulary import mask_padded_logits
 
 
 def head_spec(config: ModelConfig) -> dict[str, Any]:
@@ -74,7 +75,10 @@ def apply_head(
         logits = dense(own["output"], dropout(x, config.head_dropout, ctx.at("dropout")), ctx)
     else:
         return outputs
-    return outputs | {"logits": logits.astype(jnp.float32)}
+    logits = logits.astype(jnp.float32)
+    if head in ("causal", "seq2seq", "masked"):
+        logits = mask_padded_logits(ctx.place(logits, ("batch", "length", "vocab")), config.vocab_size)
+    return outputs | {"logits": logits}
 
 
 def _pool(config: ModelConfig, x: jax.Array, segments: jax.Array) -> jax.Array:

@@ -42,7 +42,9 @@ def model_spec(config: ModelConfig) -> dict[str, Any]:
 def _stack_spec(config: ModelConfig, layers: tuple[Layer, ...]) -> dict[str, Any]:
     spec: dict[str, Any] = {}
     if config.relative_buckets:
-        columns = max(max(layer.position_heads, default=-1) + 1 if layer.position_heads else layer.heads for layer in layers)
+        columns = max(
+            max(layer.position_heads, default=-1) + 1 if layer.position_heads else layer.heads for layer in layers
+        )
         shape = (dim(buckets=config.relative_buckets), dim(position_heads=columns))
         spec["relative_positions"] = {"embedding": Parameter(shape, std=config.init_std)}
     for i, layer in enumerate(layers):
@@ -80,9 +82,10 @@ def forward(
     Returns:
       `logits` float32 as the head gives them, `last_hidden`, `taps`, and with a cache `cache`.
     """
-    options = dict(ctx=ctx, taps=frozenset(taps), cache=cache, remat=remat, dtype=dtype)
     run = _encoder_decoder if config.encoder_decoder else _single_stack
-    x, segments_of_x, outputs = run(config, params, batch, **options)
+    x, segments_of_x, outputs = run(
+        config, params, batch, ctx=ctx, taps=frozenset(taps), cache=cache, remat=remat, dtype=dtype
+    )
     return {"last_hidden": x} | outputs | heads.apply_head(config, params, x, segments_of_x, ctx)
 
 
@@ -111,10 +114,10 @@ def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
         source_tokens, _, _ = _tokens(place, batch, None, "")
         x = _embed(config, params["embed"], place, source_tokens, None, own_ctx, dtype)
         around = Surroundings(source_tokens, source_tokens, _bias(config, own, source_tokens, source_tokens, False))
-        inner = {Tap(t.site.removeprefix("encoder_"), t.index) for t in taps if t.site.startswith("encoder_")}
+        inner = {Tap(t.site.removeprefix("encoder_"), t.depth) for t in taps if t.site.startswith("encoder_")}
         x, found, _ = stack(own, x, config.layers(), around, ctx=own_ctx, taps=inner, remat=remat)
         source = dropout(norm(config.norm, own["final_norm"], x, config.norm_eps), config.dropout, ctx.at("source"))
-        tapped = {Tap(f"encoder_{t.site}", t.index): value for t, value in found.items()}
+        tapped = {Tap(f"encoder_{t.site}", t.depth): value for t, value in found.items()}
     else:
         source_tokens = _at(cache["source_segments"])
     own, ids, own_ctx = params["decoder"], batch["decoder_input_ids"], ctx.at("decoder")
@@ -199,7 +202,7 @@ def empty_cache(
         layer = layers[segment.first]
         lead = () if segment.length is None else (segment.length,)
         layer_cache[segment.key] = {"attention": zeros(lead, layer.kv_heads, length, layer.head_dim)}
-        if layer.cross_heads is not None:
+        if layer.cross_heads:
             layer_cache[segment.key]["cross_attention"] = zeros(lead, layer.cross_heads, source, layer.head_dim)
     cache = {"layers": layer_cache, "segments": jnp.zeros((batch, length), jnp.int32), "length": jnp.int32(0)}
     return cache | {"source_segments": jnp.zeros((batch, source), jnp.int32)} if config.encoder_decoder else cache

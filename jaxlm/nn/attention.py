@@ -95,10 +95,11 @@ def attention(
     rotary = None if cross else layer.rotary
     q = project(params["query"], x, (kv_heads, q_per_kv, layer.head_dim), ctx.at("query"))
     q = q if rotary is None else rotate(q, queries.positions, rotary)
-    if cross and source is None:
+    inputs = source if cross else x
+    if inputs is None:
+        assert cache is not None, "a cross-attention without source reads its cache"
         k, v = cache["key"], cache["value"]
     else:
-        inputs = source if cross else x
         k = project(params["key"], inputs, (kv_heads, layer.head_dim), ctx.at("key"))
         k = k if rotary is None else rotate(k, queries.positions, rotary)
         v = project(params["value"], inputs, (kv_heads, layer.head_dim), ctx.at("value"))
@@ -106,9 +107,7 @@ def attention(
             k = jax.lax.dynamic_update_slice_in_dim(cache["key"], k.astype(cache["key"].dtype), start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["value"], v.astype(cache["value"].dtype), start, axis=1)
     new_cache = None if cache is None else {"key": k, "value": v}
-    q, k, v = (
-        ctx.place(t, ("batch", None, "kv_heads") + (None,) * (t.ndim - 3)) for t in (q, k, v)
-    )
+    q, k, v = (ctx.place(t, ("batch", None, "kv_heads") + (None,) * (t.ndim - 3)) for t in (q, k, v))
     if layer.scale_scores:
         q = q * layer.head_dim**-0.5
     scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.core import Context, dim, dropout, visit
+from jaxlm.core import Context, dim, dropout, lookup, visit
 from jaxlm.nn.attention import Tokens, attention, attention_spec
 from jaxlm.nn.dense import ACTIVATIONS, dense, dense_spec, norm, norm_spec
 from jaxlm.nn.layer import Layer
@@ -18,7 +18,7 @@ def block_spec(layer: Layer, residual_std: float) -> dict[str, Any]:
         "attention": attention_spec(layer, residual_std),
         "attention_norm": norm_spec(layer.norm, layer.hidden),
     }
-    if layer.cross_heads is not None:
+    if layer.cross_heads:
         spec["cross_attention"] = attention_spec(layer, residual_std, cross=True)
         spec["cross_attention_norm"] = norm_spec(layer.norm, layer.hidden)
     mlp = {"up": dense_spec(width, units, layer.mlp_bias)}
@@ -68,17 +68,16 @@ def block(
     layer's change of the stream: `x + g · (layer(x) - x)`.
     """
     new_cache: dict[str, Any] = {}
-    probabilities = None
+    probabilities: dict[str, jax.Array] = {}
 
     def attend_to(name: str, h: jax.Array) -> jax.Array:
-        nonlocal probabilities
         cross = name == "cross_attention"
         done = attention(
             params[name],
             h,
             layer,
             around.queries,
-            around.source_tokens if cross else around.keys,
+            around.source_tokens if cross and around.source_tokens is not None else around.keys,
             ctx=ctx.at(name),
             bias=None if cross else _own_heads(layer, around.bias),
             cross=cross,
@@ -88,8 +87,7 @@ def block(
         )
         if done.cache is not None:
             new_cache[name] = done.cache
-        if not cross:
-            probabilities = done.probabilities
+        probabilities[name] = done.probabilities
         return visit(params, f"after_{name}", done.output, ctx)
 
     def sublayer(h: jax.Array, name: str, function) -> jax.Array:
@@ -99,17 +97,17 @@ def block(
         return h if layer.pre_norm else norm(layer.norm, params[f"{name}_norm"], h, layer.norm_eps)
 
     y = sublayer(x, "attention", lambda h: attend_to("attention", h))
-    if layer.cross_heads is not None:
+    if layer.cross_heads:
         y = sublayer(y, "cross_attention", lambda h: attend_to("cross_attention", h))
     y = sublayer(y, "mlp", lambda h: mlp(params["mlp"], h, layer, ctx.at("mlp")))
     if "gate" in params:
         y = x + params["gate"](y - x, ctx)
-    return BlockOutput(y, probabilities, new_cache if cache is not None else None)
+    return BlockOutput(y, probabilities["attention"], new_cache if cache is not None else None)
 
 
 def mlp(params: Mapping[str, Any], x: jax.Array, layer: Layer, ctx: Context) -> jax.Array:
     """`act(x up) down`, or gated: `(act(x gate_proj) * (x up)) down`; the site `gate` acts on the units."""
-    activate = ACTIVATIONS[layer.activation]
+    activate = lookup(ACTIVATIONS, layer.activation, "activation")
     h = dense(params["up"], x, ctx.at("up"))
     h = activate(dense(params["gate_proj"], x, ctx.at("gate_proj"))) * h if layer.gated else activate(h)
     h = visit(params, "gate", ctx.place(h, ("batch", "length", "ffn")), ctx)

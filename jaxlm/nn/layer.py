@@ -28,7 +28,7 @@ class Layer:
     Attributes:
       hidden: width of the residual stream.
       kv_heads: key/value heads; q_per_kv: query heads that share each of them; head_dim: width of a head.
-      cross_heads: heads of the cross-attention (decoder layers of an encoder-decoder), else `None`.
+      cross_heads: heads of the cross-attention (decoder layers of an encoder-decoder), else 0.
       ffn: units of the feed-forward network; gated: `act(x gate) * (x up)` instead of `act(x up)`.
       activation: `gelu` (erf), `gelu_tanh`, `relu` or `silu`.
       norm: `layer` (with bias), or `rms` (without mean and bias); norm_eps: its ε; pre_norm: norms before the sublayers
@@ -45,7 +45,7 @@ class Layer:
     q_per_kv: int
     head_dim: int
     ffn: int
-    cross_heads: int | None = None
+    cross_heads: int = 0
     gated: bool = False
     activation: str = "gelu"
     norm: str = "layer"

@@ -122,7 +122,7 @@ def stack(
     new_cache: dict[str, Any] = {}
     for segment in segments(params):
         numbers = range(segment.first, segment.first + (segment.length or 1))
-        inside = {t for t in taps if (t.index - 1 if t.site == "hidden" else t.index) in numbers}
+        inside = {t for t in taps if (t.depth - 1 if t.site == "hidden" else t.depth) in numbers}
         kept_sites = {t.site for t in inside if t != Tap("hidden", numbers.stop)}
 
         def layer_step(x, inputs, layer=layers[segment.first], kept_sites=kept_sites):
@@ -142,6 +142,6 @@ def stack(
             x, (kept, own_cache) = jax.lax.scan(layer_step, x, (params[segment.key], counter, own_cache))
         new_cache[segment.key] = own_cache
         for tap in inside:
-            own = tap.index - segment.first - (tap.site == "hidden")
+            own = tap.depth - segment.first - (tap.site == "hidden")
             tapped[tap] = x if tap == Tap("hidden", numbers.stop) else kept[tap.site][own]
     return x, tapped, new_cache

@@ -17,7 +17,9 @@ from jaxlm.losses.cross_entropy import IGNORED, cross_entropy, squared_error
 from jaxlm.tasks.task import Batch, Outputs, Prepared, Score, Task, column, scalar, texts_of
 
 
-def padded_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None) -> Batches:
+def padded_batches(
+    prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None
+) -> Batches:
     """Rows of similar length, padded to the smallest bucket; with `pack`, several examples in a row for training."""
     examples, pad = prepared.examples, padding_id(tokenizer)
     if settings.pack and seed is not None:
@@ -41,11 +43,12 @@ def labelled_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], sett
     numbers = {name: i for i, name in enumerate(labels)}
     texts, classes = [], []
     for row in source.located():
-        label = str(column(row.record, "label", source))
+        record = row.record or {}
+        label = str(column(record, "label", source))
         if label not in numbers:
             source.reject(row, f"label {label!r} is not in the training data ({', '.join(labels[:8])})")
             continue
-        texts.append(texts_of(row.record, source))
+        texts.append(texts_of(record, source))
         classes.append(numbers[label])
     return _texts(texts, np.array(classes, np.int32), tokenizer, settings)
 
@@ -54,13 +57,14 @@ def rated_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], setting
     """`text` (and `text_pair`) with the number in `label`."""
     texts, targets = [], []
     for row in source.located():
-        value = column(row.record, "label", source)
+        record = row.record or {}
+        value = column(record, "label", source)
         try:
             targets.append(float(value))
         except ValueError:
             source.reject(row, f"label {value!r} is not a number")
             continue
-        texts.append(texts_of(row.record, source))
+        texts.append(texts_of(record, source))
     return _texts(texts, np.array(targets, np.float32), tokenizer, settings)
 
 
@@ -133,12 +137,13 @@ def labelled_words(source: Source, tokenizer: Any, labels: tuple[str, ...], sett
     numbers = {name: i for i, name in enumerate(labels)}
     sentences, tags = [], []
     for row in source.located():
-        unknown = set(column(row.record, "tags", source)) - numbers.keys()
+        record = row.record or {}
+        unknown = set(column(record, "tags", source)) - numbers.keys()
         if unknown:
             source.reject(row, f"tags {sorted(unknown)} are not in the training data")
             continue
-        sentences.append(column(row.record, "tokens", source))
-        tags.append(np.array([numbers[tag] for tag in row.record["tags"]], np.int32))
+        sentences.append(column(record, "tokens", source))
+        tags.append(np.array([numbers[tag] for tag in record["tags"]], np.int32))
     encoded = encode(tokenizer, sentences, words=True, max_length=settings.max_length)
     values = np.full(len(encoded.ids.values), IGNORED, np.int32)
     first = encoded.words.values >= 0
@@ -152,7 +157,7 @@ def labelled_words(source: Source, tokenizer: Any, labels: tuple[str, ...], sett
 def word_score(
     terms: dict[str, Term], predictions: dict[str, np.ndarray], labels: tuple[str, ...], facts: Mapping[str, int]
 ) -> Score:
-    """Precision, recall and F1 of entities by seqeval's (conlleval's) conventions, accuracy of words; reports of both."""
+    """Precision, recall, F1 of entities by seqeval's (conlleval's) conventions, accuracy of words; reports of both."""
     from seqeval.metrics import classification_report as entity_report
     from seqeval.metrics import f1_score, precision_score, recall_score
     from sklearn.metrics import accuracy_score

@@ -29,7 +29,9 @@ def documents(source: Source, tokenizer: Any, labels: tuple[str, ...], settings:
     return Prepared(Examples({"input_ids": ids}), {"bytes": sum(len(t.encode("utf8")) for t in texts)})
 
 
-def packed_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None) -> Batches:
+def packed_batches(
+    prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None
+) -> Batches:
     """Rows of exactly `max_length` tokens."""
     ids = prepared.examples.columns["input_ids"]
     assert isinstance(ids, Ragged)

@@ -44,7 +44,9 @@ def sentence_pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], sett
     )
 
 
-def masked_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None) -> Batches:
+def masked_batches(
+    prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None
+) -> Batches:
     """Packed rows (or padded pairs), 15% of their tokens hidden anew at every step; evaluation hides the same ones."""
     examples, pad = prepared.examples, padding_id(tokenizer)
     if tokenizer.mask_token_id is None:

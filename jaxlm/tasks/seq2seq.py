@@ -25,7 +25,9 @@ def pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: Dat
     return Prepared(Examples({"input_ids": inputs, "decoder_input_ids": shifted, "labels": targets}), {})
 
 
-def padded_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None) -> Batches:
+def padded_batches(
+    prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None
+) -> Batches:
     """Rows of similar length, padded to the smallest bucket."""
     lengths, pad = multiples(settings.bucket, settings.max_length), padding_id(tokenizer)
     if seed is None:
@@ -39,7 +41,9 @@ def plain(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: Dat
     return Prepared(Examples({"input_ids": encode(tokenizer, texts).ids}), {})
 
 
-def denoising_batches(prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None) -> Batches:
+def denoising_batches(
+    prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None
+) -> Batches:
     """Rows of text whose corrupted form is at most `max_length` tokens, the spans drawn anew at every step."""
     ids = prepared.examples.columns["input_ids"]
     assert isinstance(ids, Ragged)

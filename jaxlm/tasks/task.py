@@ -91,5 +91,3 @@ def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(
         [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-100) if p.ndim > 1 else p for p in parts]
     )
-
-

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,15 @@ from jaxlm.train.step import TrainState
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class Feed(Protocol):
+    """Batches on the devices with their numbers of tokens; `waited` counts the seconds spent waiting for them."""
+
+    waited: float
+
+    def __next__(self) -> tuple[int, dict[str, jax.Array]]: ...
+    def close(self) -> None: ...
 
 
 class Store(Protocol):
@@ -36,7 +45,7 @@ class Run:
       shardings: of the state, a tree like it.
       constants: teacher and the like, on the devices.
       shapes: `{name: ShapeDtypeStruct}` of every batch that will come; all are compiled before the first step.
-      batches: `(start, stop)` to an iterator of `(tokens, batch on the devices)` with an attribute `waited`, seconds.
+      batches: `(start, stop)` to the feed of those steps.
       evaluate: `(state) -> metrics`.
       store, best: checkpoints of the run, and of its best evaluation.
       journal: where scalars go.
@@ -48,7 +57,7 @@ class Run:
     shardings: Any
     constants: dict[str, Any]
     shapes: list[dict[str, jax.ShapeDtypeStruct]]
-    batches: Callable[[int, int], Iterator[tuple[int, dict[str, jax.Array]]]]
+    batches: Callable[[int, int], Feed]
     evaluate: Callable[[TrainState], dict[str, float]]
     store: Store
     best: Store
@@ -132,8 +141,11 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
             journal.advance(number)
 
             last = number == run.steps
-            due = lambda every: last or (every > 0 and number % every == 0)  # noqa: B023,E731
-            if not (due(settings.log_every) or due(settings.eval_every) or due(settings.checkpoint_every) or interruption.came):
+            logging, assessing, saving = (
+                last or (every > 0 and number % every == 0)
+                for every in (settings.log_every, settings.eval_every, settings.checkpoint_every)
+            )
+            if not (logging or assessing or saving or interruption.came):
                 continue
             logs = jax.device_get([log for _, log in pending])
             elapsed = time.perf_counter() - began
@@ -145,9 +157,9 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
             report_nonfinite(logs, [n for n, _ in pending], settings, journal)
             pending, tokens = [], 0
 
-            if due(settings.eval_every) and not interruption.came:
+            if assessing and not interruption.came:
                 stop_early = assess(run, state, number, progress)
-            if (due(settings.checkpoint_every) or stop_early or interruption.came) and not last:
+            if (saving or stop_early or interruption.came) and not last:
                 run.store.save(number, flatten_state(state), {"progress": vars(progress)})
             if interruption.came:
                 run.store.wait()

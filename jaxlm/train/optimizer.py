@@ -1,7 +1,7 @@
 """Optimizers by name over flat dicts `{array name: array}`, with decay and learning rates by path rule."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -75,7 +75,8 @@ def decays(info: ArrayInfo, settings: TrainSettings) -> bool:
     """Whether weight decay acts: by rule, else on matrices (kernels, embeddings, factors), never on scales."""
     if info.role not in ("base", "factor"):
         return False
-    return first_match(settings.rules("decay"), info.path, info.role, re.search(r"(kernel|embedding)$", info.path) is not None)
+    matrix = re.search(r"(kernel|embedding)$", info.path) is not None
+    return first_match(settings.rules("decay"), info.path, info.role, default=matrix)
 
 
 def learning_rate_factor(info: ArrayInfo, settings: TrainSettings, shape: tuple[int, ...]) -> Any:
@@ -99,10 +100,7 @@ def optimizer(settings: TrainSettings, steps: int, infos: Mapping[str, ArrayInfo
       infos: of the trained arrays; the rules are checked against them.
     """
     for field in ("decay", "learning_rates"):
-        every_layer = [
-            i._replace(path=re.sub(r"layers_\d+", f"layers_{n}", i.path, count=1)) for i in infos.values() for n in _layers(i)
-        ]
-        check_rules(settings.rules(field), every_layer, f"config.train.{field}")
+        check_rules(settings.rules(field), _each_layer(infos.values()), f"config.train.{field}")
     rate = schedule(settings, steps)
 
     def decay(updates, state, params):
@@ -124,12 +122,14 @@ def optimizer(settings: TrainSettings, steps: int, infos: Mapping[str, ArrayInfo
     return optax.chain(*stages)
 
 
-def _layers(info: ArrayInfo) -> range:
-    segment = re.search(r"layers_(\d+)-(\d+)", info.name)
-    if segment:
-        return range(int(segment[1]), int(segment[2]) + 1)
-    single = re.search(r"layers_(\d+)", info.path)
-    return range(int(single[1]), int(single[1]) + 1) if single else range(1)
+def _each_layer(infos: Iterable[ArrayInfo]) -> Iterator[ArrayInfo]:
+    """The arrays of a run view as rules see them: those of a segment once a layer."""
+    for info in infos:
+        segment = re.search(r"layers_(\d+)-(\d+)", info.name)
+        for number in range(int(segment[1]), int(segment[2]) + 1) if segment else ():
+            yield info._replace(path=re.sub(r"layers_\d+", f"layers_{number}", info.path, count=1))
+        if segment is None:
+            yield info
 
 
 def moments(state: Any, names: frozenset[str]) -> list[dict[str, jax.Array]]:

@@ -9,7 +9,7 @@ from jaxlm.core.weight import Axes, Component, Weight, materialize
 class Masked(Weight):
     """`W = base ⊙ mask`.
 
-    The gradient of a masked entry is exactly zero; methods that must see the dense gradient (regrowth) replace the leaf.
+    The gradient of a masked entry is exactly zero.
 
     Attributes:
       base: array or Weight `[in, out]`.
