@@ -1,0 +1,187 @@
+"""Between the tensors of a transformers checkpoint and the arrays of a parameter tree, one row at a time."""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.core import Parameter, flatten, nearest
+from jaxlm.io.tensors import Tensor
+from jaxlm.models import FAMILIES
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.family import Family, Row, architecture_of
+from jaxlm.models.transformer import model_spec
+
+BARE = ("none", "pooled")
+"""Heads of the classes that transformers saves without the prefix of the base."""
+
+
+class Found(NamedTuple):
+    """What a transformers checkpoint holds of a model.
+
+    Attributes:
+      config: the model's; the head is untied if the checkpoint has one that differs from the token table.
+      leaves: by path.
+      dropped: names of tensors that belong to another head.
+    """
+
+    config: ModelConfig
+    leaves: dict[str, Tensor]
+    dropped: list[str]
+
+
+def rows(config: ModelConfig) -> list[Row]:
+    """The rows of a model, numbers filled in, in the order of the family's table.
+
+    Raises:
+      KeyError: when the table misses a parameter of the network: a mistake in the family.
+    """
+    spec = flatten(model_spec(config))
+    found: list[Row] = []
+    for row in FAMILIES[config.family].names(config):
+        numbers = range(max(config.num_layers, config.num_decoder_layers)) if "{i}" in row.hf else range(1)
+        found += [own for own in map(row.at, numbers) if all(path in spec for path in own.paths)]
+    covered = [path for row in found for path in row.paths]
+    if sorted(covered) != sorted(spec):
+        wrong = sorted(set(spec).symmetric_difference(covered)) or "a path named twice"
+        raise KeyError(f"the names of {config.family} do not cover its parameters once: {wrong}")
+    return found
+
+
+def to_transformers(config: ModelConfig, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as transformers names and lays them out."""
+    family = FAMILIES[config.family]
+    bare = family.architectures[architecture_of(family, config)]["head"] in BARE
+    tensors = {}
+    for row in rows(config):
+        name = row.hf.removeprefix(f"{family.base}.") if bare else row.hf
+        parts = [leaves[path] for path in row.paths]
+
+        def read(row: Row = row, parts: list[Tensor] = parts) -> np.ndarray:
+            return row.join([part.read() for part in parts])
+
+        tensors[name] = Tensor(row.shape([part.shape for part in parts]), parts[0].dtype, read, parts[0].place)
+    return tensors
+
+
+def from_transformers(config: ModelConfig, stored: Mapping[str, Tensor], where: str, strict: bool = True) -> Found:
+    """The leaves of a model out of a transformers checkpoint.
+
+    Names may carry or lack the base's prefix, be those of old releases (`LayerNorm.gamma`), or repeat a tied tensor.
+
+    Args:
+      config: of the stored model.
+      stored: tensors by name.
+      where: directory, for messages.
+      strict: every tensor must be known and there; otherwise the head may lack, and tensors outside the base that
+        are unknown are dropped.
+
+    Raises:
+      ValueError: a missing, unexpected or misshapen tensor, by name.
+    """
+    family = FAMILIES[config.family]
+    config = _pooler(config, stored)
+    tensors, unknown = _resolve(family, config, stored, where)
+    config = _tie(family, config, tensors)
+    spec = flatten(model_spec(config))
+    leaves: dict[str, Tensor] = {}
+    for row in rows(config):
+        tensor = tensors.pop(row.hf, None)
+        parameters = [spec[path] for path in row.paths]
+        expected = row.shape([p.shape for p in parameters])
+        head = row.paths[0].startswith("head/")
+        if tensor is None:
+            if strict or not head:
+                raise ValueError(f"{where} lacks the tensor {row.hf!r}, expected with the shape {list(expected)}")
+        elif tensor.shape != expected:
+            if strict or not head:
+                raise ValueError(
+                    f"{tensor.place}: tensor {row.hf!r} has the shape {list(tensor.shape)}, expected {list(expected)}"
+                )
+            unknown.append(row.hf)
+        else:
+            leaves |= _parts(row, tensor, parameters)
+    leftover = sorted([*tensors, *unknown])
+    surprising = [name for name in leftover if strict or _below_head(config, family, name)]
+    if surprising:
+        known = {row.hf for row in rows(config)}
+        raise ValueError(f"{where} holds the unexpected tensor {surprising[0]!r}; {nearest(surprising[0], known)}")
+    return Found(config, leaves, leftover)
+
+
+def _parts(row: Row, tensor: Tensor, parameters: list[Parameter]) -> dict[str, Tensor]:
+    widths = [p.shape[-1] for p in parameters]
+
+    def reader(index: int):
+        if len(widths) == 1:
+            return lambda: row.part(tensor.read(), 0, widths)
+        # A copy, so that a part does not keep the whole in memory.
+        return lambda: row.part(tensor.read(), index, widths).copy()
+
+    return {
+        path: Tensor(p.shape, tensor.dtype, reader(index), tensor.place)
+        for index, (path, p) in enumerate(zip(row.paths, parameters, strict=True))
+    }
+
+
+def _pooler(config: ModelConfig, stored: Mapping[str, Tensor]) -> ModelConfig:
+    """A bare encoder saved without its pooler has no head."""
+    if config.head == "pooled" and not any(re.search(r"(^|\.)pooler\.", name) for name in stored):
+        return config.replace(head="none")
+    return config
+
+
+def _resolve(
+    family: Family, config: ModelConfig, stored: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Stored tensors by the full names of the family's rows, and the names that are none of these."""
+    known = {row.hf for row in rows(config)} | family.aliases.keys()
+    known |= {row.hf for row in rows(config.replace(tie_embeddings=False))}
+    tensors: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for name, tensor in stored.items():
+        if re.fullmatch(family.ignored, name):
+            continue
+        modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        candidates = [modern, f"{family.base}.{modern}", modern.removeprefix(f"{family.base}.")]
+        full = next((candidate for candidate in candidates if candidate in known), None)
+        if full is None:
+            unknown.append(name)
+        elif full in tensors:
+            raise ValueError(f"{where} holds {full!r} twice, under two names")
+        else:
+            tensors[full] = tensor
+    return tensors, unknown
+
+
+def _tie(family: Family, config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
+    """Removes second copies of tied tensors; an output matrix that differs from the token table unties the head."""
+    own = {row.hf for row in rows(config)}
+    for alias, source in family.aliases.items():
+        if alias not in tensors or alias in own:
+            continue
+        if source not in tensors:
+            tensors[source] = tensors.pop(alias)
+        elif _equal(tensors[alias], tensors[source]):
+            del tensors[alias]
+        else:
+            untied = config.replace(tie_embeddings=False)
+            if any(row.hf == alias for row in rows(untied)):
+                config, own = untied, {row.hf for row in rows(untied)}
+    return config
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a.read().view(np.uint8), b.read().view(np.uint8))
+    )
+
+
+def _below_head(config: ModelConfig, family: Family, name: str) -> bool:
+    """Whether a tensor is of the body, where nothing may be unknown (a pooler is not)."""
+    own = name.removeprefix(f"{family.base}.")
+    if own.startswith("pooler."):
+        return False
+    body = [row.hf.removeprefix(f"{family.base}.") for row in rows(config) if not row.paths[0].startswith("head/")]
+    return own != name or own.split(".")[0] in {hf.split(".")[0] for hf in body}

@@ -1,0 +1,332 @@
+"""safetensors, one tensor at a time: memory never holds more of a file than the tensor in hand.
+
+A file is eight bytes (the length of the header, little endian), a JSON header `{name: {dtype, shape, data_offsets}}`
+and the data. Files are read with plain reads and not mapped: mapped pages would count as this program's memory.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxlm.core import nearest
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
+MAX_HEADER = 100 << 20
+MAX_SHARD_BYTES = 5 << 30
+
+
+class Tensor(NamedTuple):
+    """A tensor that is read when it is asked for.
+
+    Attributes:
+      shape, dtype: what `read` will give.
+      read: gives the numpy array; nothing is kept.
+      place: where it comes from, for messages.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    place: str = "memory"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, array: Any) -> "Tensor":
+        """An array that is there already (numpy's or jax's)."""
+        return cls(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))
+
+    def cast(self, dtype: Any, name: str) -> "Tensor":
+        """The same in another float dtype; integers and booleans stay.
+
+        Raises:
+          ValueError: (on reading) when a finite value does not fit into the narrower dtype.
+        """
+        dtype = np.dtype(dtype)
+        if dtype == self.dtype or not is_float(self.dtype):
+            return self
+
+        def read() -> np.ndarray:
+            # order="C": a transposed view and a cast cost one copy together.
+            with np.errstate(over="ignore"):
+                given = self.read()
+                narrow = given.astype(dtype, order="C")
+            if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(self.dtype).max:
+                lost = int(np.count_nonzero(~np.isfinite(narrow)) - np.count_nonzero(~np.isfinite(given)))
+                if lost:
+                    raise ValueError(
+                        f"{self.place}: {lost} values of {name!r} overflow {dtype}; use bfloat16 or float32"
+                    )
+            return narrow
+
+        return Tensor(self.shape, dtype, read, self.place)
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether a dtype holds floating-point numbers, those of ml_dtypes included."""
+    dtype = np.dtype(dtype)
+    return dtype.kind == "f" or dtype in (DTYPES["BF16"], DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def open_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a model directory, from `model.safetensors` or from the shards that its index names.
+
+    Raises:
+      FileNotFoundError: no tensors, or a shard is missing.
+      ValueError: pickles instead of safetensors, or a damaged file; the message names it.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        return _open_shards(index)
+    single = directory / SINGLE
+    if single.is_file():
+        return open_file(single)
+    found = sorted(path.name for path in directory.iterdir() if path.is_file())
+    pickles = [name for name in found if name.endswith(PICKLES)]
+    if pickles:
+        raise ValueError(
+            f"{directory} holds {pickles[0]}, a pickle, which can run any code when it is opened; jaxlm reads only "
+            f"{SINGLE}. Save the model again with transformers' save_pretrained, on a machine that trusts the file"
+        )
+    others = [name for name in found if name.endswith(".safetensors")]
+    hint = f"; there is {', '.join(others[:3])}, but no {INDEX}" if others else ""
+    raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _open_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index}: expected a weight_map from tensor names to file names")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if file != os.path.basename(file) or not file.endswith(".safetensors"):
+            raise ValueError(f"{index} names {file!r}, expected the name of a .safetensors file beside it")
+        if not (index.parent / file).is_file():
+            first = next(name for name, where in weight_map.items() if where == file)
+            raise FileNotFoundError(f"{index.parent / file} is missing: {index.name} expects {first!r} in it")
+        shard = open_file(index.parent / file)
+        for name, where in weight_map.items():
+            if where == file and name not in shard:
+                raise ValueError(f"{index.parent / file} has no tensor {name!r}, which {index.name} expects in it")
+        if twice := tensors.keys() & shard.keys():
+            raise ValueError(f"{index.parent / file} holds {min(twice)!r}, which another shard holds too")
+        tensors |= shard
+    return tensors
+
+
+def open_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file; its header is checked against its size before anything is read.
+
+    Raises:
+      ValueError: the header is no safetensors header, or does not agree with the file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError(f"{path} is no safetensors file{_guess(start)}: its header of {length} bytes cannot be")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no safetensors file{_guess(start)}: its header is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is no table of tensors")
+    header.pop("__metadata__", None)
+    tensors: dict[str, Tensor] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
+        dtype, shape, (first, last) = _entry(path, name, entry)
+        expected = math.prod(shape) * dtype.itemsize
+        if last - first != expected or first != end:
+            raise ValueError(
+                f"{path}: tensor {name!r} lies at bytes {first} to {last}, expected {end} to {end + expected} "
+                f"({dtype} {list(shape)})"
+            )
+        end = last
+        if 8 + length + end > size:
+            raise ValueError(
+                f"{path} is truncated in tensor {name!r}: it has {size} bytes, its header needs {8 + length + end} or more"
+            )
+        tensors[name] = Tensor(shape, dtype, _reader(path, name, 8 + length + first, shape, dtype), str(path))
+    if 8 + length + end != size:
+        raise ValueError(f"{path} has {size} bytes, its header describes {8 + length + end}")
+    return tensors
+
+
+def _guess(start: bytes) -> str:
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return " but a pickle, which jaxlm does not open"
+    return " but a pointer of Git LFS, whose file was not fetched" if start == b"version " else ""
+
+
+def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    first, last = _entry(path, name, entry)[2]
+    return first, last
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
+    """dtype, shape and offsets of a header entry, checked for their kind."""
+
+    def counts(value: Any) -> bool:
+        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"{path}: tensor {name!r} needs dtype, shape and data_offsets, the header has {entry!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not counts(shape) or not counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{path}: tensor {name!r} has the shape {shape!r} and the offsets {offsets!r}")
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(
+            f"{path}: tensor {name!r} has the dtype {entry['dtype']!r}; {nearest(str(entry['dtype']), DTYPES)}"
+        )
+    return DTYPES[entry["dtype"]], tuple(shape), (offsets[0], offsets[1])
+
+
+def _reader(path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        count = math.prod(shape) * dtype.itemsize
+        raw = np.fromfile(path, np.uint8, count, offset=offset)
+        if raw.size != count:
+            raise ValueError(
+                f"{path} ended in tensor {name!r}: {raw.size} bytes of {count}; it changed while being read"
+            )
+        return raw.view(dtype).reshape(shape)
+
+    return read
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def write_tensors(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Writes `model.safetensors`, or shards of at most `max_shard_bytes` (a larger tensor alone) with their index.
+
+    Args:
+      progress: told the bytes of each tensor once it is written.
+    """
+    # Wide dtypes first keeps every tensor aligned to its element.
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in order:
+        nbytes = tensors[name].nbytes
+        if shards[-1] and filled + nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    if len(shards) == 1:
+        write_file(directory / SINGLE, {name: tensors[name] for name in order}, progress)
+        return
+    weight_map: dict[str, str] = {}
+    for number, members in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(directory / file, {name: tensors[name] for name in members}, progress)
+        weight_map |= dict.fromkeys(members, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(directory / INDEX, [json.dumps(index, indent=2) + "\n"])
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], progress: Callable[[int], None] = lambda nbytes: None
+) -> None:
+    """One safetensors file, written under another name and renamed when it is complete and on disk."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"{name!r} has the dtype {tensor.dtype}, which safetensors does not have")
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def chunks() -> Iterable[Any]:
+        yield len(text).to_bytes(8, "little") + text
+        for name, tensor in tensors.items():
+            array = tensor.read()
+            if array.shape != tensor.shape or array.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{name!r} was announced as {tensor.dtype} {tensor.shape}, is {array.dtype} {array.shape}"
+                )
+            yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            del array
+            progress(tensor.nbytes)
+
+    _write(path, chunks())
+
+
+def write_text(path: Path, lines: Iterable[str]) -> None:
+    """A text file, complete or not there."""
+    _write(path, (line.encode() for line in lines))
+
+
+def _write(path: Path, chunks: Iterable[Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                del chunk
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

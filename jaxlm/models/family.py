@@ -1,0 +1,262 @@
+"""Family: what sets one model family apart. All of it is data and small pure functions; the network is one for all."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.core import lookup, nearest
+from jaxlm.models.config import ModelConfig
+
+
+class NotExpressible(ValueError):
+    """transformers has no configuration for this model; the message says which field is in the way."""
+
+
+class Row(NamedTuple):
+    """One tensor of a transformers checkpoint, and the arrays it holds.
+
+    The arrays are laid side by side along their last dimension (GPT-2 keeps query, key and value in one matrix), and
+    the whole is transposed where torch stores `[out, in]`; so every row has an inverse by construction.
+
+    Attributes:
+      hf: name in transformers; `{i}` stands for the number of a layer.
+      paths: paths of the arrays.
+      transpose: the stored tensor is the transpose.
+    """
+
+    hf: str
+    paths: tuple[str, ...]
+    transpose: bool = False
+
+    def at(self, number: int) -> "Row":
+        """The row of one layer."""
+        paths = tuple(path.replace("{i}", str(number)) for path in self.paths)
+        return Row(self.hf.replace("{i}", str(number)), paths, self.transpose)
+
+    def join(self, parts: list[np.ndarray]) -> np.ndarray:
+        """The stored tensor.
+
+        >>> Row("w", ("a", "b")).join([np.zeros((2, 1)), np.zeros((2, 3))]).shape
+        (2, 4)
+        """
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        return whole.T if self.transpose else whole
+
+    def part(self, whole: np.ndarray, index: int, widths: list[int]) -> np.ndarray:
+        """Array number `index` of the stored tensor, given the last dimensions of all; a view.
+
+        >>> Row("w", ("a", "b")).part(np.zeros((2, 4)), 1, [1, 3]).shape
+        (2, 3)
+        """
+        start = sum(widths[:index])
+        return (whole.T if self.transpose else whole)[..., start : start + widths[index]]
+
+    def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """Shape of the stored tensor, given those of its arrays."""
+        whole = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+        return whole[::-1] if self.transpose else whole
+
+
+class Family(NamedTuple):
+    """A model family.
+
+    Attributes:
+      name: its name here, and its `model_type` in transformers.
+      defaults: fields of its ModelConfig, small enough for a laptop where a size is not given.
+      architectures: class in transformers -> the fields of ModelConfig that it stands for, `head` among them.
+      base: prefix of the tensors below the head in transformers, "" where there is none.
+      from_hf: transformers' config.json -> fields of ModelConfig, without those of the architecture.
+      to_hf: the inverse; raises NotExpressible.
+      names: rows of all tensors that a config may have; a row whose arrays the config lacks is left out by the reader.
+      aliases: names under which transformers stores a tensor a second time -> its first name.
+      ignored: regex of tensors that are no parameters (position counters and masks of old releases).
+    """
+
+    name: str
+    defaults: Mapping[str, Any]
+    architectures: Mapping[str, Mapping[str, Any]]
+    base: str
+    from_hf: Callable[[Mapping[str, Any]], dict[str, Any]]
+    to_hf: Callable[[ModelConfig], dict[str, Any]]
+    names: Callable[[ModelConfig], list[Row]]
+    aliases: Mapping[str, str] = {}
+    ignored: str = r".*position_ids"
+
+
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+
+def linear(hf: str, path: str) -> Iterator[Row]:
+    """torch's Linear: `weight [out, in]` and, where the model has one, `bias`."""
+    yield Row(f"{hf}.weight", (f"{path}/kernel",), transpose=True)
+    yield Row(f"{hf}.bias", (f"{path}/bias",))
+
+
+def table(hf: str, path: str) -> Row:
+    """An embedding."""
+    return Row(f"{hf}.weight", (f"{path}/embedding",))
+
+
+def norm(hf: str, path: str) -> Iterator[Row]:
+    """LayerNorm, or without a bias RMSNorm."""
+    yield Row(f"{hf}.weight", (f"{path}/scale",))
+    yield Row(f"{hf}.bias", (f"{path}/bias",))
+
+
+# Configurations -----------------------------------------------------------------------------------------------------
+
+Keys = Mapping[str, tuple[str, Any]]
+"""Field of ModelConfig -> (key in transformers, the value that transformers takes where the key is absent)."""
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+"""Activation in transformers -> here. The first of several names is the one written."""
+
+
+def read(hf: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
+    """Fields of ModelConfig out of a transformers config."""
+    fields = {field: hf.get(key, default) for field, (key, default) in keys.items()}
+    if "activation" in fields:
+        fields["activation"] = lookup(ACTIVATIONS, fields["activation"], "activation")
+    return fields
+
+
+def write(config: ModelConfig, keys: Keys) -> dict[str, Any]:
+    """The inverse of `read`; a size must be the same in all layers."""
+    return {key: _plain(config, field) for field, (key, _) in keys.items()}
+
+
+def _plain(config: ModelConfig, field: str) -> Any:
+    value = getattr(config, field)
+    if field == "activation":
+        names = [hf for hf, own in ACTIVATIONS.items() if own == value]
+        if not names:
+            raise NotExpressible(f"transformers has no activation {value!r}")
+        return names[0]
+    if isinstance(value, tuple):
+        if len(set(value)) > 1:
+            raise NotExpressible(f"transformers needs one {field} for all layers, these differ: {value}")
+        return value[0]
+    return value
+
+
+def refuse(hf: Mapping[str, Any], family: str, **supported: Any) -> None:
+    """Raises ValueError for a setting whose value is not the one supported, naming it."""
+    for key, value in supported.items():
+        if key in hf and hf[key] != value:
+            raise ValueError(f"{family} with {key}={hf[key]!r} is not supported (only {value!r})")
+
+
+def read_labels(hf: Mapping[str, Any], head: str) -> dict[str, Any]:
+    """`labels` and `regression` of a sequence or token head; transformers means regression by a single label."""
+    if head not in ("sequence", "token"):
+        return {}
+    names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(hf.get("num_labels", 2))}
+    if sorted(map(int, names)) != list(range(len(names))):
+        raise ValueError(f"id2label numbers its labels {sorted(map(int, names))}, expected 0 to {len(names) - 1}")
+    if head == "sequence" and (hf.get("problem_type") == "regression" or len(names) == 1):
+        if len(names) != 1:
+            raise ValueError(f"regression with {len(names)} outputs is not supported (only 1)")
+        return {"regression": True}
+    return {"labels": tuple(name for _, name in sorted(names.items(), key=lambda item: int(item[0])))}
+
+
+def write_labels(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_labels`."""
+    if config.head not in ("sequence", "token"):
+        return {}
+    names = ("LABEL_0",) if config.regression else config.labels
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": "regression" if config.regression else None,
+    }
+
+
+# Both directions ----------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(family: Family, hf: Mapping[str, Any], head: str | None = None) -> ModelConfig:
+    """The ModelConfig of a transformers config.
+
+    Args:
+      hf: contents of config.json.
+      head: the head to assume where the architecture is not a known one of the family; `None` raises instead.
+
+    Raises:
+      ValueError: for an architecture or a setting that is not supported, by name.
+    """
+    architecture = (hf.get("architectures") or [None])[0]
+    if architecture in family.architectures:
+        own = dict(family.architectures[architecture])
+    elif head is None:
+        what = f"unknown architecture {architecture!r}" if architecture else "config.json names no architecture"
+        hint = nearest(str(architecture), family.architectures)
+        raise ValueError(f"{what}; {hint} (load(..., head=...) takes the body of any {family.name})")
+    else:
+        own = {"head": head}
+    return ModelConfig(family.name, **{**family.defaults, **family.from_hf(hf), **own, **read_labels(hf, own["head"])})
+
+
+def config_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """transformers' config.json of a model.
+
+    Raises:
+      NotExpressible: when reading the result back would give another function.
+    """
+    architecture = architecture_of(family, config)
+    hf = {
+        "model_type": family.name,
+        "architectures": [architecture],
+        **family.to_hf(config),
+        **write_labels(config),
+    }
+    try:
+        again = config_from_hf(family, hf)
+    except (ValueError, ZeroDivisionError) as error:
+        raise NotExpressible(f"transformers cannot hold these sizes: {error}") from None
+    before, after = _function(config), _function(again)
+    for field in before:
+        if before[field] != after[field]:
+            raise NotExpressible(
+                f"{architecture} has no place for {field}={before[field]!r}: it would become {after[field]!r}"
+            )
+    return hf
+
+
+def architecture_of(family: Family, config: ModelConfig) -> str:
+    """The class that transformers uses for a config."""
+    for name, own in family.architectures.items():
+        if all(getattr(config, field) == value for field, value in own.items()):
+            return name
+    raise NotExpressible(f"transformers has no {family.name} with the head {config.head!r}")
+
+
+def _function(config: ModelConfig) -> dict[str, Any]:
+    """The fields that decide which function the network is, without those that its head does not read."""
+    fields = dict(vars(config))
+    idle = {"dropout", "attention_dropout", "head_dropout", "init_std"}
+    if config.head not in ("sequence", "token"):
+        idle |= {"labels", "regression"}
+    if config.head not in ("sequence", "pooled") and not config.next_sentence:
+        idle |= {"pooling"}
+    if config.head != "sequence":
+        idle |= {"pooler"}
+    if config.head != "masked":
+        idle |= {"next_sentence"}
+    if config.head not in ("causal", "masked", "seq2seq"):
+        idle |= {"tie_embeddings", "scale_head"}
+    if config.window is None:
+        idle |= {"window_from"}
+    if not config.relative_buckets:
+        idle |= {"relative_max_distance"}
+    return {name: value for name, value in fields.items() if name not in idle}
