@@ -85,8 +85,10 @@ def shard(batches: Batches, host: int, hosts: int) -> Batches:
 
 
 def generator(*key: int) -> np.random.Generator:
-    """A generator that is a pure function of its key, for example (seed, step)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([k % 2**64 for k in key])))
+    """A generator that is a pure function of its key, for example (seed, step); other keys give independent draws."""
+    # Numbers of fixed width behind their count: by itself SeedSequence takes [7] and [7, 0] as one.
+    words = np.array([len(key), *(k % 2**64 for k in key)], np.uint64).view(np.uint32)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words.tolist())))
 
 
 def multiples(of: int, max_length: int) -> tuple[int, ...]:

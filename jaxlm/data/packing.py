@@ -69,13 +69,8 @@ def cut(joined: Joined, rows: np.ndarray, pad_id: int = 0) -> Batch:
     place = begin + np.arange(length)
     real = place < total
     if not real.any():
-        blank = np.zeros(place.shape, np.int32)
-        return {
-            "input_ids": blank + np.int32(pad_id),
-            "segment_ids": blank,
-            "positions": blank,
-            "labels": blank + np.int32(IGNORED),
-        }
+        fill = {"input_ids": pad_id, "segment_ids": 0, "positions": 0, "labels": IGNORED}
+        return {name: np.full(place.shape, value, np.int32) for name, value in fill.items()}
     place = np.minimum(place, total - 1)
     document = _document_of(place, ends)
     start = np.concatenate([[0], ends[:-1]])[document]
