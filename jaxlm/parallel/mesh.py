@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.core import nearest
@@ -73,7 +74,11 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes({"data": -1} if shape is None else shape, len(devices))
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+    except NotImplementedError:  # a TPU torus whose dimensions must be split to give these sizes
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=auto)
 
 
 def mesh_sizes(shape: Mapping[str, int], devices: int) -> dict[str, int]:

@@ -85,8 +85,8 @@ def _dimension(
 ) -> tuple[tuple[str, ...], Fallback | None]:
     """Mesh axes of one dimension.
 
-    A compound dimension goes where the first of its names with a rule goes; only that factor is cut, and only when it
-    is the slowest one (otherwise its blocks would not be contiguous).
+    A compound dimension goes where the first of its names with a rule goes. Blocks of that factor are contiguous only
+    together with the slower ones, so their product must divide (with the mapped name first: the number of heads).
     """
     names = _names(axis)
     mapped = next((name for name in names if rules.get(name)), None)
@@ -97,7 +97,6 @@ def _dimension(
     free = tuple(a for a in wanted if a not in taken)
     unit = size
     if factors is not None and len(names) == len(factors):
-        # Blocks of the mapped factor are contiguous only together with the slower factors.
         unit = math.prod(factors[: names.index(mapped) + 1])
     got = free
     while got and unit % math.prod(mesh.shape[a] for a in got):
@@ -193,7 +192,7 @@ def _tree_specs(
         own = sizes.get(info.path) if sizes else None
         factors = dict(zip(axes[info.path], own, strict=True)) if own else {}
         try:
-            specs[name], found = _spec(info.axes, values[name].shape, rules, mesh, factors)
+            specs[name], found = _spec(info.axes or (), values[name].shape, rules, mesh, factors)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         for fallback in found:

@@ -1,0 +1,187 @@
+"""Planning ahead of time: compile a step for a TPU slice without a TPU, and read what it needs and what it sends.
+
+The compiler is the one that runs on the machines (libtpu), so "it compiles and fits" is a fact and not an estimate.
+It needs an environment of its own (`make plan-env`), started with `JAX_PLATFORMS=cpu`.
+"""
+
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxlm.core import SEGMENT, lookup
+from jaxlm.parallel.hlo import Collective, collectives, traffic
+from jaxlm.parallel.mesh import make_mesh
+
+GB = 10**9
+CHIP_MEMORY = {"v4": 32 * GB, "v5e": 16 * GB, "v5p": 95 * GB, "v6e": 32 * GB}
+"""Bytes of HBM a chip, as published: https://cloud.google.com/tpu/docs/v4 (and /v5e, /v5p, /v6e), "HBM capacity"."""
+
+
+class Memory(NamedTuple):
+    """Bytes that a compiled program needs on one chip.
+
+    Attributes:
+      arguments: everything passed in: parameters, optimizer state, batch.
+      outputs: everything returned.
+      aliased: the part of the outputs that reuses donated arguments.
+      temporary: activations, gathered weights, gradients: what lives only inside the program.
+      code: the program itself.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporary: int
+    code: int
+
+    @property
+    def peak(self) -> int:
+        """Most bytes in use at once: `arguments + (outputs - aliased) + temporary + code`."""
+        return self.arguments + self.outputs - self.aliased + self.temporary + self.code
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory:
+    """What the compiler says of a program's memory, per chip."""
+    stats: Any = compiled.memory_analysis()
+    return Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+    )
+
+
+class Gathered(NamedTuple):
+    """A collective whose result holds all layers of a stacked argument, larger than the chip's share of it."""
+
+    argument: str
+    shape: tuple[int, ...]
+    collective: Collective
+
+
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""`{argument: (its shape, the shape of a chip's share)}`."""
+
+
+def gathered_parameters(found: Iterable[Collective], stacks: Shapes) -> list[Gathered]:
+    """Stacked arrays that some collective assembles for all layers at once, where one layer at a time would do.
+
+    A result counts when its shape is that of the stack with one or more of the split dimensions whole, in any order of
+    the dimensions. An empty list means that only the layer in use is ever gathered.
+    """
+    shapes: dict[tuple[int, ...], str] = {}
+    for name, (whole, share) in stacks.items():
+        for mixed in itertools.product(*({w, s} for w, s in zip(whole[1:], share[1:], strict=True))):
+            if mixed != share[1:]:
+                shapes.setdefault(_sorted((whole[0], *mixed)), name)
+    for whole, share in stacks.values():
+        shapes.pop(_sorted((whole[0], *share[1:])), None)  # also a chip's share of another stack: nothing is wrong
+    return [
+        Gathered(shapes[_sorted(shape)], shape, collective)
+        for collective in found
+        for shape in collective.shapes
+        if _sorted(shape) in shapes
+    ]
+
+
+def _sorted(shape: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(size for size in shape if size != 1))
+
+
+def stacked_arguments(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> Shapes:
+    """The arguments of a program that hold several layers (`layers_0-11/...` in their name), parameters and optimizer
+    state alike, with the share of one chip."""
+    infos = jax.tree.leaves_with_path(lowered.args_info)
+    places = jax.tree.leaves(compiled.input_shardings)
+    found = {}
+    for (path, info), sharding in zip(infos, places, strict=True):
+        name = "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path[1:])
+        if re.search(rf"(^|/){SEGMENT}/", name):
+            found[name] = (info.shape, sharding.shard_shape(info.shape))
+    return found
+
+
+class Plan(NamedTuple):
+    """What a step needs on a TPU slice.
+
+    Attributes:
+      topology: as asked for, `v5e:4x4`.
+      mesh: size of each mesh axis.
+      seconds: time that the compiler took.
+      memory: bytes a chip; limit: bytes that a chip has.
+      collectives: everything that the chips send each other.
+      gathered: stacks that are assembled whole; there should be none.
+    """
+
+    topology: str
+    mesh: dict[str, int]
+    seconds: float
+    memory: Memory
+    limit: int
+    collectives: list[Collective]
+    gathered: list[Gathered]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.limit
+
+    def __str__(self) -> str:
+        axes = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
+        m = self.memory
+        lines = [
+            f"{self.topology} ({axes}), compiled in {self.seconds:.0f} s",
+            f"memory a chip: {m.peak / GB:.2f} of {self.limit / GB:.0f} GB {'fits' if self.fits else 'DOES NOT FIT'} "
+            f"(arguments {m.arguments / GB:.2f}, new outputs {(m.outputs - m.aliased) / GB:.2f}, "
+            f"temporary {m.temporary / GB:.2f}, code {m.code / GB:.2f})",
+        ]
+        for kind, total in traffic(self.collectives).items():
+            lines.append(
+                f"{kind:<18} {total.operations:>4} in the program ({total.in_loops} in loops), "
+                f"{total.times:>6} a step, {total.bytes / GB:>7.2f} GB a chip and step"
+            )
+        for whole in self.gathered:
+            lines.append(f"WHOLE STACK {whole.argument}: {whole.collective.kind} of {whole.shape}")
+        return "\n".join(lines)
+
+
+def plan(lower: Callable[[Mesh], jax.stages.Lowered], topology: str, shape: Mapping[str, int]) -> Plan:
+    """Compiles a step for a TPU slice.
+
+    Args:
+      lower: from the mesh to `jax.jit(step).lower(...)` on ShapeDtypeStructs that carry shardings on that mesh
+        (`shard_tree` gives them).
+      topology: generation and shape of the slice: `v5e:4x4`, `v5p:4x4x8`, `v6e:4x4`.
+      shape: of the mesh, as in `make_mesh`.
+
+    Raises:
+      ValueError: for an unknown generation, or a mesh that does not fit the slice.
+      RuntimeError: when the TPU compiler is not installed, or the program does not fit the chip.
+    """
+    limit = lookup(CHIP_MEMORY, topology.partition(":")[0], "TPU generation")
+    mesh = make_mesh(shape, topology_devices(topology))
+    lowered = lower(mesh)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    found = collectives(compiled.as_text() or "")
+    gathered = gathered_parameters(found, stacked_arguments(lowered, compiled))
+    return Plan(topology, dict(mesh.shape), seconds, memory(compiled), limit, found, gathered)
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """Devices of a TPU slice that need not exist; programs can be compiled for them, not run."""
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:
+        raise RuntimeError(
+            f"no TPU compiler for {topology!r}; create its environment with `make plan-env`, "
+            f"set JAX_PLATFORMS=cpu, and give a slice like v5e:4x4 ({error})"
+        ) from error

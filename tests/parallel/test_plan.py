@@ -1,0 +1,74 @@
+"""Memory, stacks that are assembled whole, and errors, on programs compiled for eight CPU devices."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.parallel import make_mesh
+from jaxlm.parallel.hlo import collectives
+from jaxlm.parallel.plan import GB, Memory, Plan, gathered_parameters, memory, plan, stacked_arguments
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh({"fsdp": 4, "tensor": 2})
+
+
+def compile_scan(mesh, gather_first):
+    """A scan over a sharded stack that gathers one layer at a time, or everything before the loop."""
+
+    def step(params, x):
+        stack = params["layers_0-5/mlp/up/kernel"]
+        if gather_first:
+            stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, P(None, None, "tensor")))
+
+        def layer(x, w):
+            y = jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P("fsdp", None)))
+            return jnp.tanh(y), None
+
+        return jax.lax.scan(layer, x, stack)[0].sum()
+
+    sharding = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+    params = {"layers_0-5/mlp/up/kernel": jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=sharding)}
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", None)))
+    lowered = jax.jit(step).lower(params, x)
+    return lowered, lowered.compile()
+
+
+def test_a_stack_gathered_whole_is_found(mesh):
+    lowered, compiled = compile_scan(mesh, gather_first=True)
+    stacks = stacked_arguments(lowered, compiled)
+    assert stacks == {"0/layers_0-5/mlp/up/kernel": ((6, 64, 64), (6, 16, 32))}
+    whole = gathered_parameters(collectives(compiled.as_text()), stacks)
+    assert [(g.argument, g.shape, g.collective.kind) for g in whole] == [
+        ("0/layers_0-5/mlp/up/kernel", (6, 64, 32), "all-gather")
+    ]
+
+
+def test_a_layer_gathered_at_a_time_is_fine(mesh):
+    lowered, compiled = compile_scan(mesh, gather_first=False)
+    found = collectives(compiled.as_text())
+    assert any(c.kind == "all-gather" and c.in_loop for c in found)
+    assert not gathered_parameters(found, stacked_arguments(lowered, compiled))
+
+
+def test_memory_counts_donated_outputs_once():
+    sizes = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    compiled = jax.jit(lambda x: x * 2, donate_argnums=0).lower(sizes).compile()
+    found = memory(compiled)
+    assert found.arguments == found.outputs == found.aliased == 256 * 256 * 4
+    assert found.peak == found.arguments + found.temporary + found.code
+
+
+def test_the_report_says_whether_it_fits():
+    need = Memory(arguments=10 * GB, outputs=10 * GB, aliased=9 * GB, temporary=6 * GB, code=0)
+    found = Plan("v5e:4x4", {"fsdp": 16}, 20.0, need, 16 * GB, [], [])
+    assert not found.fits and "17.00 of 16 GB DOES NOT FIT" in str(found)
+    assert found._replace(limit=32 * GB).fits
+
+
+def test_errors_name_what_to_do():
+    with pytest.raises(ValueError, match=r"unknown TPU generation 'v5q'; did you mean 'v5p'"):
+        plan(lambda mesh: None, "v5q:4x4", {"fsdp": -1})
