@@ -116,7 +116,7 @@ def _train_wordpiece(texts: list[str], size: int, extra: list[str]) -> "PreTrain
     normalize = normalizers.BertNormalizer(lowercase=True).normalize_str
     counts = Counter(chain.from_iterable(map(normalize, texts)))
     ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    alphabet = sorted(ranked[: max(size // 4, 1)])
+    alphabet = sorted(ranked[: max(size // 4, 64)])
     special = [*_BERT, *extra]
     pieces = sorted(token for token in train(special, 0) if token.startswith("##") and len(token) == 3)
     _check_size(size, len(special) + len(alphabet) + len(pieces), "wordpiece: the alphabet and the special tokens")
