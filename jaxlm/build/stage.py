@@ -46,9 +46,8 @@ from jaxlm.data.loader import shard
 from jaxlm.data.prefetch import prefetch
 from jaxlm.data.settings import DataSettings
 from jaxlm.io.checkpoint import Checkpoints
-from jaxlm.io.directory import LM, load, save
+from jaxlm.io.model import LM, load, save
 from jaxlm.losses.distillation import Teacher
-from jaxlm.merge.average import average
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view
@@ -109,6 +108,7 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
     task = lookup(TASKS, config.task, "task")
     key = key_of(config.seed, "init")
     labels = task.labels(data.source("train")) if data.train else ()
+    lm = None
     if config.model.init:
         lm = starting_model(config, task, labels, key, say)
         tokenizer = tokenizer_for(data, config.task, lm.tokenizer)
@@ -119,7 +119,7 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
         params = model.init(key)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's table {model.config.vocab_size} rows")
-    mesh, axes = make_mesh(config.mesh), model.axes()
+    mesh, axes = make_mesh(config.mesh), model.axes() if lm is None else lm.axes
     prepared = {
         s: prepare(config.task, task, tokenizer, model.config.labels, data, s, say) for s in splits if getattr(data, s)
     }
@@ -128,14 +128,25 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
 
 
 def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Array, say=print) -> LM:
-    """The model of `config.model.init` with the task's head; leaves that it lacks are initialised and named."""
-    fields = {n: v for n, v in set_fields(config.model).items() if n != "init"}
-    lm = load(config.model.init, key=key, labels=labels, **task.structure, **fields)
+    """The model of `config.model.init` with the task's head; leaves that it lacks are initialised and named.
+
+    Raises:
+      ValueError: for a field of `config.model` that would change the stored parameters' shapes.
+    """
+    init, head = config.model.init, task.structure["head"]
+    regression = task.structure.get("regression", False)
+    lm = load(init, head=head, labels=labels or None, regression=regression, key=key)
+    if task.structure.get("next_sentence") and not lm.config.next_sentence:
+        raise ValueError(f"{init} has no next-sentence head; train it with config.task = 'masked'")
     if lm.fresh:
-        say(f"{config.model.init}: initialised {', '.join(lm.fresh)}")
+        say(f"{init}: initialised {', '.join(lm.fresh)}")
     if lm.dropped:
-        say(f"{config.model.init}: left out {', '.join(lm.dropped)}")
-    return lm
+        say(f"{init}: left out {', '.join(lm.dropped)}")
+    fields = {n: v for n, v in set_fields(config.model).items() if n not in ("init", "family")}
+    changed = Model(lm.config.replace(**fields))
+    if changed.abstract() != Model(lm.config).abstract():
+        raise ValueError(f"config.model.{', '.join(fields)} would change the parameters of {init}; leave them out")
+    return dataclasses.replace(lm, config=changed.config)
 
 
 def fresh_config(config: Any, task: Task, labels: tuple[str, ...], tokenizer: Any) -> Any:
@@ -336,11 +347,13 @@ def finish(setting: Setting, ready: Ready, state: TrainState) -> tuple[Model, Tr
     """The trained model in the canonical view: averaged, without vocabulary padding, baked."""
     last = ready.run.settings.average_last
     if last > 1:
+        from jaxlm.merge.average import average
+
         target = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, ready.run.shardings
         )
-        found = [ready.run.store.restore_at(step, flatten_state(target)) for step in ready.run.store.steps()[-last:]]
-        state = state.replace(params=average([unflatten_state(state, flat).params for flat in found]))
+        flats = [ready.run.store.restore(flatten_state(target), step) for step in ready.run.store.steps()[-last:]]
+        state = state.replace(params=average([unflatten_state(state, f[1]).params for f in flats if f]))
     params = ready.method.eval_params(state.params, state.method)
     params = canonical_view(unpad_vocab(params, ready.axes, setting.model.config.vocab_size))
     if not setting.config["bake"]:
@@ -356,7 +369,7 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
     Raises:
       ValueError: when `workdir` holds a run of another config.
     """
-    started = time.perf_counter()
+    started, workdir = time.perf_counter(), workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     remember(plain(config), workdir)
     if (workdir / "result.json").exists():
@@ -382,8 +395,8 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
         model, params, axes = finish(setting, ready, state)
     else:
         model, params, axes = setting.model, setting.params, setting.axes
-    lm = LM(model.config, params, setting.tokenizer)
-    save(lm, workdir / "model")
+    site_axes = {path: names for path, names in axes.items() if path not in model.axes()}
+    save(LM(model.config, params, setting.tokenizer, site_axes), workdir / "model")
     result = facts | measure(setting, model, params, axes, workdir)
     result |= {
         "params_sha256": params_sha256(params),
