@@ -86,12 +86,11 @@ def test_errors_name_what_there_is(prepared):
         read("tfds", "tiny_reviews")
 
 
-def test_no_tensorflow_and_no_jax(prepared):
+def test_no_tensorflow(prepared):
     program = """
 import sys
 from jaxlm.data import read
 assert read("tfds", "tiny_reviews:train").rows == 20
-loaded = {"tensorflow", "jax"} & set(sys.modules)
-assert not loaded, loaded
+assert "tensorflow" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
