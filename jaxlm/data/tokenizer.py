@@ -206,7 +206,12 @@ def encode(
             if words:
                 some = [[prefix + word for word in sentence] for sentence in some]
             run = backend.encode_batch if words else backend.encode_batch_fast  # the fast one forgets the words
-            encodings = run(some, is_pretokenized=words, add_special_tokens=special_tokens)
+            try:
+                encodings = run(some, is_pretokenized=words, add_special_tokens=special_tokens)
+            except TypeError as error:
+                raise ValueError(
+                    f"texts {len(lengths)} to {len(lengths) + len(some) - 1}: {_not_text(some)}"
+                ) from error
             lengths += [len(e) for e in encodings]
             ids.append(_joined(e.ids for e in encodings))
             types.append(_joined(e.type_ids for e in encodings))
@@ -215,6 +220,12 @@ def encode(
     offsets = offsets_of(lengths)
     first = np.concatenate(firsts) if words else np.full(offsets[-1], -1, np.int32)
     return Encoded(*(Ragged(v, offsets) for v in (np.concatenate(ids), np.concatenate(types), first)))
+
+
+def _not_text(texts: list) -> str:
+    """What stands among texts and is none."""
+    parts = (part for text in texts for part in (text if isinstance(text, list | tuple) else [text]))
+    return next((f"{part!r} is {type(part).__name__}, not a string" for part in parts if not isinstance(part, str)), "")
 
 
 def _joined(sequences: Iterable[list[int]]) -> np.ndarray:

@@ -132,6 +132,14 @@ def test_encoding_leaves_the_tokenizer_as_it_was(tokenizers):
     assert encode(tokenizers["wordpiece:600"], []).ids.lengths.tolist() == []
 
 
+def test_what_is_no_text_is_told(tokenizers):
+    tokenizer = tokenizers["wordpiece:600"]
+    with pytest.raises(ValueError, match="texts 2 to 3: None is NoneType, not a string"):
+        encode(tokenizer, ["a", "b", "c", None], chunk=2)
+    with pytest.raises(ValueError, match="texts 0 to 1: 5 is int, not a string"):
+        encode(tokenizer, [("a", "b"), ("c", 5)])
+
+
 def test_padding_id(tokenizers):
     for tokenizer in tokenizers.values():
         assert padding_id(tokenizer) == tokenizer.pad_token_id

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from jaxlm.data.sources.places import Slice, find_files
 from jaxlm.data.sources.rows import Options, Row, Stream, lines, sliced
@@ -23,7 +24,7 @@ def _sentences(file: str) -> Iterator[Row]:
     tokens: list[str] = []
     tags: list[str] = []
     start, bad = 0, None
-    for number, line in enumerate((*lines(file), ""), start=1):
+    for number, line in enumerate(chain(lines(file), [""]), start=1):
         columns = _COLUMNS.split(line.strip(" \t"))
         if not line.strip() or columns[0] == "-DOCSTART-":
             if bad:

@@ -23,7 +23,18 @@ def _rows(file: str) -> Iterator[Row]:
             hint = " (one JSON array over many lines? write one object a line)" if line.strip() in "[{" else ""
             yield Row(file, number, None, f"not JSON: {error.msg} at column {error.colno}{hint}")
             continue
-        if isinstance(value, dict):
-            yield Row(file, number, value)
-        else:
+        if not isinstance(value, dict):
             yield Row(file, number, None, f"a JSON {type(value).__name__}, not an object")
+        elif "\\u" in line and _is_half_a_character(value):
+            yield Row(file, number, None, "a lone surrogate (half of a \\ud83d\\ude00 pair), which is no text")
+        else:
+            yield Row(file, number, value)
+
+
+def _is_half_a_character(value: dict) -> bool:
+    """JSON lets texts that were cut in UTF-16 pass, and no tokenizer does."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False

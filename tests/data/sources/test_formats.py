@@ -42,6 +42,12 @@ def test_jsonl_that_is_one_array(write):
         read("jsonl", write("a.jsonl", json.dumps([{"a": 1}], indent=1)))
 
 
+def test_jsonl_half_a_character(write):
+    path = write("a.jsonl", r'{"a": "\ud83d\ude00 \u00e9"}' + "\n" + r'{"b": 1, "a": ["\ud83d"]}' + "\n")
+    source = read("jsonl", path, bad_rows="skip")
+    assert list(source) == [{"a": "\U0001f600 é"}] and "surrogate" in source.bad[0].reason
+
+
 def test_jsonl_gzip_and_glob(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jsonl.gz").write_bytes(gzip.compress(f'{{"i": {i}}}\n'.encode()))
@@ -63,6 +69,11 @@ def test_csv_bad_rows_name_the_line_they_begin_on(write):
     assert [b.line for b in source.bad] == [4, 5, 6]
     assert "1 fields, expected 2 (text, label)" in source.bad[0].reason
     assert "not CSV" in source.bad[2].reason
+
+
+def test_csv_quotation_mark_that_never_closes(write):
+    source = read("csv", write("a.csv", 'text\na\n"b\nc\n'), bad_rows="skip")
+    assert [r["text"] for r in source] == ["a"] and source.bad[0].line == 3
 
 
 def test_csv_with_a_document_beyond_the_default_limit(write):
