@@ -1,0 +1,260 @@
+"""The picture: quality against size on disk and against measured speed, with the Pareto front."""
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from textwrap import fill
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.evaluate.labels import Box, arrange, candidates, nearest
+from jaxlm.evaluate.row import Comparison, Row, against_reference, by_name
+from jaxlm.evaluate.words import one_line, scaled, times
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito (2008): told apart with every kind of colour vision. Shapes differ as well."""
+MARKERS = "osD^vPX"
+LONGEST_NAME = 26
+
+
+class Theme(NamedTuple):
+    """Colours of everything but the models."""
+
+    paper: str
+    ink: str
+    faint: str
+    grid: str
+    beaten: str
+
+
+LIGHT = Theme(paper="#ffffff", ink="#1b1f24", faint="#5d6671", grid="#e3e6ea", beaten="#f3f5f7")
+DARK = Theme(paper="#14171b", ink="#e8eaed", faint="#9aa3ad", grid="#2b3138", beaten="#1b1f25")
+
+
+class Point(NamedTuple):
+    """One model in one panel: `x` with its quartiles, `y` with its half-interval, label, colour and shape.
+
+    The interval is that of the difference from the reference: all models read the same text, so the much larger error
+    of each value alone says nothing about which is better. The reference has none.
+    """
+
+    x: float
+    low: float
+    high: float
+    y: float
+    error: float
+    name: str
+    note: str
+    color: str
+    marker: str
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats, by their first coordinate; both coordinates are costs, ties are kept.
+
+    >>> front([(1.0, 3.0), (2.0, 2.0), (2.0, 4.0), (3.0, 1.0), (float("nan"), 0.0)])
+    [0, 1, 3]
+    """
+    finite = [i for i, point in enumerate(points) if all(map(math.isfinite, point))]
+
+    def beaten(i: int) -> bool:
+        x, y = points[i]
+        return any(a <= x and b <= y and (a < x or b < y) for a, b in (points[j] for j in finite))
+
+    return sorted((i for i in finite if not beaten(i)), key=lambda i: points[i])
+
+
+def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: bool = False) -> None:
+    """Draws both panels into a PNG. Models without a finite quality are named below them instead.
+
+    Args:
+      rows: the models.
+      path: file to write.
+      dark: for a dark page.
+      stacked: one panel above the other, for a narrow page.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from PIL import Image
+
+    theme = DARK if dark else LIGHT
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.05, hspace=0.04)
+    figure = Figure(figsize=(4.2, 7.8) if stacked else (11.0, 4.9), dpi=180, facecolor=theme.paper, layout=layout)
+    canvas = FigureCanvasAgg(figure)
+    size_axes, speed_axes = figure.subplots(2, 1) if stacked else figure.subplots(1, 2)
+    sizes, speeds, absent = _points(rows, brief=stacked)
+    _panel(size_axes, sizes, theme, smaller_is_better=True)
+    _panel(speed_axes, speeds, theme, smaller_is_better=False)
+    figure.supxlabel(
+        fill(_legend(absent), 64 if stacked else 195),
+        fontsize=7.5 if stacked else 8,
+        color=theme.faint,
+        parse_math=False,
+    )
+    figure.draw_without_rendering()  # settles the layout: labels are placed in pixels
+    figure.set_layout_engine("none")
+    _label(size_axes, sizes, theme)
+    _label(speed_axes, speeds, theme)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
+
+
+def _legend(absent: Sequence[str]) -> str:
+    return (
+        "Filled: on the Pareto front. Hollow: another model is at least as good on both axes. "
+        "Bars: difference from the reference ± 2 standard errors; middle half of the timed rounds. "
+    ) + (f"Not drawn, without quality: {', '.join(absent)}." if absent else "")
+
+
+def _points(rows: Sequence[Row], brief: bool) -> tuple[list[Point], list[Point], list[str]]:
+    """Points of the size panel, of the speed panel, and the names of models that cannot be placed."""
+    named = by_name(rows)
+    sizes, speeds, absent = [], [], []
+    for i, row in enumerate(rows):
+        name, bits = _short(row.name), row.bits_per_byte
+        if bits is None or not math.isfinite(bits.value):
+            absent.append(name)
+            continue
+        against = against_reference(row, named)
+        error = (against.quality.error if against and against.quality else None) or 0.0
+        look = (name, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
+        size, speed = row.bytes_on_disk, row.tokens_per_second
+        sizes.append(
+            _point(
+                (size, size, size), bits.value, error, scaled(size, "B") + ("" if brief else _smaller(against)), look
+            )
+        )
+        if speed is not None:
+            speeds.append(
+                _point(
+                    speed, bits.value, error, f"{scaled(speed.median)}/s" + ("" if brief else _as_fast(against)), look
+                )
+            )
+    return sizes, speeds, absent
+
+
+def _point(x: tuple[float, float, float], y: float, error: float, note: str, look: tuple[str, str, str]) -> Point:
+    return Point(*x, y, error, look[0], note, look[1], look[2])
+
+
+def _smaller(against: Comparison | None) -> str:
+    return f", {times(against.size)} smaller" if against and against.size > 1.005 else ""
+
+
+def _as_fast(against: Comparison | None) -> str:
+    return f", {times(against.speed.median)} as fast" if against and against.speed else ""
+
+
+def _short(name: str) -> str:
+    name = one_line(name)
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def _panel(axes: Any, points: Sequence[Point], theme: Theme, smaller_is_better: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    what, unit = ("size on disk", "B") if smaller_is_better else ("tokens per second, measured", "")
+    title = "Quality against size" if smaller_is_better else "Quality against speed"
+    axes.set_title(title, loc="left", color=theme.ink, fontsize=12, fontweight="bold", pad=10)
+    axes.set_xlabel(what, fontsize=9.5, color=theme.faint)
+    axes.set_ylabel("bits per byte on held-out text", fontsize=9.5, color=theme.faint)
+    axes.set_facecolor(theme.paper)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.grid)
+    axes.tick_params(colors=theme.faint, labelsize=9, length=0, which="both")
+    axes.grid(color=theme.grid, linewidth=0.7)
+    axes.set_axisbelow(True)
+    if not points:
+        axes.set(xticks=[], yticks=[])
+        missing = "no quality was measured" if smaller_is_better else "speed and quality were not both measured"
+        axes.text(0.5, 0.5, missing, transform=axes.transAxes, ha="center", color=theme.faint, fontsize=10)
+        return
+    _limits(axes, points)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: re.sub(r"\.0+(?=\D|$)", "", scaled(x, unit))))
+    on_front = _draw_front(axes, points, theme, smaller_is_better)
+    for i, p in enumerate(points):
+        axes.errorbar(p.x, p.y, yerr=p.error, xerr=[[p.x - p.low], [p.high - p.x]], color=p.color, lw=1.4)
+        face = p.color if i in on_front else theme.paper
+        axes.plot(p.x, p.y, p.marker, ms=9, mfc=face, mec=p.color, mew=1.8, zorder=4)
+
+
+def _limits(axes: Any, points: Sequence[Point]) -> None:
+    """Room around the points for their labels; a logarithmic axis where sizes differ by more than three times."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    low, high = min(p.low for p in points), max(p.high for p in points)
+    if high > 3 * low:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        room = (high / low) ** 0.22
+        axes.set_xlim(low / room, high * room)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        room = 0.22 * (high - low) or 0.2 * high
+        axes.set_xlim(low - room, high + room)
+    bottom, top = min(p.y - p.error for p in points), max(p.y + p.error for p in points)
+    room = 0.18 * (top - bottom) or 0.1
+    axes.set_ylim(bottom - room, top + room)
+
+
+def _draw_front(axes: Any, points: Sequence[Point], theme: Theme, smaller_is_better: bool) -> list[int]:
+    """The staircase of what is reachable; the shaded side is beaten by a model on it. Returns the points on it."""
+    sign = 1 if smaller_is_better else -1
+    best = front([(sign * p.x, p.y) for p in points])
+    worst_x, top = axes.get_xlim()[1 if smaller_is_better else 0], axes.get_ylim()[1]
+    corners = [(points[best[0]].x, top)]
+    for here, following in zip(best, [*best[1:], None], strict=True):
+        corners.append((points[here].x, points[here].y))
+        corners.append((worst_x if following is None else points[following].x, points[here].y))
+    axes.fill([*(x for x, _ in corners), worst_x], [*(y for _, y in corners), top], color=theme.beaten, zorder=0, lw=0)
+    axes.plot(*zip(*corners, strict=True), color=theme.faint, linewidth=1.3, zorder=2, gid="front")
+    hint, at, side = ("↙ better", 0.012, "left") if smaller_is_better else ("better ↘", 0.988, "right")
+    axes.text(at, 0.02, hint, transform=axes.transAxes, ha=side, fontsize=9.5, color=theme.faint, gid="obstacle")
+    return best
+
+
+def _label(axes: Any, points: Sequence[Point], theme: Theme) -> None:
+    """Writes name and numbers beside every point, where they cover the least; from afar with a line to the point."""
+    renderer, dot = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
+    centres = [tuple(axes.transData.transform((p.x, p.y))) for p in points]
+    plain = {"transform": None, "zorder": 5, "parse_math": False}
+    texts, options = [], []
+    for p, (x, y) in zip(points, centres, strict=True):
+        name = axes.text(0, 0, p.name, fontsize=9.5, fontweight="bold", color=theme.ink, **plain)
+        note = axes.text(0, 0, p.note, fontsize=8, color=theme.faint, **plain)
+        width = max(text.get_window_extent(renderer).width for text in (name, note))
+        texts.append((name, note))
+        options.append(candidates((x, y), [c for c in centres if c != (x, y)], width, dot))
+    chosen = arrange(options, _obstacles(axes, points), tuple(axes.get_window_extent(renderer).extents), dot)
+    for (name, note), (x, y), (_, box) in zip(texts, centres, chosen, strict=True):
+        side = "left" if box[0] > x else "right" if box[2] < x else "center"
+        at = {"left": box[0], "right": box[2], "center": (box[0] + box[2]) / 2}[side]
+        name.set(position=(at, box[1] + 12 * dot), ha=side)
+        note.set(position=(at, box[1] + 2 * dot), ha=side)
+        end = nearest(box, (x, y))
+        if math.dist((x, y), end) > 16 * dot:
+            axes.plot(*zip((x, y), end, strict=True), color=theme.faint, lw=0.7, transform=None, zorder=3)
+
+
+def _obstacles(axes: Any, points: Sequence[Point]) -> list[Box]:
+    """What labels should not cover: points, bars, the front, the hint."""
+    dot = axes.figure.dpi / 72
+    found: list[Box] = []
+    for p in points:
+        x, y = axes.transData.transform((p.x, p.y))
+        found.append((x - 7 * dot, y - 7 * dot, x + 7 * dot, y + 7 * dot))
+        (left, low), (right, high) = axes.transData.transform([(p.low, p.y - p.error), (p.high, p.y + p.error)])
+        found += [(left, y - dot, right, y + dot), (x - dot, low, x + dot, high)]
+    for line in (line for line in axes.lines if line.get_gid() == "front"):
+        corners = axes.transData.transform(line.get_xydata())
+        for (x0, y0), (x1, y1) in pairwise(corners):
+            found.append((min(x0, x1) - dot, min(y0, y1) - dot, max(x0, x1) + dot, max(y0, y1) + dot))
+    hints = (text for text in axes.texts if text.get_gid() == "obstacle")
+    return found + [tuple(text.get_window_extent().extents) for text in hints]

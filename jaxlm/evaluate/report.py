@@ -1,0 +1,313 @@
+"""The report: which model to ship, with every number and how it was measured.
+
+`write` leaves `report.json` (everything, raw rounds included), `report.md`, `report.html` (one file, no network) and
+`pareto.png`. `table` is the short form for the console.
+"""
+
+import base64
+import json
+import math
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxlm.evaluate import pareto
+from jaxlm.evaluate.row import Row, against_reference, by_name
+from jaxlm.evaluate.verdict import chips, described, picks, verdict
+from jaxlm.evaluate.words import NOT_MEASURED, estimate, one_line, percent, plain, printable, scaled, spread, times
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PROTOCOL = ("corpus", "tokenizer", "context", "stride", "bytes", "tokens", "machine", "versions", "seeds", "timing")
+"""What every report says about how it was measured; more may be added."""
+CAPTION = (
+    "Small print: against the reference. Speed and latency: median over rounds in which all models took turns; in "
+    "brackets the quartiles of the ratio within a round, above 1× is faster. ±: two standard errors over pieces of "
+    "text, paired for a difference. Perplexity compares only under one tokenizer, bits per byte always; less is better."
+)
+SIGNS = {1: "▲", 0: "=", -1: "▼", None: ""}
+CLASSES = {1: "won", 0: "even", -1: "lost", None: "even"}
+
+
+class Cell(NamedTuple):
+    """One entry of the table: the number, how it compares with the reference, and whether it won (1) or lost (-1)."""
+
+    label: str
+    value: str
+    note: str = ""
+    outcome: int | None = None
+
+
+def write(
+    directory: str | Path,
+    rows: Sequence[Row],
+    protocol: Mapping[str, Any],
+    title: str = "Which model to ship",
+    tolerance: float = 0.05,
+) -> Path:
+    """Writes the four files and returns the path of `report.html`.
+
+    Args:
+      directory: created if it is missing; files of these names are replaced.
+      rows: the models, in the order they are to appear.
+      protocol: how everything was measured; the entries named in `PROTOCOL` must be there (ValueError).
+      title: heading.
+      tolerance: the verdict recommends models whose bits per byte are at most this fraction above the reference's.
+    """
+    by_name(rows)
+    if missing := [key for key in PROTOCOL if key not in protocol]:
+        raise ValueError(f"a report without its protocol cannot be judged; missing: {', '.join(missing)}")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    pareto.draw(rows, directory / "pareto.png")
+    _save(directory / "report.json", to_json(rows, protocol, title, tolerance))
+    _save(directory / "report.md", to_markdown(rows, protocol, title, tolerance))
+    _save(
+        directory / "report.html", to_html(rows, protocol, title, tolerance, _picture(rows, directory / "pareto.png"))
+    )
+    return directory / "report.html"
+
+
+def _save(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="replace")
+
+
+def cells(row: Row, rows: Mapping[str, Row]) -> list[Cell]:
+    """The numbers of one model, in the order of the table."""
+    against = against_reference(row, rows)
+    outcome = {} if against is None else against.outcomes()
+    size = speed = latency = flops = quality = ""
+    if against is not None:
+        size = f"{times(against.size)} smaller" if against.size >= 1 else f"{times(1 / against.size)} larger"
+        size = "same size" if outcome["size"] == 0 else size
+        speed = f"{times(against.speed.median)} ({spread(against.speed)})" if against.speed else ""
+        latency = f"{times(against.latency.median)} ({spread(against.latency)})" if against.latency else ""
+        flops = f"{times(against.flops)} fewer" if against.flops and against.flops > 1.005 else ""
+        quality = estimate(against.quality, signed=True) if against.quality else ""
+    fast, slow = row.tokens_per_second, row.latency_ms
+    return [
+        Cell("Parameters", scaled(row.parameters), f"{scaled(row.parameters_non_embedding)} non-embedding"),
+        Cell("Size on disk", scaled(row.bytes_on_disk, "B"), size, outcome.get("size")),
+        Cell("FLOPs per token", scaled(row.flops_per_token), flops),
+        Cell("Tokens/s in batches", scaled(fast and fast.median), speed, outcome.get("speed")),
+        Cell(
+            "Latency at batch 1", f"{plain(slow.median)} ms" if slow else NOT_MEASURED, latency, outcome.get("latency")
+        ),
+        Cell("Bits per byte", estimate(row.bits_per_byte), quality, outcome.get("quality")),
+        Cell("Perplexity", plain(row.held_out.perplexity if row.held_out else None)),
+        Cell("Agrees with teacher", percent(row.held_out.agreement if row.held_out else None)),
+        Cell("Training tokens", scaled(row.train_tokens)),
+    ]
+
+
+# ---- console
+
+
+def table(rows: Sequence[Row]) -> "Table":
+    """The report in short, for the console; ▲ and ▼: beyond noise better and worse than the reference."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    named = by_name(rows)
+    shown = {
+        "Parameters": "Params",
+        "Size on disk": "Size",
+        "Tokens/s in batches": "Tokens/s",
+        "Latency at batch 1": "Latency",
+        "Bits per byte": "Bits/byte",
+        "Agrees with teacher": "Agrees",
+    }
+    styles = {1: "cyan", 0: "dim", -1: "yellow"}
+    result = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False, show_edge=False)
+    result.add_column("Model", overflow="fold", min_width=10, max_width=24)
+    for head in shown.values():
+        result.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        line = [Text(one_line(row.name), style="bold")]
+        for cell in (c for c in cells(row, named) if c.label in shown):
+            text = Text(re.sub(r" ± [\d.]+", "", cell.value))
+            if cell.outcome is not None:
+                text.append(f"\n{SIGNS[cell.outcome]} {cell.note.split(' ')[0]}", style=styles[cell.outcome])
+            line.append(text)
+        result.add_row(*line)
+    return result
+
+
+# ---- report.json
+
+
+def to_json(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolerance: float) -> str:
+    """Strict JSON: what is not a number, or not measured, is null."""
+    named = by_name(rows)
+    content = {
+        "title": title,
+        "verdict": verdict(rows, tolerance),
+        "tolerance": tolerance,
+        "picks": [pick._asdict() for pick in picks(rows, tolerance)],
+        "models": [_model(row, named) for row in rows],
+        "protocol": protocol,
+    }
+    return json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _model(row: Row, rows: Mapping[str, Row]) -> dict[str, Any]:
+    against = against_reference(row, rows)
+    raw = asdict(row)
+    timing = {"batch": raw.pop("batch"), "single": raw.pop("single"), "batch_tokens": raw.pop("batch_tokens")}
+    held_out = raw.pop("held_out")
+    return raw | {
+        "tokens_per_second": row.tokens_per_second,
+        "latency_ms": row.latency_ms,
+        "bits_per_byte": row.bits_per_byte,
+        "perplexity": row.held_out.perplexity if row.held_out else None,
+        "agreement": row.held_out.agreement if row.held_out else None,
+        "against_reference": None if against is None else against._asdict() | {"outcomes": against.outcomes()},
+        "summary": described(row, rows),
+        "measurements": {"timing": timing, "held_out": held_out},
+    }
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _strict(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if hasattr(value, "item"):  # a number of numpy or jax
+        return _strict(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+# ---- report.md
+
+
+def to_markdown(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolerance: float) -> str:
+    """GitHub's Markdown."""
+    named = by_name(rows)
+    labels = [cell.label for cell in cells(rows[0], named)]
+    lines = [f"# {_md(title)}", "", _md(verdict(rows, tolerance)), "", "![Quality, size and speed](pareto.png)", ""]
+    lines += ["| Model | " + " | ".join(labels) + " |", "| :-- |" + " --: |" * len(labels)]
+    for row in rows:
+        entries = [_md(c.value) + (f"<br><sub>{_md(c.note)}</sub>" if c.note else "") for c in cells(row, named)]
+        lines.append(f"| **{_md(row.name)}**<br><sub>{_md(row.description)}</sub> | " + " | ".join(entries) + " |")
+    lines += ["", f"<sub>{_md(CAPTION)}</sub>", "", "## What each one won, and what it writes"]
+    for row in rows:
+        lines += ["", f"### {_md(row.name)}", ""]
+        lines += [f"- {_md(text)}" for text in [*described(row, named), *_stored(row)]]
+        if row.sample is not None:
+            text = printable(row.prompt + row.sample)
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+            lines += ["", _md(_wrote(row)), "", f"{fence}text", text, fence]
+    lines += ["", "## Protocol", "", *(f"- **{_md(key)}**: {_md(_said(value))}" for key, value in protocol.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|~#&$])", r"\\\1", one_line(text))
+
+
+def _stored(row: Row) -> list[str]:
+    parts = [f"{scaled(size, 'B')} {dtype}" for dtype, size in row.bytes_by_dtype.items()]
+    return [f"Stored as {', '.join(parts)}."] if parts else []
+
+
+def _wrote(row: Row) -> str:
+    speed = row.sample_tokens_per_second
+    asked = f"What it wrote, continuing {one_line(row.prompt)!r}" if row.prompt else "What it wrote"
+    return f"{asked}{'' if speed is None else f', at {plain(speed)} tokens per second'}:"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {_said(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_said(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+# ---- report.html
+
+
+def to_html(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolerance: float, picture: str) -> str:
+    """One file: style inside, no script, light and dark, for screens of any width and for paper.
+
+    `picture` is the one thing that is not escaped: an element that shows the Pareto fronts.
+    """
+    named = by_name(rows)
+    labels = [cell.label for cell in cells(rows[0], named)]
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    chosen = "".join(
+        f'<div class="pick"><dt>{_html(pick.wish)}</dt><dd class="name">{_html(pick.name)}</dd>'
+        f'<dd class="faint">{_html(pick.numbers)}</dd></div>'
+        for pick in picks(rows, tolerance)
+    )
+    return template.substitute(
+        title=_html(title),
+        verdict=_html(verdict(rows, tolerance)),
+        picks=f'<dl class="picks">{chosen}</dl>' if chosen and len(rows) > 1 else "",
+        picture=picture,
+        caption=_html(CAPTION),
+        head='<th scope="col">Model</th>' + "".join(f'<th scope="col">{_html(label)}</th>' for label in labels),
+        body="\n".join(_html_row(row, named) for row in rows),
+        models="\n".join(_html_model(row, named) for row in rows),
+        protocol="\n".join(f"<dt>{_html(key)}</dt><dd>{_html(_said(value))}</dd>" for key, value in protocol.items()),
+    )
+
+
+def _html(text: str) -> str:
+    return escape(one_line(text))
+
+
+def _html_row(row: Row, rows: Mapping[str, Row]) -> str:
+    entries = []
+    for c in cells(row, rows):
+        sign = f"{SIGNS[c.outcome]} " if c.outcome is not None else ""
+        note = f'<small class="{CLASSES[c.outcome]}">{sign}{_html(c.note)}</small>' if c.note else ""
+        entries.append(f'<td data-label="{_html(c.label)}">{_html(c.value)}{note}</td>')
+    head = f"{_html(row.name)}<small>{_html(row.description)}</small>"
+    return f'<tr><th scope="row">{head}</th>{"".join(entries)}</tr>'
+
+
+def _html_model(row: Row, rows: Mapping[str, Row]) -> str:
+    marks = "".join(
+        f'<span class="chip {CLASSES[f.outcome]}">{SIGNS[f.outcome]} {_html(f.words)}</span>' for f in chips(row, rows)
+    )
+    lines = "".join(f"<p>{_html(text)}</p>" for text in [*described(row, rows), *_stored(row)])
+    sample = ""
+    if row.sample is not None:
+        prompt, written = escape(printable(row.prompt)), escape(printable(row.sample))
+        said = f'<p class="faint">{_html(_wrote(row))}</p>'
+        sample = f'{said}<pre dir="auto"><span class="prompt">{prompt}</span>{written}</pre>'
+    head = f'<h3>{_html(row.name)}</h3><p class="faint">{_html(row.description)}</p>'
+    return f"<article><div>{head}<div>{marks}</div>{lines}</div><div>{sample}</div></article>"
+
+
+def _picture(rows: Sequence[Row], wide: Path) -> str:
+    """A `<picture>` holding four images: wide and narrow, light and dark; paper gets the wide light one."""
+    narrow, dark = "(max-width: 46rem)", "(prefers-color-scheme: dark)"
+    tags = []
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "picture.png"
+        for media, is_dark, is_narrow in (
+            (f"{narrow} and {dark}", True, True),
+            (narrow, False, True),
+            (dark, True, False),
+        ):
+            pareto.draw(rows, file, dark=is_dark, stacked=is_narrow)
+            tags.append(f'<source media="screen and {media}" srcset="{_data(file)}">')
+    text = "Bits per byte against size on disk and against tokens per second; the numbers are in the table below."
+    return f'<picture>{"".join(tags)}<img alt="{text}" src="{_data(wide)}"></picture>'
+
+
+def _data(file: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
