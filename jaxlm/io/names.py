@@ -42,7 +42,7 @@ def rows(config: ModelConfig) -> list[Row]:
     for row in FAMILIES[config.family].names(config):
         numbers = range(max(config.num_layers, config.num_decoder_layers)) if "{i}" in row.hf else range(1)
         found += [own for own in map(row.at, numbers) if all(path in spec for path in own.paths)]
-    covered = [path for row in found for path in row.paths]
+    covered = [path for row in found if not row.copy for path in row.paths]
     if sorted(covered) != sorted(spec):
         wrong = sorted(set(spec).symmetric_difference(covered)) or "a path named twice"
         raise KeyError(f"the names of {config.family} do not cover its parameters once: {wrong}")
@@ -86,8 +86,11 @@ def from_transformers(config: ModelConfig, stored: Mapping[str, Tensor], where: 
     config = _tie(family, config, tensors)
     spec = flatten(model_spec(config))
     leaves: dict[str, Tensor] = {}
+    copies = {row.paths: tensors.pop(row.hf, None) for row in rows(config) if row.copy}
     for row in rows(config):
-        tensor = tensors.pop(row.hf, None)
+        if row.copy:
+            continue
+        tensor = tensors.pop(row.hf, copies.get(row.paths))
         parameters = [spec[path] for path in row.paths]
         expected = row.shape([p.shape for p in parameters])
         head = row.paths[0].startswith("head/")

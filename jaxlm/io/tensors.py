@@ -177,7 +177,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
         end = last
         if 8 + length + end > size:
             raise ValueError(
-                f"{path} is truncated in tensor {name!r}: it has {size} bytes, its header needs {8 + length + end} or more"
+                f"{path} is truncated in tensor {name!r}: {size} bytes, its header needs {8 + length + end} or more"
             )
         tensors[name] = Tensor(shape, dtype, _reader(path, name, 8 + length + first, shape, dtype), str(path))
     if 8 + length + end != size:

@@ -3,11 +3,14 @@
 from typing import Any
 
 from jaxlm.core import call, lookup
+from jaxlm.models.bert import BERT, ROBERTA
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import Family
 from jaxlm.models.gpt2 import GPT2
+from jaxlm.models.llama import LLAMA, MISTRAL, QWEN2
+from jaxlm.models.t5 import T5
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2,)}
+FAMILIES: dict[str, Family] = {f.name: f for f in (GPT2, BERT, ROBERTA, LLAMA, MISTRAL, QWEN2, T5)}
 
 
 def model_config(family: str, **fields: Any) -> ModelConfig:
@@ -19,5 +22,7 @@ def model_config(family: str, **fields: Any) -> ModelConfig:
     >>> model_config("gpt2", vocab_size=256, num_layers=2).activation
     'gelu_tanh'
     """
-    defaults = lookup(FAMILIES, family, "model family").defaults
-    return call(ModelConfig, {**defaults, **fields}, f"the model {family!r}", family=family)
+    own: Family = lookup(FAMILIES, family, "model family")
+    values = {**own.defaults, **fields}
+    values |= {name: rule(values) for name, rule in own.derived.items() if name not in fields}
+    return call(ModelConfig, values, f"the model {family!r}", family=family)

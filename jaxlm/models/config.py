@@ -22,7 +22,8 @@ class ModelConfig:
         to `num_heads`, `head_dim` to `hidden_size / num_heads`, `ffn_size` to `4 hidden_size`.
       num_decoder_layers, decoder_num_heads, cross_num_heads, decoder_ffn_size: the decoder of a T5, by default as the
         encoder; 0 layers: no decoder.
-      max_positions: longest row, 0 where positions have no table; position_offset: first row used (2 in RoBERTa).
+      max_positions: longest row, 0 where positions have no table; position_offset: first row used (2 in RoBERTa,
+        which counts positions over tokens that are not `pad_token_id`).
       type_vocab_size: token types (BERT), 0 for none.
       relative_buckets, relative_max_distance: T5's relative positions, 0 for none; position_heads,
         decoder_position_heads: columns of their table that each layer's remaining heads use.
@@ -30,7 +31,7 @@ class ModelConfig:
       norm, norm_eps, pre_norm, embed_norm, final_norm: kind and places of normalization.
       activation, gated, qkv_bias, output_bias, mlp_bias, scale_scores: see `Layer`.
       causal, window, window_from: causality; sliding window of the layers from `window_from` on.
-      tie_embeddings: the head is the token table; scale_head: hidden states times hidden_size^-0.5 before a tied head.
+      tie_embeddings: the head is the token table; scale_head: hidden states times hidden_size^-0.5 before it (T5).
       head: what sits on top; pooling: token that a sequence head reads, `first` or `last`; pooler: it passes a tanh
         layer; next_sentence: the masked head also predicts the next sentence.
       labels: names of the classes of a sequence or token head; regression: the sequence head predicts one number.

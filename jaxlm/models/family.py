@@ -23,16 +23,19 @@ class Row(NamedTuple):
       hf: name in transformers; `{i}` stands for the number of a layer.
       paths: paths of the arrays.
       transpose: the stored tensor is the transpose.
+      copy: transformers wants the tensor a second time, under this name; it is written, and read only when the first
+        is missing.
     """
 
     hf: str
     paths: tuple[str, ...]
     transpose: bool = False
+    copy: bool = False
 
     def at(self, number: int) -> "Row":
         """The row of one layer."""
         paths = tuple(path.replace("{i}", str(number)) for path in self.paths)
-        return Row(self.hf.replace("{i}", str(number)), paths, self.transpose)
+        return self._replace(hf=self.hf.replace("{i}", str(number)), paths=paths)
 
     def join(self, parts: list[np.ndarray]) -> np.ndarray:
         """The stored tensor.
@@ -63,7 +66,7 @@ class Family(NamedTuple):
 
     Attributes:
       name: its name here, and its `model_type` in transformers.
-      defaults: fields of its ModelConfig, small enough for a laptop where a size is not given.
+      defaults: fields of a fresh ModelConfig, small enough for a laptop.
       architectures: class in transformers -> the fields of ModelConfig that it stands for, `head` among them.
       base: prefix of the tensors below the head in transformers, "" where there is none.
       from_hf: transformers' config.json -> fields of ModelConfig, without those of the architecture.
@@ -71,6 +74,7 @@ class Family(NamedTuple):
       names: rows of all tensors that a config may have; a row whose arrays the config lacks is left out by the reader.
       aliases: names under which transformers stores a tensor a second time -> its first name.
       ignored: regex of tensors that are no parameters (position counters and masks of old releases).
+      derived: fields of a fresh ModelConfig that follow from others when they are not given.
     """
 
     name: str
@@ -82,6 +86,7 @@ class Family(NamedTuple):
     names: Callable[[ModelConfig], list[Row]]
     aliases: Mapping[str, str] = {}
     ignored: str = r".*position_ids"
+    derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {}
 
 
 # Rows ---------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,13 @@ def names(config: ModelConfig) -> list[Row]:
 
 GPT2 = Family(
     name="gpt2",
-    defaults={"max_positions": 512, "activation": "gelu_tanh"},
+    defaults={
+        "hidden_size": 256,
+        "num_layers": 4,
+        "num_heads": 4,
+        "max_positions": 512,
+        "activation": "gelu_tanh",
+    },
     architectures={
         "GPT2LMHeadModel": {"head": "causal"},
         "GPT2ForSequenceClassification": {"head": "sequence"},

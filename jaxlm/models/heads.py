@@ -51,11 +51,11 @@ def apply_head(
     outputs: dict[str, jax.Array] = {}
     if head == "none":
         return outputs
-    if config.pooler or config.next_sentence or head == "pooled":
+    if "pooler" in own:
         outputs["pooled"] = jnp.tanh(dense(own["pooler"], _pool(config, x, segments), ctx.at("pooler")))
     if head in ("causal", "seq2seq"):
+        x = x * config.hidden_size**-0.5 if config.scale_head else x
         if config.tie_embeddings:
-            x = x * config.hidden_size**-0.5 if config.scale_head else x
             logits = attend(x, params["embed"]["tokens"]["embedding"], ctx)
         else:
             logits = dense(own["output"], x, ctx)

@@ -93,6 +93,10 @@ def _single_stack(config, params, batch, *, ctx, taps, cache, remat, dtype):
     """An encoder or a decoder alone: its output, the segments of its tokens, and taps and cache."""
     ids = batch["input_ids"]
     tokens, start, keys = _tokens(ids, batch, cache, "")
+    if config.position_offset and config.pad_token_id is not None and cache is None and "positions" not in batch:
+        # RoBERTa counts positions over real tokens; padding has the row before the first.
+        real = jnp.asarray(ids) != config.pad_token_id
+        tokens = tokens._replace(positions=jnp.cumsum(real, axis=1) * real - 1)
     x = _embed(config, params["embed"], ids, tokens, batch.get("token_type_ids"), ctx, dtype)
     around = Surroundings(tokens, keys, _bias(config, params, tokens, keys, config.causal), start=start)
     own_cache = None if cache is None else cache["layers"]
