@@ -27,12 +27,19 @@ class Instruction(NamedTuple):
     attributes: str
 
 
+class Result(NamedTuple):
+    """An array that an operation gives: its dtype as HLO writes it (`bf16`, `s32`) and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class Collective(NamedTuple):
     """One collective operation of a program, as one chip sees it.
 
     Attributes:
       kind: `all-gather`, `reduce-scatter`, `all-reduce`, `all-to-all` or `collective-permute`.
-      shapes: shapes of its results.
+      results: the arrays that it gives (with its operands, if it is an asynchronous start).
       bytes: size of its results in one execution; of its operands for a reduce-scatter, whose results are smaller.
       times: executions in one run of the program; a loop whose trip count is unknown counts once.
       in_loop: whether it runs inside a loop.
@@ -40,7 +47,7 @@ class Collective(NamedTuple):
     """
 
     kind: str
-    shapes: tuple[tuple[int, ...], ...]
+    results: tuple[Result, ...]
     bytes: int
     times: int
     in_loop: bool
@@ -81,9 +88,9 @@ def collectives(hlo_text: str) -> list[Collective]:
                 moved -= operands  # the type of this start is (operands, results)
             elif instruction.opcode != kind or kind == "reduce-scatter":
                 moved = max(moved, operands) if name.startswith("all-reduce-scatter") else operands
-            shapes = tuple(_dims(dims) for _, dims in _ARRAY.findall(instruction.type))
+            results = tuple(Result(dtype, _dims(dims)) for dtype, dims in _ARRAY.findall(instruction.type))
             source = re.search(r'op_name="([^"]*)"', instruction.attributes)
-            this = Collective(kind, shapes, moved, *runs[name], source[1] if source else "")
+            this = Collective(kind, results, moved, *runs[name], source[1] if source else "")
             key = _spread(instruction) or f"{name}/{instruction.name}"
             if key not in found or this.times < found[key].times:
                 found[key] = this

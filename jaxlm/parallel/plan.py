@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxlm.core import SEGMENT, lookup
-from jaxlm.parallel.hlo import Collective, collectives, traffic
+from jaxlm.parallel.hlo import Collective, Result, collectives, traffic
 from jaxlm.parallel.mesh import make_mesh
 
 GB = 10**9
@@ -57,44 +58,52 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
     )
 
 
+class Stack(NamedTuple):
+    """A stacked argument of a program: its dtype, its whole shape, and the shape of one chip's share."""
+
+    dtype: Any
+    whole: tuple[int, ...]
+    share: tuple[int, ...]
+
+
 class Gathered(NamedTuple):
-    """A collective whose result holds all layers of a stacked argument, larger than the chip's share of it."""
+    """A collective whose result holds all layers of a stacked argument, and more of it than the chip's share."""
 
     argument: str
-    shape: tuple[int, ...]
+    result: Result
     collective: Collective
 
 
-Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-"""`{argument: (its shape, the shape of a chip's share)}`."""
-
-
-def gathered_parameters(found: Iterable[Collective], stacks: Shapes) -> list[Gathered]:
+def gathered_parameters(found: Iterable[Collective], stacks: Mapping[str, Stack]) -> list[Gathered]:
     """Stacked arrays that some collective assembles for all layers at once, where one layer at a time would do.
 
-    A result counts when its shape is that of the stack with one or more of the split dimensions whole, in any order of
-    the dimensions. An empty list means that only the layer in use is ever gathered.
+    A result counts when it is of the same kind (float or integer) and has the shape of the stack with one or more of
+    the split dimensions whole, whatever the order of the dimensions. An activation of just that shape counts too; the
+    collective's `source` tells. An empty list means that only the layer in use is ever gathered.
     """
-    shapes: dict[tuple[int, ...], str] = {}
-    for name, (whole, share) in stacks.items():
-        for mixed in itertools.product(*({w, s} for w, s in zip(whole[1:], share[1:], strict=True))):
-            if mixed != share[1:]:
-                shapes.setdefault(_sorted((whole[0], *mixed)), name)
-    for whole, share in stacks.values():
-        shapes.pop(_sorted((whole[0], *share[1:])), None)  # also a chip's share of another stack: nothing is wrong
+    shapes: dict[tuple[bool, tuple[int, ...]], str] = {}
+    for name, stack in stacks.items():
+        for mixed in itertools.product(*({w, s} for w, s in zip(stack.whole[1:], stack.share[1:], strict=True))):
+            shapes.setdefault((_is_float(stack.dtype), _sorted((stack.whole[0], *mixed))), name)
+    for stack in stacks.values():  # a share is where it belongs, also if another stack's whole looks like it
+        shapes.pop((_is_float(stack.dtype), _sorted(stack.share)), None)
     return [
-        Gathered(shapes[_sorted(shape)], shape, collective)
+        Gathered(shapes[key], result, collective)
         for collective in found
-        for shape in collective.shapes
-        if _sorted(shape) in shapes
+        for result in collective.results
+        if (key := ("f" in result.dtype, _sorted(result.shape))) in shapes
     ]
+
+
+def _is_float(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def _sorted(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(size for size in shape if size != 1))
 
 
-def stacked_arguments(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> Shapes:
+def stacked_arguments(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> dict[str, Stack]:
     """The arguments of a program that hold several layers (`layers_0-11/...` in their name), parameters and optimizer
     state alike, with the share of one chip."""
     infos = jax.tree.leaves_with_path(lowered.args_info)
@@ -103,7 +112,7 @@ def stacked_arguments(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled
     for (path, info), sharding in zip(infos, places, strict=True):
         name = "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path[1:])
         if re.search(rf"(^|/){SEGMENT}/", name):
-            found[name] = (info.shape, sharding.shard_shape(info.shape))
+            found[name] = Stack(info.dtype, info.shape, sharding.shard_shape(info.shape))
     return found
 
 
@@ -146,7 +155,10 @@ class Plan(NamedTuple):
                 f"{total.times:>6} a step, {total.bytes / GB:>7.2f} GB a chip and step"
             )
         for whole in self.gathered:
-            lines.append(f"WHOLE STACK {whole.argument}: {whole.collective.kind} of {whole.shape}")
+            lines.append(
+                f"WHOLE STACK {whole.argument}: {whole.collective.kind} of {whole.result.dtype}"
+                f"{list(whole.result.shape)} in {whole.collective.source}"
+            )
         return "\n".join(lines)
 
 
@@ -167,7 +179,14 @@ def plan(lower: Callable[[Mesh], jax.stages.Lowered], topology: str, shape: Mapp
     mesh = make_mesh(shape, topology_devices(topology))
     lowered = lower(mesh)
     start = time.perf_counter()
-    compiled = lowered.compile()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RuntimeError(
+            f"the step does not fit {topology}: {error}\nUse remat='full', a smaller batch, or more chips on fsdp"
+        ) from error
     seconds = time.perf_counter() - start
     found = collectives(compiled.as_text() or "")
     gathered = gathered_parameters(found, stacked_arguments(lowered, compiled))
@@ -182,6 +201,6 @@ def topology_devices(topology: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:
         raise RuntimeError(
-            f"no TPU compiler for {topology!r}; create its environment with `make plan-env`, "
-            f"set JAX_PLATFORMS=cpu, and give a slice like v5e:4x4 ({error})"
+            f"the TPU compiler does not start for {topology!r}: {error}\nIt needs a slice like v5e:4x4, the "
+            "environment of `make plan-env`, JAX_PLATFORMS=cpu, and no other program using libtpu"
         ) from error

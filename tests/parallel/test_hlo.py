@@ -82,7 +82,7 @@ ENTRY %main (p0: f32[2,4], p1: f32[8,16]) -> f32[4,16] {
 
 def test_a_program_written_by_hand():
     found = {c.kind: c for c in collectives(PROGRAM) if c.in_loop}
-    assert found["all-reduce"] == ("all-reduce", ((4, 8),), 64, 23, True, "layer/output")
+    assert found["all-reduce"] == ("all-reduce", (("bf16", (4, 8)),), 64, 23, True, "layer/output")
     assert found["all-gather"].times == 23 and found["all-gather"].bytes == 32  # spread over two loops, counted once
     assert found["collective-permute"].times == 92 and found["collective-permute"].bytes == 8
     outside = {c.kind: c for c in collectives(PROGRAM) if not c.in_loop}

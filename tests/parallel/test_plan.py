@@ -7,8 +7,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.parallel import make_mesh
-from jaxlm.parallel.hlo import collectives
-from jaxlm.parallel.plan import GB, Memory, Plan, gathered_parameters, memory, plan, stacked_arguments
+from jaxlm.parallel.hlo import Collective, Result, collectives
+from jaxlm.parallel.plan import GB, Memory, Plan, Stack, gathered_parameters, memory, plan, stacked_arguments
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,24 @@ def compile_scan(mesh, gather_first):
 def test_a_stack_gathered_whole_is_found(mesh):
     lowered, compiled = compile_scan(mesh, gather_first=True)
     stacks = stacked_arguments(lowered, compiled)
-    assert stacks == {"0/layers_0-5/mlp/up/kernel": ((6, 64, 64), (6, 16, 32))}
+    assert stacks == {"0/layers_0-5/mlp/up/kernel": (jnp.float32, (6, 64, 64), (6, 16, 32))}
     whole = gathered_parameters(collectives(compiled.as_text()), stacks)
-    assert [(g.argument, g.shape, g.collective.kind) for g in whole] == [
-        ("0/layers_0-5/mlp/up/kernel", (6, 64, 32), "all-gather")
+    assert [(g.argument, g.result, g.collective.kind) for g in whole] == [
+        ("0/layers_0-5/mlp/up/kernel", ("f32", (6, 64, 32)), "all-gather")
     ]
+
+
+def test_only_results_of_the_same_kind_count():
+    stacks = {"scale": Stack(jnp.float32, (6, 64), (6, 16)), "codes": Stack(jnp.int8, (6, 64, 32), (6, 16, 32))}
+
+    def gather(dtype, shape):
+        return Collective("all-gather", (Result(dtype, shape),), 0, 1, False, "")
+
+    def arguments(*found):
+        return [g.argument for g in gathered_parameters(found, stacks)]
+
+    assert arguments(gather("bf16", (6, 1, 64)), gather("s8", (6, 32, 64))) == ["scale", "codes"]
+    assert arguments(gather("s32", (6, 1, 64)), gather("f32", (6, 16)), gather("f32", (1, 64))) == []
 
 
 def test_a_layer_gathered_at_a_time_is_fine(mesh):
