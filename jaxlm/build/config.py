@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from jaxlm.core import nearest
 from jaxlm.data.settings import DataSettings
 from jaxlm.models.config import ModelConfig
 from jaxlm.train.settings import TrainSettings
@@ -23,7 +24,8 @@ def default_config() -> ConfigDict:
     """What a recipe starts from. A field that a recipe or the command line names and that is not here is an error.
 
     `model` holds `init` (a model directory, a hub id, or "" for a fresh model) and every hyper-parameter, `None` where
-    the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`.
+    the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`;
+    `stages` and `report` are read by a pipeline.
     """
     return ConfigDict(
         {
@@ -38,6 +40,8 @@ def default_config() -> ConfigDict:
             "methods": (),
             "losses": (),
             "bake": True,
+            "stages": (),
+            "report": {"title": "", "corpus": "", "prompt": "", "batch_size": 16, "rounds": 15, "seconds": 20.0},
         }
     )
 
@@ -57,6 +61,22 @@ def _simple(hint: Any) -> type:
     """The plain type of a field, `object` where several are possible."""
     options = [t for t in typing.get_args(hint) if t is not types.NoneType] if typing.get_args(hint) else [hint]
     return options[0] if len(options) == 1 and options[0] in (int, float, str, bool) else object
+
+
+def overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
+    """Sets fields of a config, section by section; `None` leaves a field as it is.
+
+    Raises:
+      ValueError: for a field that the config does not have, naming the nearest.
+    """
+    for key, value in values.items():
+        if key not in config and not where.endswith(".sharding"):  # the one section whose keys are free: axis names
+            raise ValueError(f"{where} has no field {key!r}; {nearest(key, config.keys())}")
+        if isinstance(value, Mapping) and isinstance(config[key] if key in config else None, ConfigDict):
+            overlay(config[key], value, f"{where}.{key}")
+        elif value is not None:
+            with config.unlocked():
+                config[key] = tuple(value) if isinstance(value, list) else value
 
 
 def plain(config: Any) -> Any:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from jaxlm.parallel import initialize
 
@@ -17,4 +18,5 @@ def start() -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jaxlm" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    logging.set_verbosity(logging.WARNING)
     initialize()

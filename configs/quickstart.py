@@ -1,0 +1,84 @@
+"""Quickstart: a small GPT is trained, distilled, pruned and quantized, and every step is measured. No download.
+
+    python experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Hardware: two CPU cores, under 6 minutes. The text is the Python installation's own library, split by module.
+"""
+
+from jaxlm.build.config import default_config
+
+TRAIN = {"steps": 500, "checkpoint_every": 100}
+RECOVER = {"steps": 250, "learning_rate": 1e-3, "checkpoint_every": 50}
+LEARN = {"name": "distill", "teacher": "teacher", "alpha": 0.7, "temperature": 2.0, "hidden": 0.1}
+
+
+def get_config():
+    config = default_config()
+    config.task = "causal"
+
+    config.data.format = "python"
+    config.data.train = "stdlib[:60%]"
+    config.data.eval = "stdlib[98%:]"
+    config.data.tokenizer = "bpe:1024"
+    config.data.max_length = 128
+
+    config.model.family = "gpt2"
+    config.model.hidden_size = 192
+    config.model.num_layers = 4
+    config.model.num_heads = 6
+    config.model.max_positions = 128
+
+    config.train.batch_size = 16
+    config.train.learning_rate = 2e-3
+    config.train.schedule = "cosine"
+    config.train.final_learning_rate = 0.05
+    config.train.warmup = 0.05
+    config.train.weight_decay = 0.1
+    config.train.b2 = 0.95
+    config.train.log_every = 25
+
+    student = {"after": "teacher", "surgery": ({"name": "keep_layers", "keep": (0, 3)},), "reference": "teacher"}
+    config.stages = (
+        {
+            "name": "teacher",
+            "description": "GPT of 4 layers, trained from scratch",
+            "train": TRAIN,
+        },
+        {
+            **student,
+            "name": "student",
+            "description": "half of the teacher's layers, distilled: answers with T² and hidden states",
+            "losses": (LEARN,),
+            "train": RECOVER,
+            "beside": ("student-alone",),
+        },
+        {
+            **student,
+            "name": "student-alone",
+            "description": "the same half, the same steps, without distillation",
+            "train": RECOVER,
+        },
+        {
+            "name": "prune",
+            "description": "half of the FFN units and a third of the heads cut out, recovered by distillation",
+            "after": "teacher",
+            "reference": "teacher",
+            "surgery": ({"name": "prune", "heads": 1 / 3, "ffn": 0.5},),
+            "losses": (LEARN,),
+            "train": RECOVER,
+        },
+        {
+            "name": "quantize",
+            "description": "the pruned model with int8 weights and int8 activations a token",
+            "after": "prune",
+            "reference": "teacher",
+            "beside": ("prune",),
+            "surgery": ({"name": "quantize", "dynamic": True},),
+            "train": {"steps": 0},
+        },
+    )
+    config.report.title = "Quickstart"
+    config.report.corpus = "Python's standard library, the last 2% of its modules in order of a hash of their names"
+    config.report.prompt = "def read(self, size=-1):\n"
+    config.report.seconds = 10.0
+    return config

@@ -1,0 +1,75 @@
+"""Converts a model directory: transformers' to ours or back, another dtype, other shards. Streams one tensor at a time.
+
+  python experiments/convert.py --from=DIR --to=DIR [--dtype=float32|bfloat16|float16] [--native]
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from jaxlm.core import arrays
+from jaxlm.io.directory import cast, open_model, write_model
+from jaxlm.io.model import find
+from jaxlm.io.tensors import MAX_SHARD_BYTES
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        description="Convert a model directory, one tensor at a time. The result is in transformers' own layout "
+        "(config.json, model.safetensors, tokenizer files) wherever transformers can express the model.",
+    )
+    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="model directory or hub id to read")
+    parser.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR", help="directory to write")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of float parameters (default: as stored)")
+    parser.add_argument("--native", action="store_true", help="write jaxlm's own layout even where transformers' would do")
+    parser.add_argument(
+        "--max-shard-bytes",
+        type=int,
+        default=MAX_SHARD_BYTES,
+        metavar="N",
+        help="limit of one file of tensors (default: %(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+def convert(options: argparse.Namespace) -> None:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    started = time.perf_counter()
+    stored = open_model(find(options.source))
+    if options.dtype:
+        from ml_dtypes import bfloat16
+
+        stored = cast(stored, bfloat16 if options.dtype == "bfloat16" else options.dtype)
+    total = sum(tensor.nbytes for tensor in arrays(stored.params).values())
+    columns = ("writing", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("writing", total=total)
+        reason = write_model(
+            options.target,
+            stored,
+            native=options.native,
+            max_shard_bytes=options.max_shard_bytes,
+            progress=lambda nbytes: progress.advance(bar, nbytes),
+        )
+    layout = "transformers' layout" if reason is None else f"jaxlm's own layout ({reason})"
+    print(
+        f"{options.target}: {stored.config.family} with the head {stored.config.head!r}, {total / 1e6:.1f} MB, "
+        f"{layout}, {time.perf_counter() - started:.1f} s"
+    )
+
+
+def main() -> int:
+    options = parse()
+    try:
+        convert(options)
+    except (ValueError, OSError) as error:
+        print(f"convert.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
