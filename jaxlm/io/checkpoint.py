@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as orbax
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # what orbax appends to a directory until it is committed
@@ -70,7 +71,7 @@ class Checkpoints:
         if sound and step <= sound[-1]:
             raise ValueError(
                 f"checkpoint {step} is not newer than checkpoint {sound[-1]} in {self._directory}: a checkpoint is "
-                "never overwritten; save a later step or use another directory"
+                "never overwritten; save a later step, rewind() to an earlier one, or use another directory"
             )
         manifest = _manifest(step, state, metadata)
         if jax.process_index() == 0:
@@ -138,6 +139,15 @@ class Checkpoints:
                 "\n".join([*damages, "None is sound: put back a copy, or move the directory to start anew."])
             )
         return None
+
+    def rewind(self, step: int) -> None:
+        """Remove every checkpoint after `step`, for a run that goes on from there and will save those steps again."""
+        self.wait()
+        if jax.process_index() == 0:
+            for later in [saved for saved in self.steps() if saved > step]:
+                self._path(later).rmtree()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints rewound")
 
     def close(self) -> None:
         """Finish the save in progress, raising what it raised, and stop the background thread."""

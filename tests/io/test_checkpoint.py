@@ -127,6 +127,16 @@ def test_an_older_or_equal_step_is_refused_and_changes_nothing(tmp_path, small, 
     assert checkpoints.steps() == [5] and same_bits(checkpoints.restore(structs(small))[1], small)
 
 
+def test_rewinding_lets_later_steps_be_saved_again(tmp_path, small):
+    saved(tmp_path, dict.fromkeys((1, 5, 7), small))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.rewind(4)
+    assert checkpoints.steps() == [1]
+    checkpoints.save(5, {"w": -small["w"]}, {})
+    assert same_bits(checkpoints.restore(structs(small))[1], {"w": -small["w"]})
+    checkpoints.close()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,0 +1,1 @@
+"""Tree reducers: several parameter trees of one shape become one."""
