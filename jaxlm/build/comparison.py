@@ -162,7 +162,7 @@ def time_models(
 
 
 def write_sample(lm: LM, params: Any, trial: Trial) -> tuple[str, float]:
-    """What the model writes after the prompt (temperature 0.8, top-p 0.9, one seed for all), and its tokens a second."""
+    """What the model writes after the prompt (temperature 0.8, top-p 0.9, one seed for all), and its tokens/s."""
     ids = np.asarray(trial.tokenizer(trial.prompt, add_special_tokens=False)["input_ids"], np.int32)[None]
     options = {"new_tokens": trial.new_tokens, "temperature": 0.8, "top_p": 0.9}
 

@@ -72,7 +72,7 @@ def overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
     for key, value in values.items():
         if key not in config and not where.endswith(".sharding"):  # the one section whose keys are free: axis names
             raise ValueError(f"{where} has no field {key!r}; {nearest(key, config.keys())}")
-        if isinstance(value, Mapping) and isinstance(config[key] if key in config else None, ConfigDict):
+        if isinstance(value, Mapping) and key in config and isinstance(config[key], ConfigDict):
             overlay(config[key], value, f"{where}.{key}")
         elif value is not None:
             with config.unlocked():

@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.console import Console
 from jaxlm.build import stage
 from jaxlm.build.comparison import Candidate, Trial, compare_models, protocol
 from jaxlm.build.config import code_version, default_config, digest, overlay, plain
-from jaxlm.core import lookup, nearest
+from jaxlm.core import lookup
 from jaxlm.evaluate import report
 from jaxlm.evaluate.row import Row
 
@@ -71,58 +71,73 @@ def run_stage(config: ConfigDict, workdir: Path, name: str, inputs: str, console
     return result
 
 
+class Finished(NamedTuple):
+    """A stage that is done: its entry in the config, its own config, where it lies, and its result."""
+
+    entry: dict[str, Any]
+    config: ConfigDict
+    workdir: Path
+    result: dict[str, Any]
+
+
 def run(config: ConfigDict, workdir: Path) -> list[Row]:
     """Runs every stage of `config.stages` in order, then measures and reports.
 
     Returns:
       the rows of the report, which lies in `workdir/report.html`, `.md`, `.json` and `pareto.png`.
     """
+    if not config.stages:
+        raise ValueError("config.stages is empty; experiments/train.py runs a config without stages")
     console, workdir, code = Console(stderr=True), workdir.resolve(), code_version()
     workdir.mkdir(parents=True, exist_ok=True)
     done: dict[str, Path] = {}
-    results: dict[str, dict[str, Any]] = {}
-    configs: dict[str, ConfigDict] = {}
-    prints: list[str] = []
+    stages: list[Finished] = []
+    inputs: list[str] = [digest(plain(config.report))]
     for entry in plain(config.stages):
         name = entry["name"]
         if name in done:
             raise ValueError(f"two stages are called {name!r}")
         own = stage_config(config, entry, done)
-        prints.append(fingerprint(own, done, code))
-        results[name] = run_stage(own, workdir / name, name, prints[-1], console)
-        done[name], configs[name] = workdir / name, own
-    return write_report(config, workdir, done, results, configs, digest(prints), console)
+        inputs.append(fingerprint(own, done, code))
+        result = run_stage(own, workdir / name, name, inputs[-1], console)
+        done[name] = workdir / name
+        stages.append(Finished(entry, own, workdir / name, result))
+    rows = measured_rows(config, workdir, stages, digest(inputs), console)
+    console.print(report.table(rows))
+    console.print(f"report: {workdir / 'report.html'}")
+    return rows
 
 
-def write_report(config, workdir, done, results, configs, inputs, console) -> list[Row]:
-    """Compares the models of all stages, unless the report is of these very models."""
-    entries = plain(config.stages)
+def measured_rows(
+    config: ConfigDict, workdir: Path, stages: Sequence[Finished], inputs: str, console: Console
+) -> list[Row]:
+    """Compares the models of all stages and writes the report, unless the one there is of these very models."""
+    record = workdir / "report.inputs.json"
+    if record.exists() and json.loads(record.read_text())["sha256"] == inputs:
+        return report.read(workdir / "report.json")
     candidates = [
         Candidate(
             entry["name"],
             entry["description"],
-            done[entry["name"]] / "model",
+            path / "model",
             reference=entry.get("reference"),
             beside=tuple(entry.get("beside", ())),
-            train_tokens=results[entry["name"]]["tokens"] or None,
+            train_tokens=result["tokens"] or None,
         )
-        for entry in entries
+        for entry, _, path, result in stages
     ]
-    first = stage.set_up(configs[entries[0]["name"]], splits=("eval",), say=console.print)
-    batches = first.task.batches(first.splits["eval"], first.tokenizer, first.data, config.report.batch_size, None)
+    first = stage.set_up(stages[0].config, splits=("eval",), say=console.print)
+    settings = config.report
     trial = Trial(
-        batches,
+        first.task.batches(first.splits["eval"], first.tokenizer, first.data, settings.batch_size, None),
         first.tokenizer,
         context=first.data.max_length,
-        batch_size=config.report.batch_size,
-        prompt=config.report.prompt,
-        rounds=config.report.rounds,
-        seconds=config.report.seconds,
+        batch_size=settings.batch_size,
+        prompt=settings.prompt,
+        rounds=settings.rounds,
+        seconds=settings.seconds,
     )
     rows = compare_models(candidates, trial, console.print)
-    how = protocol(trial, config.report.corpus, rows, config.seed)
-    page = report.write(workdir, rows, how, title=config.report.title)
-    stage.write_json(workdir / "report.inputs.json", {"sha256": inputs})
-    console.print(report.table(rows))
-    console.print(f"report: {page}")
+    report.write(workdir, rows, protocol(trial, settings.corpus, rows, config.seed), title=settings.title)
+    stage.write_json(record, {"sha256": inputs})
     return rows

@@ -5,6 +5,7 @@
 """
 
 import base64
+import dataclasses
 import json
 import math
 import re
@@ -17,7 +18,8 @@ from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxlm.evaluate import pareto
-from jaxlm.evaluate.row import Row, against_reference, by_name
+from jaxlm.evaluate.row import HeldOut, Row, against_reference, by_name
+from jaxlm.evaluate.timing import Timing
 from jaxlm.evaluate.verdict import chips, described, picks, verdict
 from jaxlm.evaluate.words import NOT_MEASURED, estimate, one_line, percent, plain, printable, scaled, spread, times
 
@@ -155,6 +157,33 @@ def to_json(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolera
         "protocol": protocol,
     }
     return json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read(path: str | Path) -> list[Row]:
+    """The rows of a `report.json`, with every raw measurement: the inverse of `write`."""
+    fields = {field.name for field in dataclasses.fields(Row)}
+    rows = []
+    for model in json.loads(Path(path).read_text(encoding="utf-8"))["models"]:
+        timing, held_out = model["measurements"]["timing"], model["measurements"]["held_out"]
+        kept = {name: value for name, value in model.items() if name in fields and name not in timing}
+        rows.append(
+            Row(
+                **kept | {"beside": tuple(model["beside"]), "batch_tokens": timing["batch_tokens"]},
+                batch=_timing(timing["batch"]),
+                single=_timing(timing["single"]),
+                held_out=None if held_out is None else HeldOut(**{k: _tuple(v) for k, v in held_out.items()}),
+            )
+        )
+    return rows
+
+
+def _timing(stored: Mapping[str, Any] | None) -> Timing | None:
+    return None if stored is None else Timing(tuple(stored["seconds"]))
+
+
+def _tuple(values: list | None) -> tuple | None:
+    """Measurements; what was not a number was stored as null."""
+    return None if values is None else tuple(math.nan if v is None else v for v in values)
 
 
 def _model(row: Row, rows: Mapping[str, Row]) -> dict[str, Any]:
