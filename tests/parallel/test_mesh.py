@@ -63,10 +63,10 @@ PROGRAM = """
 import jax, numpy as np
 from jaxlm.parallel import initialize, make_mesh, shard_batch
 number = initialize()
-mesh = make_mesh({"data": -1})
+mesh = make_mesh({"data": -1, "tensor": 2})
 batch = shard_batch({"x": np.full((2, 3), number + 1, np.float32)}, mesh, {"batch": ("data", "fsdp")})
 total = jax.jit(lambda x: x.sum())(batch["x"])
-print("result", initialize(), jax.process_count(), batch["x"].shape, float(total))
+print("result", initialize(), len(jax.devices()), jax.process_count(), batch["x"].shape, float(total))
 """
 
 
@@ -75,6 +75,7 @@ def test_two_processes_share_a_batch():
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    common["JAX_NUM_CPU_DEVICES"] = "4"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
@@ -91,7 +92,7 @@ def test_two_processes_share_a_batch():
         for process in processes:
             process.kill()
     for i, (out, error) in enumerate(outputs):
-        assert f"result {i} 2 (4, 3) 18.0" in out, error
+        assert f"result {i} 8 2 (4, 3) 18.0" in out, error
 
 
 def test_an_incomplete_environment_is_refused():

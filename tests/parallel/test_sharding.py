@@ -69,36 +69,35 @@ def mesh():
     return make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 
 
-def quantized(path, leaf):
-    return Quantized.of(leaf) if path.endswith("up/kernel") else leaf
-
-
 def low_rank(path, leaf):
-    if not path.endswith("query/kernel"):
-        return leaf
     a, b = jnp.ones((leaf.shape[0], 3)) / 10, jnp.full((3, leaf.shape[1]), 0.01)
     return LowRank(Quantized.of(leaf), a, b, scale=2.0)
 
 
-def masked(path, leaf):
-    return Masked(leaf, jnp.abs(leaf) > 0.01) if path.endswith("kernel") else leaf
+METHODS = {
+    "query/kernel": low_rank,
+    "up/kernel": lambda path, leaf: Quantized.of(leaf),
+    "down/kernel": lambda path, leaf: Masked(leaf, jnp.abs(leaf) > 0.01),
+}
+
+
+def with_weights(params):
+    """Weights of several kinds in place of some kernels."""
+    ends = {path: next((e for e in METHODS if path.endswith(e)), None) for path in flatten(params)}
+    return map_leaves(lambda path, leaf: METHODS[ends[path]](path, leaf) if ends[path] else leaf, params)
 
 
 CASES = {
-    "gpt": (GPT, None, {"data": 2, "fsdp": 2, "tensor": 2}),
-    "gpt-fsdp": (GPT, None, {"fsdp": 8}),
-    "llama": (LLAMA, None, {"data": 2, "fsdp": 2, "tensor": 2}),
-    "llama-wide-tensor": (LLAMA, None, {"fsdp": 2, "tensor": 4}),
-    "ragged": (RAGGED, None, {"fsdp": 2, "tensor": 4}),
-    "quantized": (LLAMA, quantized, {"data": 2, "fsdp": 2, "tensor": 2}),
-    "low-rank": (GPT, low_rank, {"data": 2, "fsdp": 2, "tensor": 2}),
-    "masked": (GPT, masked, {"data": 2, "fsdp": 2, "tensor": 2}),
+    "gpt": (GPT, False, {"data": 2, "fsdp": 2, "tensor": 2}),
+    "llama": (LLAMA, False, {"fsdp": 2, "tensor": 4}),  # fewer key/value heads than tensor parts
+    "ragged": (RAGGED, False, {"fsdp": 4, "tensor": 2}),
+    "weights": (LLAMA, True, {"data": 2, "fsdp": 2, "tensor": 2}),
 }
 
 
 def loss(config, trained, frozen, template, batch, ctx):
     """Next-token cross-entropy, and the logits."""
-    logits = forward(config, merge(template, trained, frozen), batch, ctx=ctx, remat="full")["logits"]
+    logits = forward(config, merge(template, trained, frozen), batch, ctx=ctx)["logits"]
     logits = mask_padded_logits(logits, config.vocab_size)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), batch["input_ids"][:, 1:, None], axis=-1)
     return -chosen.mean(), logits[..., : config.vocab_size]
@@ -106,12 +105,12 @@ def loss(config, trained, frozen, template, batch, ctx):
 
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_forward_and_gradients_equal_those_of_one_device(case):
-    config, method, shape = CASES[case]
+    config, weights, shape = CASES[case]
     mesh = make_mesh(shape)
     spec = model_spec(config)
     params = initialize(jax.random.key(0), spec)
     params = map_leaves(lambda path, x: x + 0.1 if path.endswith("bias") else 3 * x, params)
-    params = params if method is None else map_leaves(method, params)
+    params = with_weights(params) if weights else params
     params = pad_vocab(params, axis_names(spec), 4)
     params = run_view(params, lambda path: None)
     rules = make_rules({}, axis_names(spec), mesh)
@@ -137,14 +136,15 @@ def test_sharded_forward_and_gradients_equal_those_of_one_device(case):
 
 def test_weights_and_stacks_get_shardings(mesh):
     spec = model_spec(GPT)
-    params = run_view(map_leaves(low_rank, initialize(jax.random.key(0), spec)), lambda path: None)
+    params = run_view(with_weights(initialize(jax.random.key(0), spec)), lambda path: None)
     where = shardings(params, axis_names(spec), mesh, make_rules({}, axis_names(spec), mesh), axis_sizes(spec))
     query = "layers_0-1/attention/query/kernel"
     assert where[f"{query}.base.codes"].spec == P(None, "fsdp", "tensor")
     assert where[f"{query}.base.scale"].spec == P(None, None, "tensor")
     assert where[f"{query}.a"].spec == P(None, "fsdp")
     assert where[f"{query}.b"].spec == P(None, None, "tensor")
-    assert where["layers_0-1/mlp/down/kernel"].spec == P(None, "tensor", "fsdp")
+    assert where["layers_0-1/mlp/down/kernel.base"].spec == P(None, "tensor", "fsdp")
+    assert where["layers_0-1/mlp/down/kernel.mask"].spec == P(None, "tensor", "fsdp")
     assert where["embed/positions/embedding"].spec == P(None, "fsdp")
 
 
@@ -165,7 +165,7 @@ def test_precedence_and_division(mesh):
     assert spec_of(("embed",), (7,), RULES, mesh) == P()
     assert spec_of(("embed",), (6,), {"embed": ("fsdp", "tensor")}, mesh) == P("fsdp")
     assert spec_of(("embed",), (8,), {"embed": ("fsdp", "tensor")}, mesh) == P(("fsdp", "tensor"))
-    assert spec_of((), (), RULES, mesh) == P()
+    assert spec_of((), (), RULES, mesh) == P() == spec_of(("embed",), (0,), RULES, mesh)
     with pytest.raises(ValueError, match="every dimension needs one"):
         spec_of(("embed",), (8, 8), RULES, mesh)
 
@@ -195,6 +195,8 @@ def test_rules_are_checked(mesh):
         make_rules({"emned": "fsdp"}, axes, mesh)
     with pytest.raises(ValueError, match=r"mesh axis 'tensors'.*did you mean 'tensor'"):
         make_rules({"ffn": "tensors"}, axes, mesh)
+    with pytest.raises(ValueError, match="'ffn' names a mesh axis twice"):
+        make_rules({"ffn": ("fsdp", "fsdp")}, axes, mesh)
     with pytest.raises(ValueError, match="'buckets', which nothing has"):
         make_rules({"buckets": "fsdp"}, axes, mesh)
 
