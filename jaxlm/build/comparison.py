@@ -96,7 +96,7 @@ def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[
                     lm.params,
                     context=trial.context,
                     heads=lm.config.num_heads,
-                    head_dim=lm.config.head_dim,
+                    head_dim=lm.config.layers()[0].head_dim,
                     causal=lm.config.causal,
                     tied_head=lm.config.tie_embeddings,
                 ),
@@ -156,9 +156,10 @@ def time_models(
         placed = jnp.asarray(rows)
         return lambda: forward(params, placed)
 
-    options = {"rounds": trial.rounds, "seconds": trial.seconds}
-    batch = interleaved({name: thunk(name, many) for name in models}, **options)
-    return batch, interleaved({name: thunk(name, many[:1]) for name in models}, **options)
+    def measure(rows: np.ndarray) -> dict[str, Timing]:
+        return interleaved({name: thunk(name, rows) for name in models}, trial.rounds, trial.seconds)
+
+    return measure(many), measure(many[:1])
 
 
 def write_sample(lm: LM, params: Any, trial: Trial) -> tuple[str, float]:

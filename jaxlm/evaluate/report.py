@@ -171,7 +171,7 @@ def read(path: str | Path) -> list[Row]:
                 **kept | {"beside": tuple(model["beside"]), "batch_tokens": timing["batch_tokens"]},
                 batch=_timing(timing["batch"]),
                 single=_timing(timing["single"]),
-                held_out=None if held_out is None else HeldOut(**{k: _tuple(v) for k, v in held_out.items()}),
+                held_out=None if held_out is None else _held_out(held_out),
             )
         )
     return rows
@@ -181,9 +181,11 @@ def _timing(stored: Mapping[str, Any] | None) -> Timing | None:
     return None if stored is None else Timing(tuple(stored["seconds"]))
 
 
-def _tuple(values: list | None) -> tuple | None:
-    """Measurements; what was not a number was stored as null."""
-    return None if values is None else tuple(math.nan if v is None else v for v in values)
+def _held_out(stored: Mapping[str, Any]) -> HeldOut:
+    """Nats that were not a number were stored as null."""
+    nats = tuple(math.nan if v is None else v for v in stored["nats"])
+    agreed = None if stored["agreed"] is None else tuple(stored["agreed"])
+    return HeldOut(nats, tuple(stored["tokens"]), tuple(stored["bytes"]), agreed)
 
 
 def _model(row: Row, rows: Mapping[str, Row]) -> dict[str, Any]:

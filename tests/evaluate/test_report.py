@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from jaxlm.evaluate.report import PROTOCOL, table, to_html, to_json, to_markdown, write
+from jaxlm.evaluate.report import PROTOCOL, read, table, to_html, to_json, to_markdown, write
 
 PICTURE = '<img alt="" src="data:">'
 
@@ -50,6 +50,17 @@ def test_all_four_files_are_written_and_the_page_stands_alone(awkward, protocol,
         assert picture.width > 700
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     assert any("default-src 'none'" in a.get("content", "") for _, a in page.tags)
+
+
+def test_rows_are_read_back_as_they_were(rows, protocol, tmp_path):
+    write(tmp_path, rows, protocol)
+    assert read(tmp_path / "report.json") == list(rows)
+
+
+def test_what_was_not_a_number_is_read_back_as_such(awkward, protocol, tmp_path):
+    write(tmp_path, awkward, protocol)
+    again = read(tmp_path / "report.json")
+    assert to_json(again, protocol, "", 0.05) == to_json(awkward, protocol, "", 0.05)
 
 
 def test_a_report_needs_its_protocol(rows, protocol, tmp_path):
