@@ -60,7 +60,7 @@ def test_rows_are_read_back_as_they_were(rows, protocol, tmp_path):
 def test_what_was_not_a_number_is_read_back_as_such(awkward, protocol, tmp_path):
     write(tmp_path, awkward, protocol)
     again = read(tmp_path / "report.json")
-    assert to_json(again, protocol, "", 0.05) == to_json(awkward, protocol, "", 0.05)
+    assert [repr(row.held_out) for row in again] == [repr(row.held_out) for row in awkward]
 
 
 def test_a_report_needs_its_protocol(rows, protocol, tmp_path):
