@@ -1,6 +1,6 @@
 """Converts a model directory: transformers' to ours or back, another dtype, other shards. Streams one tensor at a time.
 
-  python experiments/convert.py --from=DIR --to=DIR [--dtype=float32|bfloat16|float16] [--native]
+python experiments/convert.py --from=DIR --to=DIR [--dtype=float32|bfloat16|float16] [--native]
 """
 
 import argparse
@@ -22,8 +22,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="model directory or hub id to read")
     parser.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR", help="directory to write")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of float parameters (default: as stored)")
-    parser.add_argument("--native", action="store_true", help="write jaxlm's own layout even where transformers' would do")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of float parameters (default: as stored)"
+    )
+    parser.add_argument(
+        "--native", action="store_true", help="write jaxlm's own layout even where transformers' would do"
+    )
     parser.add_argument(
         "--max-shard-bytes",
         type=int,

@@ -341,7 +341,7 @@ def cast(stored: Stored, dtype: Any) -> Stored:
     """The model with its float parameters in another dtype; scales, masks and codes keep theirs."""
     infos = describe(stored.params)
     values = {
-        name: tensor.cast(dtype, name) if infos[name].role in ("base", "factor") else tensor
+        name: tensor.cast(dtype) if infos[name].role in ("base", "factor") else tensor
         for name, tensor in arrays(stored.params).items()
     }
     return stored._replace(params=with_arrays(stored.params, values))

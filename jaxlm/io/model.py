@@ -158,8 +158,9 @@ def load(
     stored = stored._replace(params=params)
     if dtype is not None:
         stored = cast(stored, dtype)
-    params = {name: jnp.array(tensor.read()) for name, tensor in arrays(stored.params).items()}
-    tree = with_arrays(stored.params, params)
+    # The largest first, while there is room for a second copy.
+    tensors = sorted(arrays(stored.params).items(), key=lambda item: -item[1].nbytes)
+    tree = with_arrays(stored.params, {name: _place(tensor) for name, tensor in tensors})
     if fresh:
         tree = _initialize(tree, config, fresh, dtype, key)
     return LM(
@@ -193,7 +194,7 @@ def save(
     Returns:
       why transformers cannot read the directory, or `None` if it can.
     """
-    tensors = {name: Tensor.of(value) for name, value in arrays(lm.params).items()}
+    tensors = {name: Tensor.of(value, name) for name, value in arrays(lm.params).items()}
     params = with_arrays(lm.params, tensors)
     stored = Stored(lm.config, params, lm.site_axes, lm.carried, lm.tokenizer_source)
     stored = stored if dtype is None else cast(stored, dtype)
@@ -239,6 +240,11 @@ def retarget(
             f"a {config.head} head needs labels=[...]" + (" or regression=True" * (config.head == "sequence"))
         )
     return config
+
+
+def _place(tensor: Tensor) -> jax.Array:
+    """The tensor on the default device; its copy here is free again before the next one is read."""
+    return jax.device_put(tensor.read(), may_alias=False).block_until_ready()
 
 
 def _fit(stored: Stored, config: ModelConfig) -> tuple[dict[str, Any], list[str], list[str]]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,8 +58,8 @@ def to_transformers(config: ModelConfig, leaves: Mapping[str, Tensor]) -> dict[s
         name = row.hf.removeprefix(f"{family.base}.") if bare else row.hf
         parts = [leaves[path] for path in row.paths]
 
-        def read(row: Row = row, parts: list[Tensor] = parts) -> np.ndarray:
-            return row.join([part.read() for part in parts])
+        def read(dtype: Any = None, row: Row = row, parts: list[Tensor] = parts) -> np.ndarray:
+            return row.join([part.read(dtype) for part in parts])
 
         tensors[name] = Tensor(row.shape([part.shape for part in parts]), parts[0].dtype, read, parts[0].place)
     return tensors
@@ -118,9 +118,9 @@ def _parts(row: Row, tensor: Tensor, parameters: list[Parameter]) -> dict[str, T
 
     def reader(index: int):
         if len(widths) == 1:
-            return lambda: row.part(tensor.read(), 0, widths)
+            return lambda dtype=None: row.part(tensor.read(dtype), 0, widths)
         # A copy, so that a part does not keep the whole in memory.
-        return lambda: row.part(tensor.read(), index, widths).copy()
+        return lambda dtype=None: row.part(tensor.read(dtype), index, widths).copy()
 
     return {
         path: Tensor(p.shape, tensor.dtype, reader(index), tensor.place)

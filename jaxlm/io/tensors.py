@@ -37,6 +37,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 MAX_HEADER = 100 << 20
+BLOCK = 1 << 22
+"""Elements that are converted to another dtype at a time."""
 MAX_SHARD_BYTES = 5 << 30
 
 
@@ -44,14 +46,14 @@ class Tensor(NamedTuple):
     """A tensor that is read when it is asked for.
 
     Attributes:
-      shape, dtype: what `read` will give.
-      read: gives the numpy array; nothing is kept.
+      shape, dtype: what `read()` gives.
+      read: gives the numpy array, by `read(dtype)` converted to another float dtype on the way; nothing is kept.
       place: where it comes from, for messages.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    read: Callable[..., np.ndarray]
     place: str = "memory"
 
     @property
@@ -59,11 +61,22 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
-    def of(cls, array: Any) -> "Tensor":
+    def of(cls, array: Any, name: str) -> "Tensor":
         """An array that is there already (numpy's or jax's)."""
-        return cls(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))
 
-    def cast(self, dtype: Any, name: str) -> "Tensor":
+        def read(dtype: Any = None) -> np.ndarray:
+            given = np.asarray(array)
+            if dtype is None or given.dtype == dtype:
+                return given
+            out = np.empty(given.shape, dtype)
+            source, target = given.reshape(-1), out.reshape(-1)
+            for start in range(0, source.size, BLOCK):
+                _convert(source[start : start + BLOCK], target[start : start + BLOCK], name)
+            return out
+
+        return cls(tuple(array.shape), np.dtype(array.dtype), read)
+
+    def cast(self, dtype: Any) -> "Tensor":
         """The same in another float dtype; integers and booleans stay.
 
         Raises:
@@ -72,21 +85,16 @@ class Tensor(NamedTuple):
         dtype = np.dtype(dtype)
         if dtype == self.dtype or not is_float(self.dtype):
             return self
+        return self._replace(dtype=dtype, read=lambda wanted=None: self.read(dtype if wanted is None else wanted))
 
-        def read() -> np.ndarray:
-            # order="C": a transposed view and a cast cost one copy together.
-            with np.errstate(over="ignore"):
-                given = self.read()
-                narrow = given.astype(dtype, order="C")
-            if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(self.dtype).max:
-                lost = int(np.count_nonzero(~np.isfinite(narrow)) - np.count_nonzero(~np.isfinite(given)))
-                if lost:
-                    raise ValueError(
-                        f"{self.place}: {lost} values of {name!r} overflow {dtype}; use bfloat16 or float32"
-                    )
-            return narrow
 
-        return Tensor(self.shape, dtype, read, self.place)
+def _convert(values: np.ndarray, out: np.ndarray, name: str) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        out[...] = values
+    if ml_dtypes.finfo(out.dtype).max < ml_dtypes.finfo(values.dtype).max:
+        lost = int(np.count_nonzero(np.isfinite(values)) - np.count_nonzero(np.isfinite(out)))
+        if lost:
+            raise ValueError(f"values of {name} overflow {out.dtype}; use bfloat16 or float32")
 
 
 def is_float(dtype: Any) -> bool:
@@ -214,15 +222,20 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
     return DTYPES[entry["dtype"]], tuple(shape), (offsets[0], offsets[1])
 
 
-def _reader(path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        count = math.prod(shape) * dtype.itemsize
-        raw = np.fromfile(path, np.uint8, count, offset=offset)
-        if raw.size != count:
-            raise ValueError(
-                f"{path} ended in tensor {name!r}: {raw.size} bytes of {count}; it changed while being read"
-            )
-        return raw.view(dtype).reshape(shape)
+def _reader(path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[..., np.ndarray]:
+    def read(wanted: Any = None) -> np.ndarray:
+        converts = wanted is not None and np.dtype(wanted) != dtype
+        out = np.empty(math.prod(shape), wanted if converts else dtype)
+        block = np.empty(min(BLOCK, out.size), dtype) if converts else out
+        with open(path, "rb") as file:
+            file.seek(offset)
+            for start in range(0, out.size, max(block.size, 1)):
+                piece = block[: out.size - start]
+                if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
+                    raise ValueError(f"{path} ended in tensor {name!r}: it changed while it was read")
+                if converts:
+                    _convert(piece, out[start : start + piece.size], f"tensor {name!r} of {path}")
+        return out.reshape(shape)
 
     return read
 

@@ -2,9 +2,7 @@ import pytest
 
 pytestmark = pytest.mark.torch
 
-SMALL = dict(
-    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-)  # fmt: skip
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 def build(kind, **settings):
@@ -32,7 +30,11 @@ def test_next_sentence(parity):
 
 
 def test_sequence(parity):
-    assert parity(build("BertForSequenceClassification", num_labels=3)).config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert parity(build("BertForSequenceClassification", num_labels=3)).config.labels == (
+        "LABEL_0",
+        "LABEL_1",
+        "LABEL_2",
+    )
 
 
 def test_regression(parity):

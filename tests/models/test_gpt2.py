@@ -2,7 +2,15 @@ import pytest
 
 pytestmark = pytest.mark.torch
 
-SMALL = dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)
+SMALL = {
+    "vocab_size": 61,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def build(kind, **settings):

@@ -2,9 +2,15 @@ import pytest
 
 pytestmark = pytest.mark.torch
 
-SMALL = dict(
-    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, bos_token_id=1, eos_token_id=2
-)  # fmt: skip
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def build(kind, **settings):
@@ -61,7 +67,7 @@ def test_mistral(parity, window):
 
 @pytest.mark.parametrize("windowed", [False, True])
 def test_qwen2(parity, windowed):
-    settings = dict(num_key_value_heads=2, use_sliding_window=windowed, sliding_window=3, max_window_layers=1)
+    settings = {"num_key_value_heads": 2, "use_sliding_window": windowed, "sliding_window": 3, "max_window_layers": 1}
     lm = parity(build("Qwen2ForCausalLM", **settings))
     assert (lm.config.qkv_bias, lm.config.output_bias) == (True, False)
     assert (lm.config.window, lm.config.window_from) == ((3, 1) if windowed else (None, 0))

@@ -6,13 +6,22 @@ from jaxlm.nn.position import relative_bucket
 
 pytestmark = pytest.mark.torch
 
-SMALL = dict(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, relative_attention_max_distance=20)
+SMALL = {
+    "vocab_size": 61,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+}
 
 
 def build(kind="T5ForConditionalGeneration", **settings):
     import transformers
 
-    config = transformers.T5Config(**{**SMALL, "relative_attention_num_buckets": 8, **settings})
+    config = transformers.T5Config(**{**SMALL, **settings})
     return getattr(transformers, kind)(config)
 
 
