@@ -1,0 +1,152 @@
+"""What a stage works on before any method: model, parameters, tokenizer, data and mesh of a config."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.build import registry
+from jaxlm.build.config import plain, set_fields
+from jaxlm.build.data import prepare, to_devices, tokenizer_for
+from jaxlm.build.evaluation import evaluator
+from jaxlm.core import Axes, Context, Tree, lookup
+from jaxlm.data.settings import DataSettings
+from jaxlm.io.model import LM, load
+from jaxlm.models import model_config
+from jaxlm.models.model import Model
+from jaxlm.parallel import make_mesh, make_rules, pad_vocab, place, shard_tree, shardings, ways
+from jaxlm.tasks import TASKS, Prepared, Task
+from jaxlm.train.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a stage works on, before any method: model, parameters, data, mesh.
+
+    Attributes:
+      config: plain values; data, training: its sections as objects.
+      task, tokenizer, splits: what is learned, and the encoded data by split.
+      model, params, axes: canonical view.
+      mesh, rules: placement.
+    """
+
+    config: dict[str, Any]
+    data: DataSettings
+    training: TrainSettings
+    task: Task
+    tokenizer: Any
+    splits: dict[str, Prepared]
+    model: Model
+    params: Tree
+    axes: dict[str, Axes]
+    mesh: jax.sharding.Mesh
+    rules: Mapping[str, Any]
+
+    @property
+    def ctx(self) -> Context:
+        return Context(place=place(self.mesh, self.rules))
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.training.dtype)
+
+    def key(self, name: str) -> jax.Array:
+        """The key of one use of randomness."""
+        return key_of(self.config["seed"], name)
+
+
+def key_of(seed: int, name: str) -> jax.Array:
+    """The key of one use of randomness in a run."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say=print) -> Setting:
+    """Reads model and data of a config; `splits` are encoded where the config names a place for them."""
+    data, training = DataSettings(**config.data), TrainSettings(**config.train)
+    task = lookup(TASKS, config.task, "task")
+    key = key_of(config.seed, "init")
+    labels = task.labels(data.source("train")) if data.train else ()
+    lm = None
+    if config.model.init:
+        lm = starting_model(config, task, labels, key, say)
+        tokenizer = tokenizer_for(data, config.task, lm.tokenizer)
+        model, params = Model(lm.config), lm.params
+    else:
+        tokenizer = tokenizer_for(data, config.task, None)
+        model = Model(fresh_config(config, task, labels, tokenizer))
+        params = model.init(key)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's table {model.config.vocab_size} rows")
+    mesh, axes = make_mesh(config.mesh), model.axes() if lm is None else lm.axes
+    prepared = {
+        s: prepare(config.task, task, tokenizer, model.config.labels, data, s, say) for s in splits if getattr(data, s)
+    }
+    rules = make_rules(config.sharding, axes, mesh)
+    return Setting(plain(config), data, training, task, tokenizer, prepared, model, params, axes, mesh, rules)
+
+
+def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Array, say=print) -> LM:
+    """The model of `config.model.init` with the task's head; leaves that it lacks are initialised and named.
+
+    Raises:
+      ValueError: for a field of `config.model` that would change the stored parameters' shapes.
+    """
+    init, head = config.model.init, task.structure["head"]
+    regression = task.structure.get("regression", False)
+    lm = load(init, head=head, labels=labels or None, regression=regression, key=key)
+    if task.structure.get("next_sentence") and not lm.config.next_sentence:
+        raise ValueError(f"{init} has no next-sentence head; train it with config.task = 'masked'")
+    if lm.fresh:
+        say(f"{init}: initialised {', '.join(lm.fresh)}")
+    if lm.dropped:
+        say(f"{init}: left out {', '.join(lm.dropped)}")
+    fields = {n: v for n, v in set_fields(config.model).items() if n not in ("init", "family")}
+    changed = Model(lm.config.replace(**fields))
+    if changed.abstract() != Model(lm.config).abstract():
+        raise ValueError(f"config.model.{', '.join(fields)} would change the parameters of {init}; leave them out")
+    return dataclasses.replace(lm, config=changed.config)
+
+
+def fresh_config(config: Any, task: Task, labels: tuple[str, ...], tokenizer: Any) -> Any:
+    """The structure of a new model: the family's defaults, the config's fields, the task's head, the tokenizer."""
+    fields = {n: v for n, v in set_fields(config.model).items() if n != "init"}
+    family = fields.pop("family", "gpt2")
+    given = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if family == "t5":
+        given["decoder_start_token_id"] = tokenizer.pad_token_id
+    return model_config(family, **{**given, "labels": labels, **task.structure, **fields})
+
+
+def operate(setting: Setting) -> Setting:
+    """The setting after `config.surgery`."""
+    model, params, axes = setting.model, setting.params, setting.axes
+    for entry in setting.config["surgery"]:
+        model, params, axes = registry.make(registry.SURGERY, entry, "surgery", model=model, params=params, axes=axes)
+    return dataclasses.replace(setting, model=model, params=params, axes=axes)
+
+
+def on_mesh(setting: Setting, model: Model, params: Tree, axes: Mapping[str, Axes]) -> dict[str, Any]:
+    """Parameters (run view) padded to a vocabulary that divides, on the devices."""
+    padded = pad_vocab(params, axes, ways("vocab", setting.mesh, setting.rules))
+    return shard_tree(padded, shardings(padded, axes, setting.mesh, setting.rules, model.sizes()))
+
+
+def split_evaluator(setting: Setting, model: Model, split: str):
+    """`params -> Score` on a split, or `None` where the config has no such data."""
+    if split not in setting.splits:
+        return None
+    return evaluator(
+        setting.task,
+        model,
+        setting.splits[split],
+        setting.tokenizer,
+        setting.data,
+        batch_size=setting.training.batch_size,
+        place=to_devices(setting.mesh, setting.rules),
+        ctx=setting.ctx,
+        dtype=setting.dtype,
+    )
