@@ -119,4 +119,7 @@ def chain(methods: Sequence[tuple[str, Method]]) -> Method:
             model, params, axes = method.bake(model, params, axes, state)
         return model, params, axes
 
-    return Method(init, trainable, loss, grad, update, eval_params, bake)
+    def claims(params):
+        return set[tuple[str, str]]().union(*(method.claims(params) for _, method in methods))
+
+    return Method(init, trainable, loss, grad, update, eval_params, bake, claims)

@@ -34,7 +34,8 @@ def call(function: Callable[..., Any], arguments: Mapping[str, Any], what: str, 
     for name in arguments:
         if name in given or name not in parameters:
             raise ValueError(f"{what} has no option {name!r}; {nearest(name, parameters.keys() - given.keys())}")
-    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY | p.kind]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind in named]
     missing = [n for n in required if n not in arguments and n not in given]
     if missing:
         raise ValueError(f"{what} needs {', '.join(missing)}")

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import Context, Loss, Terms, add_terms, merge, partition, total
+from jaxlm.core import Context, Loss, Term, Terms, merge, partition, total
 from jaxlm.core.partition import Verdict
 
 GradFn = Callable[..., tuple[dict[str, jax.Array], Terms]]
@@ -48,17 +48,15 @@ def accumulate(inner: GradFn, loss: Loss, microbatches: int) -> GradFn:
 
         whole = jax.tree.map(lambda w: w.sum(0), jax.lax.map(weigh, parts)) if weights is None else weights
 
-        def add(carry: Any, inputs: Any) -> tuple[Any, None]:
+        def add(done: Any, inputs: Any) -> tuple[Any, Terms]:
             part, number = inputs
             grads, terms = inner(params, constants, part, ctx.at(number), whole)
-            done_grads, done_terms = carry
-            return (jax.tree.map(jnp.add, done_grads, grads), add_terms(done_terms, terms)), None
+            return jax.tree.map(jnp.add, done, grads), terms
 
         first = jax.tree.map(lambda a: a[0], parts)
-        shapes = jax.eval_shape(lambda: inner(params, constants, first, ctx.at(0), whole))
+        shapes, _ = jax.eval_shape(lambda: inner(params, constants, first, ctx.at(0), whole))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        zeros = (zeros[0], {n: t._replace(coefficient=shapes[1][n].coefficient) for n, t in zeros[1].items()})
-        (grads, terms), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
-        return grads, terms
+        grads, each = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
+        return grads, {n: Term(t.sum.sum(0), t.weight.sum(0), t.coefficient[-1]) for n, t in each.items()}
 
     return fn

@@ -10,17 +10,19 @@ from jaxlm.core.weights.quantized import LEVELS, Quantized, scale_of
 
 
 def fake_quantize(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """`x + stop_gradient(q(x) - x)` with `q(x) = scale · clip(round(x/scale), ±127)`.
+    """`q(x) = scale · clip(round(x/scale), ±127)`, with the gradient of the identity inside the range and 0 outside.
 
-    The gradient is 1 inside the representable range and 0 outside. Source: Bengio et al. 2013, arXiv:1308.3432.
+    The range is closed: the entry that sets a scale lies on its border and learns like any other, whatever the rounding
+    of `127 · (max/127)`. Source: Bengio et al. 2013, arXiv:1308.3432.
 
     >>> fake_quantize(jnp.array([0.24, 0.26]), jnp.array(0.1)).round(2).tolist()
     [0.2, 0.3]
     """
-    limit = (LEVELS * scale).astype(x.dtype)
-    inside = jnp.clip(x, -limit, limit)
-    rounded = (jnp.round(inside.astype(jnp.float32) / scale) * scale).astype(x.dtype)
-    return inside + jax.lax.stop_gradient(rounded - inside)
+    steps = x.astype(jnp.float32) / scale
+    rounded = (jnp.clip(jnp.round(steps), -LEVELS, LEVELS) * scale).astype(x.dtype)
+    inside = jnp.abs(steps) <= LEVELS * (1 + 1e-6)
+    # The second summand is exactly zero, so the value is the rounded one to the bit.
+    return jax.lax.stop_gradient(rounded) + jnp.where(inside, x - jax.lax.stop_gradient(x), 0)
 
 
 class FakeQuant(Weight):

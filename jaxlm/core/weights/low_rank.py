@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.core.context import Context, dropout
-from jaxlm.core.weight import Axes, Component, Weight, dot, materialize, matmul, take
+from jaxlm.core.weight import Axes, Component, Weight, attend, dot, materialize, matmul, take
 
 
 class LowRank(Weight):
@@ -44,6 +44,9 @@ class LowRank(Weight):
 
     def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
         return take(self.base, ids, ctx) + self.scale * matmul(jnp.take(self.a, ids, axis=0), self.b)
+
+    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return attend(x, self.base, ctx) + self.scale * matmul(matmul(x, self.b.T), self.a.T)
 
     def components(self, axes: Axes) -> dict[str, Component]:
         return {

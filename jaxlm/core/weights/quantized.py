@@ -31,8 +31,9 @@ class Quantized(Weight):
 
     `channel` says which dimension owns the scales: -1 (outputs, for kernels) or -2 (rows, for embedding tables, whose
     rows are the outputs of a tied head). With `dynamic` inputs each row of `x` is quantized too, with its own
-    `max|x| / 127`, and the product runs in integers: `(round(x/s_x) · codes)_int32 · s_x · scale`. Without, the codes
-    are widened and multiplied in floats.
+    `max|x| / 127`, and the product runs in integers: `(round(x/s_x) · codes)_int32 · s_x · scale`; its derivative in `x`
+    is that of `x W`, so that what lies below (a LoRA, an embedding) can be trained through it. Without, the codes are
+    widened and multiplied in floats.
 
     Attributes:
       codes: int8 `[in, out]`.
@@ -76,10 +77,8 @@ class Quantized(Weight):
         return matmul(x, self.materialize().T)
 
     def _product(self, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-        if not self.dynamic:
-            return (matmul(x, codes).astype(jnp.float32) * scale[0]).astype(x.dtype)
-        row_scale = scale_of(x, axis=-1)
-        return (integer_product(round_to_codes(x, row_scale), codes) * row_scale * scale[0]).astype(x.dtype)
+        product = rounded_product(x, codes) if self.dynamic else matmul(x, codes).astype(jnp.float32)
+        return (product * scale[0]).astype(x.dtype)
 
     def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
         rows = jnp.take(self.codes, ids, axis=0).astype(jnp.float32)
@@ -89,6 +88,16 @@ class Quantized(Weight):
     def components(self, axes: Axes) -> dict[str, Component]:
         scale_axes = (None, axes[1]) if self.channel == -1 else (axes[0], None)
         return {"codes": Component(axes, "codes"), "scale": Component(scale_axes, "buffer")}
+
+
+@jax.custom_jvp
+def rounded_product(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """`x @ codes` in integers, each row of `x` rounded; float32, differentiated in `x` as if nothing were rounded."""
+    row_scale = scale_of(x, axis=-1)
+    return integer_product(round_to_codes(x, row_scale), codes) * row_scale
+
+
+rounded_product.defjvps(lambda dx, product, x, codes: matmul(dx, codes).astype(jnp.float32), None)
 
 
 def integer_product(x: jax.Array, w: jax.Array) -> jax.Array:
