@@ -257,7 +257,8 @@ def write_model(
         reason = str(error)
         tensors = arrays(stored.params)
         nodes = {path: describe_node(leaf) for path, leaf in flat.items() if isinstance(leaf, Node)}
-        own |= {"layout": "native", "weights": nodes, "axes": stored.axes, "carried": stored.carried}
+        axes = {path: names for path, names in stored.axes.items() if isinstance(flat.get(path), Site)}
+        own |= {"layout": "native", "weights": nodes, "axes": axes, "carried": stored.carried}
         hf = {"model_type": "jaxlm", "architectures": ["JaxlmModel"], "reason": reason}
     write_tensors(staging, tensors, max_shard_bytes, progress)
     _write_tokenizer(staging, stored.tokenizer, native=reason is not None)
@@ -275,9 +276,11 @@ def _check(stored: Stored) -> None:
             raise ValueError(f"the parameters lack {path!r}, which the config expects")
         if tuple(flat[path].shape) != spec[path].shape:
             raise ValueError(f"{path!r} has the shape {tuple(flat[path].shape)}, the config expects {spec[path].shape}")
-    extra = [path for path, leaf in flat.items() if path not in spec and not isinstance(leaf, Site)]
-    if extra:
-        raise ValueError(f"the parameters hold {extra[0]!r}, which the config does not expect (canonical view?)")
+    for path in flat.keys() - spec.keys():
+        if not isinstance(flat[path], Site):
+            raise ValueError(f"the parameters hold {path!r}, which the config does not expect (canonical view?)")
+        if path not in stored.axes:
+            raise ValueError(f"{path!r} has no axis names; whoever adds a site must name its axes")
 
 
 def _to_transformers_config(stored: Stored) -> dict[str, Any]:

@@ -276,5 +276,5 @@ def _initialize(tree: Tree, config: ModelConfig, fresh: list[str], dtype: Any, k
     if dtype is None:
         dtype = flat["embed/tokens/embedding"].dtype
         dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
-    new = initialize(jax.random.key(0) if key is None else key, {path: spec[path] for path in fresh})
+    new = flatten(initialize(jax.random.key(0) if key is None else key, {path: spec[path] for path in fresh}))
     return unflatten({**flat, **{path: value.astype(dtype) for path, value in new.items()}})
