@@ -1,0 +1,163 @@
+"""The training step of a model and its methods, before there are data or even parameters: shapes are enough.
+
+A run compiles it for its batches (`assembly`); plans for machines that are elsewhere and listings of parameters need
+nothing else.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import (
+    Adapted,
+    ArrayInfo,
+    Axes,
+    Context,
+    Loss,
+    Method,
+    Tree,
+    arrays,
+    check_rules,
+    describe,
+    first_match,
+    trainable,
+    with_arrays,
+)
+from jaxlm.models.model import Model
+from jaxlm.parallel import pad_vocab, place, shardings, ways
+from jaxlm.tasks import Task
+from jaxlm.train.gradient import accumulate, gradient
+from jaxlm.train.optimizer import decays, optimizer
+from jaxlm.train.settings import TrainSettings
+from jaxlm.train.step import TrainState, create_state, make_step
+
+
+class Blueprint(NamedTuple):
+    """A step and where its state lies.
+
+    Attributes:
+      step: `(state, constants, batch) -> (state, log)`, to compile.
+      create: `(params, method state) -> state` before the first step, to compile.
+      params: run view, the vocabulary padded; arrays, or shapes where shapes went in.
+      placement: shardings of the state, a tree like it.
+      infos: what every array of the run view is; trained: names of those that train.
+    """
+
+    step: Callable[..., tuple[TrainState, dict[str, Any]]]
+    create: Callable[[Tree, dict], TrainState]
+    params: Tree
+    placement: TrainState
+    infos: dict[str, ArrayInfo]
+    trained: frozenset[str]
+
+
+def abstract_adapted(method: Method, key: jax.Array, model: Model, axes: Mapping[str, Axes]) -> Adapted:
+    """`method.init` on shapes: ShapeDtypeStructs with their axis names."""
+    names: dict[str, Axes] = {}
+
+    def init(params: Tree) -> tuple[Tree, dict, dict]:
+        adapted = method.init(key, model, params, dict(axes))
+        names.update(adapted.axes)
+        return adapted.params, adapted.constants, adapted.state
+
+    params, constants, state = jax.eval_shape(init, model.abstract())
+    return Adapted(params, names, constants, state)
+
+
+def blueprint(
+    model: Model,
+    method: Method,
+    adapted: Adapted,
+    task: Task,
+    training: TrainSettings,
+    mesh: jax.sharding.Mesh,
+    rules: Mapping[str, Any],
+    seed: int,
+    steps: int,
+) -> Blueprint:
+    """Loss, gradient, optimizer and placement of one step of a run of `steps`.
+
+    Args:
+      adapted: what `method.init` gave for the canonical view, arrays or shapes.
+      rules: from axis names to mesh axes (`make_rules`).
+      seed: of dropout.
+    """
+    verdicts = [method.trainable, rule_verdict(training, describe(adapted.params).values())]
+    ctx, dtype = Context(place=place(mesh, rules)), jnp.dtype(training.dtype)
+
+    def base(taps: frozenset) -> Loss:
+        def fn(params: Tree, constants: dict, batch: dict, ctx: Context):
+            outputs = model.forward(params, batch, ctx=ctx, taps=taps, remat=training.remat, dtype=dtype)
+            return task.loss(outputs, batch), outputs
+
+        return Loss(fn, taps)
+
+    taps = method.loss(base(frozenset())).taps  # what the transforms read is known once they are applied
+    loss = method.loss(base(taps))
+    grad = method.grad(accumulate(gradient(loss, verdicts), loss, training.grad_accum))
+
+    params = model.run_view(adapted.params, layer_verdict(adapted.params, verdicts, training), tap_breaks(taps, model))
+    params = pad_vocab(params, adapted.axes, ways("vocab", mesh, rules))
+    where = shardings(params, adapted.axes, mesh, rules, model.sizes())
+    infos = describe(params)
+    trained = {name: info for name, info in infos.items() if trainable(verdicts, info)}
+    if not trained:
+        raise ValueError("nothing trains: config.train.trainable and the methods freeze every parameter")
+
+    tx = optimizer(training, steps, trained)
+
+    def create(params: Tree, method_state: dict) -> TrainState:
+        return create_state(params, method_state, tx, verdicts)
+
+    replicated = jax.sharding.NamedSharding(mesh, jax.P())
+    placement = state_shardings(jax.eval_shape(create, params, adapted.state), where, replicated)
+    key = jax.random.key(seed, impl="rbg")  # cheap bits for dropout; parameters are drawn with threefry
+    step = make_step(grad, tx, method, verdicts, key=key, ctx=ctx, largest_norm=training.clip)
+    return Blueprint(step, create, params, placement, infos, frozenset(trained))
+
+
+def rule_verdict(training: TrainSettings, infos: Any):
+    """`config.train.trainable` as a verdict; its rules are checked against every parameter."""
+    rules = training.rules("trainable")
+    check_rules(rules, infos, "config.train.trainable")
+    return lambda info: first_match(rules, info.path, info.role)
+
+
+def layer_verdict(params: Tree, verdicts: list, training: TrainSettings):
+    """What must be equal for layers to be stacked besides their structure: what trains, and what decays."""
+    by_layer: dict[str, list] = {}
+    for name, info in describe(params).items():
+        found = re.match(r"((?:.*/)?layers_\d+)/(.*)", name)
+        if found:
+            by_layer.setdefault(found[1], []).append((found[2], trainable(verdicts, info), decays(info, training)))
+    return lambda layer: tuple(sorted(by_layer[layer]))
+
+
+def tap_breaks(taps: frozenset, model: Model) -> set[int]:
+    """Layers that begin a segment of their own, so that only tapped activations leave the scan.
+
+    Where most layers are tapped, one scan that gives out all of them is smaller than many short ones.
+    """
+    tapped = {tap.depth for tap in taps if tap.site == "hidden"}
+    return tapped if 2 * len(tapped) <= model.config.num_layers else set()
+
+
+def state_shardings(state: TrainState, where: Mapping[str, Any], replicated: Any) -> TrainState:
+    """Shardings of a whole state: optimizer arrays lie where the parameter of their name and shape lies."""
+    shapes = {name: array.shape for name, array in arrays(state.params).items()}
+
+    def mirror(path: tuple, leaf: Any) -> Any:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        same = names and names[-1] in where and shapes[names[-1]] == leaf.shape
+        return where[names[-1]] if same else replicated
+
+    return TrainState(
+        step=replicated,
+        nonfinite=replicated,
+        params=with_arrays(state.params, where),
+        optimizer=jax.tree_util.tree_map_with_path(mirror, state.optimizer),
+        method=jax.tree.map(lambda _: replicated, state.method),
+    )
