@@ -1,13 +1,26 @@
 """Unstructured magnitude pruning during training."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compress.schedule import cubic
-from jaxlm.core import Adapted, Masked, Method, Step, Tree, flatten, map_leaves, matches, materialize
-from jaxlm.core.paths import join_field
+from jaxlm.compress.schedule import check_schedule, cubic, due
+from jaxlm.core import (
+    Adapted,
+    FakeQuant,
+    Masked,
+    Method,
+    Node,
+    Step,
+    Tree,
+    canonical_path,
+    flatten,
+    map_leaves,
+    matches,
+    materialize,
+)
 
 
 def keep_largest(scores: jax.Array, sparsity: jax.Array | float) -> jax.Array:
@@ -25,6 +38,21 @@ def keep_largest(scores: jax.Array, sparsity: jax.Array | float) -> jax.Array:
     return (rank >= dropped).reshape(scores.shape)
 
 
+def with_mask(leaf: Any) -> Any:
+    """`leaf` under an open mask; one that is there stays. Below a rounding: that keeps zeros, and codes stay codes."""
+    if isinstance(leaf, FakeQuant):
+        return leaf.replace(base=with_mask(leaf.base))
+    return leaf if isinstance(leaf, Masked) else Masked(leaf, jnp.ones(leaf.shape, bool))
+
+
+def at_mask(change: Callable[[str, Masked], Any], name: str, leaf: Any) -> Any:
+    """`leaf` with `change(name, masked)` in the place of the Masked inside it, if there is one."""
+    if isinstance(leaf, Masked):
+        return change(name, leaf)
+    inner = getattr(leaf, "base", None)
+    return leaf.replace(base=at_mask(change, f"{name}.base", inner)) if isinstance(inner, Node) else leaf
+
+
 def magnitude(
     *, sparsity: float, begin: int = 0, end: int, every: int = 10, targets: str = r".*layers_\d+/.*/kernel"
 ) -> Method:
@@ -40,30 +68,29 @@ def magnitude(
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"magnitude: sparsity must be in [0, 1), not {sparsity}")
+    check_schedule("magnitude", begin, end, every)
+
+    def chosen(path: str) -> bool:
+        return matches(targets, canonical_path(path))
 
     def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
-        if not any(matches(targets, path) for path in flatten(params)):
+        if not any(map(chosen, flatten(params))):
             raise ValueError(f"magnitude: targets {targets!r} match no parameter")
-        wrap = lambda leaf: Masked(leaf, jnp.ones(leaf.shape, bool))  # noqa: E731
-        return Adapted(map_leaves(lambda path, leaf: wrap(leaf) if matches(targets, path) else leaf, params), axes)
+        return Adapted(map_leaves(lambda path, leaf: with_mask(leaf) if chosen(path) else leaf, params), axes)
 
     def update(step: Step, grads: dict, constants: dict, number: jax.Array) -> Step:
-        now = cubic(number, sparsity, begin, end)
-        due = (number >= begin) & (((number - begin) % every == 0) | (number == end)) & (number <= end)
+        now, renew = cubic(number, sparsity, begin, end), due(number, begin, end, every)
         masks = {}
 
-        def refresh(path: str, leaf: Any) -> Any:
-            if not isinstance(leaf, Masked):
-                return leaf
-            score = jnp.abs(materialize(leaf.base))
-            choose = jax.vmap(keep_largest, in_axes=(0, None)) if score.ndim == 3 else keep_largest
-            mask = jax.lax.cond(due, lambda: choose(score, now), lambda: leaf.mask)
+        def refresh(name: str, leaf: Masked) -> Masked:
+            choose = jax.vmap(keep_largest, in_axes=(0, None)) if leaf.mask.ndim == 3 else keep_largest
+            mask = jax.lax.cond(renew, lambda: choose(jnp.abs(materialize(leaf.base)), now), lambda: leaf.mask)
             if isinstance(leaf.base, jax.Array):
-                masks[join_field(path, "base")] = mask
+                masks[f"{name}.base"] = mask
                 leaf = leaf.replace(base=jnp.where(mask, leaf.base, 0))
             return leaf.replace(mask=mask)
 
-        params = map_leaves(refresh, step.params)
+        params = map_leaves(lambda path, leaf: at_mask(refresh, path, leaf) if chosen(path) else leaf, step.params)
         moments = [
             {name: jnp.where(masks[name], m, 0) if name in masks else m for name, m in tree.items()}
             for tree in step.moments
@@ -71,10 +98,10 @@ def magnitude(
         return Step(params, moments, step.state)
 
     def bake(model: Any, params: Tree, axes: dict, state: dict):
-        plain = map_leaves(lambda path, leaf: materialize(leaf) if isinstance(leaf, Masked) else leaf, params)
-        return model, plain, axes
+        plain = lambda path, leaf: at_mask(lambda _, masked: materialize(masked), path, leaf)  # noqa: E731
+        return model, map_leaves(lambda path, leaf: plain(path, leaf) if chosen(path) else leaf, params), axes
 
     def claims(params: Tree) -> set[tuple[str, str]]:
-        return {(path, "sparsity") for path in flatten(params) if matches(targets, path)}
+        return {(path, "sparsity") for path in flatten(params) if chosen(path)}
 
     return Method(init=init, update=update, bake=bake, claims=claims)

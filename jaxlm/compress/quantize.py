@@ -20,6 +20,12 @@ def _check(params: Tree, targets: str, who: str) -> None:
         raise ValueError(f"{who}: targets {targets!r} match no parameter")
 
 
+def _fake(path: str, leaf: Any, dynamic: bool) -> FakeQuant:
+    if isinstance(leaf, FakeQuant | Quantized):
+        raise ValueError(f"qat: {path} is rounded already ({type(leaf).__name__}); bake it first, or leave it out")
+    return FakeQuant(leaf, dynamic=dynamic, channel=_channel(path))
+
+
 def qat(*, dynamic: bool = True, targets: str = f"{KERNELS}|{TABLES}") -> Method:
     """Quantization-aware training: the forward pass sees int8 roundings, gradients pass straight through.
 
@@ -32,10 +38,8 @@ def qat(*, dynamic: bool = True, targets: str = f"{KERNELS}|{TABLES}") -> Method
 
     def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
         _check(params, targets, "qat")
-        wrap = lambda path, leaf: FakeQuant(leaf, dynamic=dynamic, channel=_channel(path))  # noqa: E731
-        return Adapted(
-            map_leaves(lambda path, leaf: wrap(path, leaf) if matches(targets, path) else leaf, params), axes
-        )
+        wrap = lambda path, leaf: _fake(path, leaf, dynamic) if matches(targets, path) else leaf  # noqa: E731
+        return Adapted(map_leaves(wrap, params), axes)
 
     def bake(model: Any, params: Tree, axes: dict, state: dict):
         stored = map_leaves(lambda path, leaf: leaf.quantize() if isinstance(leaf, FakeQuant) else leaf, params)

@@ -1,4 +1,4 @@
-"""The cubic sparsity schedule."""
+"""The cubic sparsity schedule, and when it is looked at."""
 
 import jax
 import jax.numpy as jnp
@@ -16,3 +16,16 @@ def cubic(step: jax.Array | int, final: float, begin: int, end: int, initial: fl
         return jnp.where(step >= begin, final, initial)
     left = 1.0 - jnp.clip((step - begin) / (end - begin), 0.0, 1.0)
     return final + (initial - final) * left**3
+
+
+def due(step: jax.Array | int, begin: int, end: int, every: int) -> jax.Array | bool:
+    """Whether a step brings a new mask: `begin`, every `every` steps from there, and `end`."""
+    return (step >= begin) & (step <= end) & (((step - begin) % every == 0) | (step == end))
+
+
+def check_schedule(who: str, begin: int, end: int, every: int) -> None:
+    """Raises ValueError for a schedule that would never prune."""
+    if not 1 <= end >= begin >= 0:
+        raise ValueError(f"{who}: steps begin={begin} to end={end} are no interval; steps are counted from 1")
+    if every < 1:
+        raise ValueError(f"{who}: every must be at least 1, not {every}")

@@ -6,33 +6,62 @@ Gates sit in the forward pass at `layers_i/attention/gate`, `layers_i/mlp/gate` 
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.compress.magnitude import keep_largest
-from jaxlm.compress.schedule import cubic
-from jaxlm.core import Adapted, Axes, Gate, Method, Node, Step, Tree, components, flatten, materialize, unflatten
+from jaxlm.compress.schedule import check_schedule, cubic, due
+from jaxlm.core import (
+    Adapted,
+    Axes,
+    FakeQuant,
+    Gate,
+    Method,
+    Node,
+    Step,
+    Tree,
+    components,
+    flatten,
+    materialize,
+    unflatten,
+)
 from jaxlm.core.paths import field_of, replace_field
 
 HEADS = r"(.*/)?layers_\d+/(cross_)?attention"
 UNITS = r"(.*/)?layers_\d+/mlp"
-GATED_AXIS = {"attention": "kv_heads", "cross_attention": "kv_heads", "mlp": "ffn"}
+GATED = ("attention", "cross_attention", "mlp")
 
 
-def head_scores(module: Mapping[str, Any], kv_heads: int) -> jax.Array:
-    """Importance of every KV group of an attention, `[kv_heads]`: the product of what goes in and what comes out.
+class Kept(NamedTuple):
+    """What stays of a gated module: the axis that its gate switches, and the open indices."""
 
-    `(‖W_q‖² + ‖W_k‖² + ‖W_v‖²)^½ · ‖W_o‖` over the group's columns (rows, for o).
+    axis: str
+    indices: np.ndarray
+
+
+def gated_axis(kind: str, gate: Gate) -> str:
+    """The axis that a gate switches: FFN units, KV groups, or the query heads that share one KV group (MQA)."""
+    if kind == "mlp":
+        return "ffn"
+    groups, heads, _ = gate.value.shape[-3:]
+    return "q_per_kv" if groups == 1 and heads > 1 else "kv_heads"
+
+
+def head_scores(module: Mapping[str, Any], count: int, inputs: tuple[str, ...]) -> jax.Array:
+    """Importance of every head of an attention, `[count]`: the product of what goes in and what comes out.
+
+    `(Σ_inputs ‖W‖²)^½ · ‖W_o‖` over the head's columns (rows, for o). The inputs are query, key and value of a KV
+    group, or the query alone of one of the heads that share a group.
     """
     inwards = sum(
-        jnp.sum(jnp.square(materialize(module[name]["kernel"])).reshape(-1, kv_heads, width), axis=(0, 2))
-        for name in ("query", "key", "value")
-        for width in [module[name]["kernel"].shape[-1] // kv_heads]
+        jnp.sum(jnp.square(materialize(module[name]["kernel"])).reshape(-1, count, width), axis=(0, 2))
+        for name in inputs
+        for width in [module[name]["kernel"].shape[-1] // count]
     )
-    outwards = jnp.sum(jnp.square(materialize(module["output"]["kernel"])).reshape(kv_heads, -1), axis=1)
+    outwards = jnp.sum(jnp.square(materialize(module["output"]["kernel"])).reshape(count, -1), axis=1)
     return jnp.sqrt(inwards * outwards)
 
 
@@ -48,39 +77,60 @@ def unit_scores(module: Mapping[str, Any]) -> jax.Array:
 
 def module_gate(module: Mapping[str, Any], kind: str, share: jax.Array | float) -> Gate:
     """The gate that closes the `share` of heads or units with the smallest scores; at least one stays open."""
+    gate = module["gate"]
     if kind == "mlp":
         scores = unit_scores(module)
     else:
-        scores = head_scores(module, module["gate"].value.shape[0])
+        shared = gated_axis(kind, gate) == "q_per_kv"
+        scores = head_scores(module, gate.value.size, ("query",) if shared else ("query", "key", "value"))
     share = jnp.minimum(share, (scores.size - 1) / scores.size)
     open_ = keep_largest(scores, share).astype(jnp.float32)
-    return Gate(open_.reshape(module["gate"].value.shape))
+    return Gate(open_.reshape(gate.value.shape))
 
 
 def gated_modules(params: Tree, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """`(path, subtree)` of every attention and MLP that has a gate."""
     for key, value in params.items():
         if isinstance(value, Mapping):
-            if key in GATED_AXIS and "gate" in value:
+            if key in GATED and "gate" in value:
                 yield f"{prefix}{key}", value
             else:
                 yield from gated_modules(value, f"{prefix}{key}/")
 
 
 def open_gates(params: Tree, axes: Mapping[str, Axes], sizes: Mapping, heads: bool, ffn: bool):
-    """Adds an open gate to every attention (`heads`) and MLP (`ffn`): `(params, axes)`."""
+    """Adds an open gate to every attention (`heads`) and MLP (`ffn`): `(params, axes)`.
+
+    Heads go by KV group; those of a single group (MQA) one by one.
+
+    Raises:
+      ValueError: for a weight in training with rounding: its scales span what would be removed.
+    """
     flat, axes = flatten(params), dict(axes)
     for path in list(flat):
         module, _, leaf = path.rpartition("/query/kernel" if heads and path.endswith("/query/kernel") else "/up/kernel")
         if leaf or not module:
             continue
         if heads and re.fullmatch(HEADS, module):
-            count = sizes[path][1][0]
-            flat[f"{module}/gate"], axes[f"{module}/gate"] = Gate(jnp.ones((count, 1, 1))), ("kv_heads", None, None)
+            groups, heads_each = sizes[path][1][:2]
+            one = groups == 1 and heads_each > 1
+            gate = Gate(jnp.ones((1, heads_each, 1) if one else (groups, 1, 1)))
+            names: Axes = (None, "q_per_kv", None) if one else ("kv_heads", None, None)
         elif ffn and re.fullmatch(UNITS, module):
-            count = sizes[path][1][0]
-            flat[f"{module}/gate"], axes[f"{module}/gate"] = Gate(jnp.ones(count)), ("ffn",)
+            gate, names = Gate(jnp.ones(sizes[path][1][0])), ("ffn",)
+        else:
+            continue
+        flat[f"{module}/gate"], axes[f"{module}/gate"] = gate, names
+        for other, weight in flat.items():
+            if other.startswith(f"{module}/") and rounds(weight):
+                raise ValueError(f"{other} trains with rounding, whose scales span what pruning removes; prune first")
     return unflatten(flat), axes
+
+
+def rounds(leaf: Any) -> bool:
+    """Whether a FakeQuant is inside a leaf."""
+    inner = getattr(leaf, "base", None)
+    return isinstance(leaf, FakeQuant) or (isinstance(inner, Node) and rounds(inner))
 
 
 def close_gates(params: Tree, heads: jax.Array | float, ffn: jax.Array | float) -> dict[str, Any]:
@@ -110,9 +160,11 @@ def shrink(model: Any, params: Tree, axes: dict[str, Axes], sizes: Mapping[str, 
       `(model, params, axes)`, the config's per-layer sizes adjusted.
     """
     flat, axes = flatten(params), dict(axes)
-    kept: dict[str, np.ndarray] = {}
+    kept: dict[str, Kept] = {}
     for path, module in gated_modules(params):
-        kept[path] = np.flatnonzero(_binary(f"{path}/gate", module["gate"]).reshape(-1))
+        gate = module["gate"]
+        indices = np.flatnonzero(_binary(f"{path}/gate", gate).reshape(-1))
+        kept[path] = Kept(gated_axis(path.rsplit("/", 1)[-1], gate), indices)
         del flat[f"{path}/gate"], axes[f"{path}/gate"]
     closed = {}
     for path in [path for path in flat if re.fullmatch(r"(.*/)?layers_\d+/gate", path)]:
@@ -121,10 +173,18 @@ def shrink(model: Any, params: Tree, axes: dict[str, Axes], sizes: Mapping[str, 
     for path, leaf in flat.items():
         owner = next((module for module in kept if path.startswith(f"{module}/")), None)
         if owner is not None:
-            name = GATED_AXIS[owner.rsplit("/", 1)[-1]]
-            flat[path] = slice_axis(leaf, axes[path], sizes[path], name, kept[owner])
+            flat[path] = slice_axis(leaf, axes[path], sizes[path], *kept[owner])
+    config = _resized(model.config, kept, closed)
+    for path, field in (
+        ("decoder/relative_positions/embedding", "decoder_position_heads"),
+        (("encoder/" if config.encoder_decoder else "") + "relative_positions/embedding", "position_heads"),
+    ):
+        if columns := getattr(config, field):
+            read = sorted({column for row in columns for column in row})
+            flat[path] = slice_axis(flat[path], axes[path], sizes[path], "position_heads", np.array(read))
+            config = config.replace(**{field: tuple(tuple(map(read.index, row)) for row in columns)})
     flat, axes = _without_layers(flat, closed), _without_layers(axes, closed)
-    return model.replace(config=_resized(model.config, kept, closed)), unflatten(flat), axes
+    return model.replace(config=config), unflatten(flat), axes
 
 
 def slice_axis(leaf: Any, axes: Axes, sizes: tuple[tuple[int, ...], ...], name: str, kept: np.ndarray) -> Any:
@@ -175,7 +235,7 @@ def _without_layers(flat: dict[str, Any], closed: Mapping[str, bool]) -> dict[st
     return kept
 
 
-def _resized(config: Any, kept: Mapping[str, np.ndarray], closed: Mapping[str, bool]) -> Any:
+def _resized(config: Any, kept: Mapping[str, Kept], closed: Mapping[str, bool]) -> Any:
     """The config with the sizes that remain, for the stack at the root or an encoder and a decoder."""
     changes: dict[str, Any] = {}
     for stack, count, heads, ffn, columns in (
@@ -189,23 +249,26 @@ def _resized(config: Any, kept: Mapping[str, np.ndarray], closed: Mapping[str, b
         if not stay:
             raise ValueError(f"every layer of {stack or 'the stack'} is closed; at least one must stay")
 
-        def left(module: str, i: int, before: int, stack: str = stack) -> int:
-            return len(kept[path]) if (path := f"{stack}layers_{i}/{module}") in kept else before
+        def left(module: str, i: int, axis: str, before: int, stack: str = stack) -> int:
+            own = kept.get(f"{stack}layers_{i}/{module}")
+            return len(own.indices) if own and own.axis == axis else before
 
         attention = [f"{stack}layers_{i}/attention" for i in layers]
         if stack == "decoder/":
-            changes[heads] = tuple(left("attention", i, getattr(config, heads)[i]) for i in stay)
-            changes["cross_num_heads"] = tuple(left("cross_attention", i, config.cross_num_heads[i]) for i in stay)
+            crossing = config.cross_num_heads
+            changes[heads] = tuple(left("attention", i, "kv_heads", getattr(config, heads)[i]) for i in stay)
+            changes["cross_num_heads"] = tuple(left("cross_attention", i, "kv_heads", crossing[i]) for i in stay)
         else:
-            groups = [h // kv for h, kv in zip(config.num_heads, config.num_kv_heads, strict=True)]
-            changes["num_kv_heads"] = tuple(left("attention", i, config.num_kv_heads[i]) for i in stay)
-            changes[heads] = tuple(kv * groups[i] for kv, i in zip(changes["num_kv_heads"], stay, strict=True))
-        changes[ffn] = tuple(left("mlp", i, getattr(config, ffn)[i]) for i in stay)
+            shared = [h // max(kv, 1) for h, kv in zip(config.num_heads, config.num_kv_heads, strict=True)]
+            groups = {i: left("attention", i, "kv_heads", config.num_kv_heads[i]) for i in stay}
+            changes["num_kv_heads"] = tuple(groups.values())
+            changes[heads] = tuple(n * left("attention", i, "q_per_kv", shared[i]) for i, n in groups.items())
+        changes[ffn] = tuple(left("mlp", i, "ffn", getattr(config, ffn)[i]) for i in stay)
         changes[count] = len(stay)
         if config.relative_buckets and (getattr(config, columns) or any(path in kept for path in attention)):
             table = getattr(config, columns) or tuple(tuple(range(n)) for n in getattr(config, heads))
             changes[columns] = tuple(
-                tuple(np.array(table[i])[kept[attention[i]]].tolist()) if attention[i] in kept else table[i]
+                tuple(np.array(table[i])[kept[attention[i]].indices].tolist()) if attention[i] in kept else table[i]
                 for i in stay
             )
         if stack != "decoder/" and config.window_from:
@@ -227,14 +290,14 @@ def structured(*, heads: float = 0.0, ffn: float = 0.0, begin: int = 0, end: int
     can come back. Baking is `shrink`.
     """
     _share("heads", heads), _share("ffn", ffn)
+    check_schedule("structured", begin, end, every)
 
     def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
         return Adapted(*open_gates(params, axes, model.sizes(), heads > 0, ffn > 0))
 
     def update(step: Step, grads: dict, constants: dict, number: jax.Array) -> Step:
-        due = (number >= begin) & (((number - begin) % every == 0) | (number == end)) & (number <= end)
         new = lambda: close_gates(step.params, cubic(number, heads, begin, end), cubic(number, ffn, begin, end))  # noqa: E731
-        return step._replace(params=jax.lax.cond(due, new, lambda: step.params))
+        return step._replace(params=jax.lax.cond(due(number, begin, end, every), new, lambda: step.params))
 
     def bake(model: Any, params: Tree, axes: dict, state: dict):
         return shrink(model, params, axes, model.sizes())
@@ -249,6 +312,8 @@ def structured(*, heads: float = 0.0, ffn: float = 0.0, begin: int = 0, end: int
 
 def keep_layers(model: Any, params: Tree, axes: dict[str, Axes], *, keep: tuple[int, ...]):
     """Surgery: keeps the listed layers of a single stack, in order (a student of fewer layers starts like this)."""
+    if model.config.encoder_decoder:
+        raise ValueError("keep_layers: an encoder-decoder has two stacks; close the gates of its layers and shrink")
     flat, axes = flatten(params), dict(axes)
     missing = [i for i in keep if not 0 <= i < model.config.num_layers]
     if missing or not keep:

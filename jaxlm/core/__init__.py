@@ -11,6 +11,7 @@ from jaxlm.core.paths import (
     Rules,
     Tree,
     arrays,
+    canonical_path,
     check_rules,
     describe,
     first_match,

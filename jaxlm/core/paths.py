@@ -84,7 +84,7 @@ def describe(tree: Tree, axes: Mapping[str, Axes] | None = None) -> dict[str, Ar
     """
     found: dict[str, ArrayInfo] = {}
     for place, leaf in flatten(tree).items():
-        path = re.sub(SEGMENT, r"layers_\1", place)
+        path = canonical_path(place)
         if axes is not None and path not in axes:
             raise KeyError(f"parameter {path!r} has no axis names; whoever adds a leaf must name its axes")
         stack = ("layers",) if path != place else ()
@@ -92,6 +92,15 @@ def describe(tree: Tree, axes: Mapping[str, Axes] | None = None) -> dict[str, Ar
             name = join_field(place, field)
             found[name] = ArrayInfo(name, path, part.role, None if axes is None else stack + part.axes)
     return found
+
+
+def canonical_path(place: str) -> str:
+    """Path in the canonical view of a leaf of the run view: of the first layer, where it stands for several.
+
+    >>> canonical_path("layers_0-11/mlp/up/kernel")
+    'layers_0/mlp/up/kernel'
+    """
+    return re.sub(SEGMENT, r"layers_\1", place)
 
 
 def with_arrays(tree: Tree, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import Adapted, Context, Loss, Method, Tap, Term, Tree, flatten, lookup, unflatten
+from jaxlm.core import Adapted, ArrayInfo, Context, Loss, Method, Tap, Term, Tree, dot, flatten, lookup, unflatten
 from jaxlm.losses.cross_entropy import IGNORED
 
 PROJECTION = "distill/projection/kernel"
+LOWEST = -1e30
+"""Logits below count as this: as improbable as -inf, but `0 · log 0` and its gradient are 0."""
 
 
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -54,15 +56,19 @@ def response(
 
     Args:
       teacher_logits, student_logits: float `[..., classes]`; the teacher's are not differentiated.
-      valid: bool `[...]`.
+      valid: bool `[...]`; logits elsewhere may be anything, NaN too.
 
     >>> logits = jnp.array([[0.0, 1.0]])
     >>> float(response(logits, logits, jnp.array([True])).sum)
     0.0
     """
-    teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature
-    student = student_logits.astype(jnp.float32) / temperature
-    each = divergence(jax.nn.log_softmax(teacher, axis=-1), jax.nn.log_softmax(student, axis=-1))
+
+    def log_probabilities(logits: jax.Array) -> jax.Array:
+        softened = jnp.where(valid[..., None], logits.astype(jnp.float32), 0.0) / temperature
+        return jax.nn.log_softmax(jnp.maximum(softened, LOWEST), axis=-1)
+
+    teacher = log_probabilities(jax.lax.stop_gradient(teacher_logits))
+    each = divergence(teacher, log_probabilities(student_logits))
     return Term(temperature**2 * jnp.sum(jnp.where(valid, each, 0.0)), jnp.sum(valid.astype(jnp.float32)))
 
 
@@ -87,12 +93,13 @@ def layer_map(student_layers: int, teacher_layers: int, kind: str | tuple[tuple[
     {1: 3, 2: 4}
     """
     if kind == "uniform":
-        return {i: round(i * teacher_layers / student_layers) for i in range(student_layers + 1)}
-    if kind == "last":
-        return {i: teacher_layers - student_layers + i for i in range(1, student_layers + 1)}
-    if isinstance(kind, str):
+        pairs = {i: round(i * teacher_layers / student_layers) for i in range(student_layers + 1)}
+    elif kind == "last":
+        pairs = {i: teacher_layers - student_layers + i for i in range(1, student_layers + 1)}
+    elif isinstance(kind, str):
         raise ValueError(f"unknown layer map {kind!r}; known: uniform, last, or (student, teacher) pairs")
-    pairs = dict(kind)
+    else:
+        pairs = dict(kind)
     for s, t in pairs.items():
         if not (0 <= s <= student_layers and 0 <= t <= teacher_layers):
             raise ValueError(f"layer pair ({s}, {t}) does not exist: 0..{student_layers} and 0..{teacher_layers} do")
@@ -128,13 +135,20 @@ def distill(
       layers: layer map of the hidden-state term (`uniform`, `last`, or pairs).
     """
     measure = lookup(DIVERGENCES, divergence, "divergence")
+    if temperature <= 0:
+        raise ValueError(f"distill: temperature must be positive, not {temperature}")
     pairs: dict[int, int] = {}
 
     def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
         new = Adapted(params, axes, constants={"teacher": teacher.params})
         width = model.config.hidden_size
+        if model.config.head == "sequence" and model.config.regression:
+            raise ValueError("distill: a regression has one output and no distribution to learn from")
         if not hidden:
             return new
+        if model.config.encoder_decoder:
+            raise ValueError("distill: hidden states of an encoder-decoder cannot be paired; set hidden to 0")
+        pairs.clear()
         pairs.update(layer_map(model.config.num_layers, teacher.num_layers, layers))
         if width == teacher.hidden_size:
             return new
@@ -142,6 +156,9 @@ def distill(
         return new._replace(
             params=unflatten({**flatten(params), PROJECTION: kernel}), axes={**axes, PROJECTION: ("embed", None)}
         )
+
+    def trainable(info: ArrayInfo) -> bool | None:
+        return True if info.path == PROJECTION else None
 
     def loss(inner: Loss) -> Loss:
         student_taps = frozenset(Tap("hidden", s) for s in pairs)
@@ -159,7 +176,7 @@ def distill(
             for s, t in pairs.items():
                 own = outputs["taps"][Tap("hidden", s)]
                 if "distill" in params:
-                    own = own @ params["distill"]["projection"]["kernel"].astype(own.dtype)
+                    own = dot(own, params["distill"]["projection"]["kernel"], ctx)
                 seen = jnp.ones(own.shape[:2], bool) if tokens is None else tokens > 0
                 term = hidden_distance(taught["taps"][Tap("hidden", t)], own, seen)
                 terms[f"hidden_{s}"] = term._replace(coefficient=hidden / len(pairs))
@@ -171,4 +188,4 @@ def distill(
         kept = {path: leaf for path, leaf in flatten(params).items() if path != PROJECTION}
         return model, unflatten(kept), {path: names for path, names in axes.items() if path != PROJECTION}
 
-    return Method(init=init, loss=loss, bake=bake)
+    return Method(init=init, trainable=trainable, loss=loss, bake=bake)

@@ -57,6 +57,6 @@ def accumulate(inner: GradFn, loss: Loss, microbatches: int) -> GradFn:
         shapes, _ = jax.eval_shape(lambda: inner(params, constants, first, ctx.at(0), whole))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         grads, each = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
-        return grads, {n: Term(t.sum.sum(0), t.weight.sum(0), t.coefficient[-1]) for n, t in each.items()}
+        return grads, {n: Term(t.sum.sum(0), t.weight.sum(0), jnp.asarray(t.coefficient)[-1]) for n, t in each.items()}
 
     return fn

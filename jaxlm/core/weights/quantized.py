@@ -31,9 +31,9 @@ class Quantized(Weight):
 
     `channel` says which dimension owns the scales: -1 (outputs, for kernels) or -2 (rows, for embedding tables, whose
     rows are the outputs of a tied head). With `dynamic` inputs each row of `x` is quantized too, with its own
-    `max|x| / 127`, and the product runs in integers: `(round(x/s_x) · codes)_int32 · s_x · scale`; its derivative in `x`
-    is that of `x W`, so that what lies below (a LoRA, an embedding) can be trained through it. Without, the codes are
-    widened and multiplied in floats.
+    `max|x| / 127`, and the product runs in integers: `(round(x/s_x) · codes)_int32 · s_x · scale`. Its derivative in
+    `x` is that of `x W`, so that what lies below it can be trained. Without, the codes are widened and multiplied in
+    floats.
 
     Attributes:
       codes: int8 `[in, out]`.
