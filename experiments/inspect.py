@@ -1,0 +1,74 @@
+"""Lists every array of a config's training run: name, shape, axis names, sharding, whether it trains and decays.
+
+    python experiments/inspect.py --config=configs/pretrain/gpt.py:small --config.mesh.fsdp=4 --devices=8
+
+Nothing is allocated and no data are read. Consecutive layers of equal structure are one array, as in the run itself.
+"""
+
+import importlib.util
+import os
+import sys
+import sysconfig
+
+if __name__ != "__main__":
+    # Python puts a script's folder first on its path, so the scripts beside this one find it when they (or a library)
+    # import the standard library's `inspect`; here they get that.
+    spec = importlib.util.spec_from_file_location("inspect", os.path.join(sysconfig.get_path("stdlib"), "inspect.py"))
+    sys.modules["inspect"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["inspect"])
+else:
+    from absl import app, flags
+    from ml_collections import config_flags
+
+    CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
+    DEVICES = flags.DEFINE_integer("devices", 0, "Pretend to have so many devices; 0: those that are here.")
+    flags.mark_flags_as_required(["config"])
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[1:]:
+        raise app.UsageError(f"unexpected {arguments[1:]}; options are written --config.a.b=value")
+    if DEVICES.value:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    if DEVICES.value:
+        jax.config.update("jax_num_cpu_devices", DEVICES.value)
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxlm.build.outline import outline
+    from jaxlm.core import arrays, describe
+    from jaxlm.parallel import make_mesh
+    from jaxlm.train.optimizer import decays
+    from jaxlm.train.settings import TrainSettings
+
+    config = CONFIG.value
+    mesh = make_mesh(config.mesh)
+    found = outline(config, mesh)
+    values, where = arrays(found.blueprint.params), arrays(found.blueprint.placement.params)
+    settings = TrainSettings(**config.train)
+    table = Table("array", "shape", "axes", "sharding", "role", "trains", "decays", box=None, header_style="bold")
+    for name, info in describe(found.blueprint.params, found.adapted.axes).items():
+        trains = name in found.blueprint.trained
+        names = ["·".join(n for n in a if n) if isinstance(a, tuple) else a or "-" for a in info.axes or ()]
+        table.add_row(
+            name,
+            " × ".join(map(str, values[name].shape)),
+            " ".join(names),
+            str(where[name].spec).removeprefix("PartitionSpec"),
+            info.role,
+            "yes" if trains else "no",
+            "yes" if trains and decays(info, settings) else "no",
+        )
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)
+    console.print(table)
+    total = sum(v.size for v in values.values())
+    trained = sum(values[name].size for name in found.blueprint.trained)
+    mesh_text = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    console.print(f"{total:,} entries, {trained:,} ({trained / total:.2%}) train; mesh {mesh_text}", highlight=False)
+
+
+if __name__ == "__main__":
+    app.run(main)
