@@ -3,17 +3,18 @@
 `run` reads from top to bottom: model and data, surgery, methods, training, baking, evaluation, `result.json`.
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.multihost_utils import process_allgather
 
 from jaxlm.build.assembly import Ready, assemble
-from jaxlm.build.config import plain
-from jaxlm.build.records import params_sha256, peak_memory, remember, write_json
+from jaxlm.build.config import default_config, overlay, plain
+from jaxlm.build.records import params_sha256, peak_memory, refuse_other, remember, room_on_disk, write_json
 from jaxlm.build.setting import Setting, on_mesh, operate, set_up, split_evaluator
 from jaxlm.core import Axes, Tree
 from jaxlm.io.model import LM, save
@@ -21,7 +22,8 @@ from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import unpad_vocab
 from jaxlm.train.journal import Journal
-from jaxlm.train.loop import flatten_state, train, unflatten_state
+from jaxlm.train.loop import train
+from jaxlm.train.saving import Progress
 from jaxlm.train.step import TrainState
 
 
@@ -32,65 +34,82 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
 
     Raises:
       ValueError: when `workdir` holds a run of another config.
+      OSError: when the disk is full; the same command goes on once it is not.
     """
     started, workdir = time.perf_counter(), workdir.resolve()
-    workdir.mkdir(parents=True, exist_ok=True)
-    remember(plain(config), workdir)
+    refuse_other(plain(config), workdir)
     if (workdir / "result.json").exists():
         return json.loads((workdir / "result.json").read_text())
-    journal = Journal(workdir, name)
-    setting = operate(set_up(config, say=journal.say))
-    training = setting.training
-    facts: dict[str, Any] = {"steps": 0, "tokens": 0, "train_seconds": 0.0, "compile_seconds": 0.0}
-    if training.steps or training.epochs:
-        ready = assemble(setting, workdir, journal)
-        journal.expect(ready.run.steps)
-        with journal:
-            state, progress = train(ready.run, ready.state)
-        facts = {
-            "steps": int(state.step),
-            "tokens": progress.tokens,
-            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-            "train_seconds": round(progress.seconds, 3),
-            "compile_seconds": round(progress.compile_seconds, 3),
-            "waited_seconds": round(progress.waited_seconds, 3),
-            "skipped_updates": progress.skipped,
-        }
-        model, params, axes = finish(setting, ready, state)
-    else:
-        model, params, axes = setting.model, setting.params, setting.axes
-    site_axes = {path: names for path, names in axes.items() if path not in model.axes()}
-    save(LM(model.config, params, setting.tokenizer, site_axes), workdir / "model")
-    result = facts | measure(setting, model, params, axes, workdir)
-    result |= {
-        "params_sha256": params_sha256(params),
-        "peak_memory_bytes": peak_memory(),
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-    write_json(workdir / "result.json", result)
+    with room_on_disk(workdir), Journal(workdir, name) as journal:
+        setting = operate(set_up(config, say=journal.say))
+        trained, facts = learn(setting, workdir, journal)
+        result = facts | measure(setting, trained, workdir)
+        result |= peak_memory() | {"seconds": round(time.perf_counter() - started, 3)}
+        if journal.writes:
+            site_axes = {path: names for path, names in trained.axes.items() if path not in trained.model.axes()}
+            save(LM(trained.model.config, trained.params, setting.tokenizer, site_axes), workdir / "model")
+            write_json(workdir / "result.json", result)
     return result
 
 
-def finish(setting: Setting, ready: Ready, state: TrainState) -> tuple[Model, Tree, dict[str, Axes]]:
+class Trained(NamedTuple):
+    """The model of a stage, canonical view."""
+
+    model: Model
+    params: Tree
+    axes: dict[str, Axes]
+
+
+def learn(setting: Setting, workdir: Path, journal: Journal) -> tuple[Trained, dict[str, Any]]:
+    """The trained model, and what training took; without steps, the model as it is."""
+    if not (setting.training.steps or setting.training.epochs):
+        remember(setting.config, workdir)
+        return Trained(setting.model, setting.params, setting.axes), told(Progress())
+    ready = assemble(setting, workdir, journal)
+    remember(setting.config, workdir)  # not before: a config that does not work leaves nothing behind
+    with contextlib.closing(ready.run.stores):
+        state, progress = train(ready.run, ready.state)
+        return finish(setting, ready, state), told(progress)
+
+
+def told(progress: Progress) -> dict[str, Any]:
+    """What `result.json` says of training."""
+    return {
+        "steps": progress.steps,
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+        "train_seconds": round(progress.seconds, 3),
+        "compile_seconds": round(progress.compile_seconds, 3),
+        "waited_seconds": round(progress.waited_seconds, 3),
+        "skipped_updates": progress.skipped,
+    }
+
+
+def finish(setting: Setting, ready: Ready, state: TrainState) -> Trained:
     """The trained model in the canonical view: averaged, without vocabulary padding, baked."""
-    last = ready.run.settings.average_last
-    if last > 1:
+    run, method = ready.run, ready.method
+    if run.stores.trail is not None:
         from jaxlm.merge.average import average
 
-        target = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, ready.run.shardings
-        )
-        flats = [ready.run.store.restore(flatten_state(target), step) for step in ready.run.store.steps()[-last:]]
-        state = state.replace(params=average([unflatten_state(state, f[1]).params for f in flats if f]))
-    params = ready.method.eval_params(state.params, state.method)
+        steps = run.stores.trail.steps()[-run.settings.average_last :]
+        states = [run.stores.restore_model(run.stores.trail, step, state, run.shardings) for step in steps]
+        state = state.replace(params=average([each.params for each in states]))
+        run.journal.say(f"averaged steps {', '.join(map(str, steps))}")
+    params, method_state = on_host((method.eval_params(state.params, state.method), state.method))
     params = canonical_view(unpad_vocab(params, ready.axes, setting.model.config.vocab_size))
     if not setting.config["bake"]:
-        return setting.model, params, ready.axes
-    return ready.method.bake(setting.model, params, ready.axes, state.method)
+        return Trained(setting.model, params, ready.axes)
+    return Trained(*method.bake(setting.model, params, ready.axes, method_state))
 
 
-def measure(setting: Setting, model: Model, params: Tree, axes: Mapping[str, Axes], workdir: Path) -> dict[str, Any]:
-    """Metrics of the final model on eval and test, and their tables in `workdir/report.txt`."""
+def on_host(tree: Any) -> Any:
+    """Arrays whole on this process, where they lie on the devices of several."""
+    return jax.tree.map(lambda a: a if a.is_fully_addressable else process_allgather(a, tiled=True), tree)
+
+
+def measure(setting: Setting, trained: Trained, workdir: Path) -> dict[str, Any]:
+    """Metrics of the final model on eval and test, their tables in `workdir/report.txt`, and its hash."""
+    model, params, axes = trained
     placed = on_mesh(setting, model, model.run_view(params), axes)
     metrics, tables = {}, []
     for split in ("eval", "test"):
@@ -99,7 +118,25 @@ def measure(setting: Setting, model: Model, params: Tree, axes: Mapping[str, Axe
             result = score(placed)
             metrics[split] = result.metrics
             tables += [f"{split}\n{result.report}"] if result.report else []
-    if tables:
+    if tables and jax.process_index() == 0:
         (workdir / "report.txt").write_text("\n".join(tables))
     facts = {split: prepared.facts for split, prepared in setting.splits.items() if prepared.facts}
-    return {"metrics": metrics, "data": facts}
+    return {"metrics": metrics, "data": facts, "params_sha256": params_sha256(params)}
+
+
+def evaluate(config: Any, directory: str, workdir: Path) -> dict[str, Any]:
+    """The metrics of a model directory on the eval and test data of a config, as training writes them.
+
+    The model's own tokenizer and labels are used, whatever the config trains.
+    """
+    workdir = workdir.resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    own = default_config()
+    overlay(own, {k: v for k, v in plain(config).items() if k not in ("stages", "report", "model")}, "config")
+    own.model.init, own.data.tokenizer, own.data.train = str(directory), "", ""
+    setting = set_up(own, splits=("eval", "test"))
+    if not setting.splits:
+        raise ValueError("nothing to measure: set config.data.eval or config.data.test")
+    result = {"model": str(directory)} | measure(setting, setting.model, setting.params, setting.axes, workdir)
+    write_json(workdir / "result.json", result)
+    return result
