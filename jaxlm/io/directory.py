@@ -6,7 +6,6 @@ parameter tree, and what kind of Weight or Site holds them is in jaxlm.json, wit
 jaxlm.json: format, layout and the whole ModelConfig.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.core import (
-    SITES,
-    WEIGHTS,
     Axes,
     Node,
     Site,
@@ -30,7 +27,8 @@ from jaxlm.core import (
     with_arrays,
 )
 from jaxlm.io.names import from_transformers, to_transformers
-from jaxlm.io.tensors import INDEX, MAX_SHARD_BYTES, SINGLE, Tensor, open_tensors, read_json, write_tensors, write_text
+from jaxlm.io.nodes import build_node, describe_node, take_tensor, tuples
+from jaxlm.io.tensors import INDEX, MAX_SHARD_BYTES, SINGLE, open_tensors, read_json, write_tensors, write_text
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import NotExpressible, config_from_hf, config_to_hf
@@ -147,7 +145,9 @@ def _open_native(directory: Path, own: Mapping[str, Any]) -> Stored:
     for path in [*spec, *(path for path in weights if path not in spec)]:
         description = weights.get(path)
         leaf: Any = (
-            _take(tensors, path, directory) if description is None else _node(description, path, tensors, directory)
+            take_tensor(tensors, path, directory / OWN)
+            if description is None
+            else build_node(description, path, tensors, directory / OWN)
         )
         if path not in spec:
             if not isinstance(leaf, Site):
@@ -159,54 +159,8 @@ def _open_native(directory: Path, own: Mapping[str, Any]) -> Stored:
         leaves[path] = leaf
     if tensors:
         raise ValueError(f"{directory} holds the unexpected tensor {min(tensors)!r}")
-    axes = {path: _tuples(names) for path, names in own["axes"].items()}
+    axes = {path: tuples(names) for path, names in own["axes"].items()}
     return Stored(config, unflatten(leaves), axes, own["carried"])
-
-
-def _take(tensors: dict[str, Tensor], name: str, directory: Path) -> Tensor:
-    if name not in tensors:
-        raise ValueError(f"{directory} lacks the tensor {name!r}")
-    return tensors.pop(name)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def describe_node(node: Node) -> dict[str, Any]:
-    """A Weight or Site without its arrays: type, static fields, and the nodes inside it."""
-    description: dict[str, Any] = {"type": type(node).__name__}
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if not field.metadata.get("pytree_node", True):
-            description[field.name] = value
-        elif isinstance(value, Node):
-            description[field.name] = describe_node(value)
-    return description
-
-
-def _node(description: Mapping[str, Any], name: str, tensors: dict[str, Tensor], directory: Path) -> Node:
-    """The inverse of `describe_node`. Types are those of the registries, nothing else can be named."""
-    where = f"{directory / OWN}: {name!r}"
-    try:
-        cls: type[Node] = lookup({**WEIGHTS, **SITES}, str(description.get("type")), "type")
-        fields: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            stored = description.get(field.name)
-            if not field.metadata.get("pytree_node", True):
-                if field.name not in description:
-                    raise ValueError(f"{cls.__name__} needs {field.name!r}")
-                fields[field.name] = _tuples(stored)
-            elif stored is not None:
-                fields[field.name] = _node(stored, f"{name}.{field.name}", tensors, directory)
-            else:
-                fields[field.name] = _take(tensors, f"{name}.{field.name}", directory)
-        unknown = description.keys() - fields.keys() - {"type"}
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no field {min(unknown)!r}")
-    except ValueError as error:
-        raise error if str(error).startswith(str(directory)) else ValueError(f"{where}: {error}") from None
-    return cls(**fields)
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
