@@ -17,7 +17,6 @@ from jaxlm.core import (
     arrays,
     chain,
 )
-from jaxlm.data.loader import shard
 from jaxlm.data.prefetch import prefetch
 from jaxlm.io.checkpoint import Checkpoints
 from jaxlm.io.model import load
@@ -26,6 +25,8 @@ from jaxlm.models.model import Model
 from jaxlm.parallel import shard_tree
 from jaxlm.train.journal import Journal
 from jaxlm.train.loop import Run
+from jaxlm.train.saving import Stores
+from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState
 
 
@@ -41,40 +42,56 @@ class Ready(NamedTuple):
 def assemble(setting: Setting, workdir: Path, journal: Journal) -> Ready:
     """Methods, loss, gradient, optimizer and data of `setting`, joined into a Run."""
     training, model = setting.training, setting.model
+    check_splits(setting)
     method = methods_of(setting)
     adapted = method.init(setting.key("methods"), model, setting.params, setting.axes)
     batches = setting.task.batches(
         setting.splits["train"], setting.tokenizer, setting.data, training.batch_size, setting.config["seed"]
     )
     steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch))
+    if training.profile_steps and training.profile_from > steps:
+        raise ValueError(f"config.train.profile_from = {training.profile_from}: the run has only {steps} steps")
     plan = blueprint(
         model, method, adapted, setting.task, training, setting.mesh, setting.rules, setting.config["seed"], steps
     )
     create = jax.jit(plan.create, out_shardings=plan.placement)
-    state = create(shard_tree(plan.params, arrays(plan.placement.params)), adapted.state)
+    method_state = jax.device_put(adapted.state, plan.placement.method)
+    state = create(shard_tree(plan.params, arrays(plan.placement.params)), method_state)
 
-    mine = shard(batches, jax.process_index(), jax.process_count())
     to_device = to_devices(setting.mesh, setting.rules)
     score = split_evaluator(setting, model, "eval")
 
     def evaluate(state: TrainState) -> dict[str, float]:
         return score(method.eval_params(state.params, state.method)).metrics if score else {}
 
-    keep = max(training.keep, training.average_last)
     run = Run(
         settings=training,
         steps=steps,
         step=plan.step,
         shardings=plan.placement,
         constants=adapted.constants,
-        shapes=batch_shapes(mine, to_device),
-        batches=lambda start, stop: prefetch(mine, start, stop, place=to_device),
+        shapes=batch_shapes(batches, to_device),
+        batches=lambda start, stop: prefetch(batches, start, stop, place=to_device),
         evaluate=evaluate,
-        store=Checkpoints(workdir / "checkpoints", keep=keep),
-        best=Checkpoints(workdir / "best", keep=1),
+        stores=stores_in(workdir, training),
         journal=journal,
     )
     return Ready(run, state, method, adapted.axes)
+
+
+def check_splits(setting: Setting) -> None:
+    """Raises ValueError where training needs a split that the config does not name."""
+    select = setting.training.select
+    if "train" not in setting.splits:
+        raise ValueError("config.data.train is empty; name a file, a glob or a tfds split to train on")
+    if select and "eval" not in setting.splits:
+        raise ValueError(f"config.train.select = {select!r} needs config.data.eval, the data to evaluate on")
+
+
+def stores_in(workdir: Path, training: TrainSettings) -> Stores:
+    """Where a run keeps its checkpoints."""
+    trail = Checkpoints(workdir / "trail", keep=training.average_last + 1) if training.average_last > 1 else None
+    return Stores(Checkpoints(workdir / "checkpoints", keep=training.keep), Checkpoints(workdir / "best", 2), trail)
 
 
 def methods_of(setting: Setting) -> Method:
@@ -90,11 +107,13 @@ def methods_of(setting: Setting) -> Method:
 def teacher(directory: str, setting: Setting) -> Teacher:
     """A model directory as a teacher of this run: on the same mesh, deterministic, in the same dtype."""
     lm = load(directory)
-    if lm.config.vocab_size != setting.model.config.vocab_size or lm.config.labels != setting.model.config.labels:
-        raise ValueError(
-            f"teacher {directory} has {lm.config.vocab_size} tokens and labels {lm.config.labels}, the student "
-            f"{setting.model.config.vocab_size} and {setting.model.config.labels}; both must be equal"
-        )
+    for name in ("head", "vocab_size", "labels", "regression"):
+        own, other = getattr(setting.model.config, name), getattr(lm.config, name)
+        if own != other:
+            raise ValueError(
+                f"teacher {directory} has {name} {other!r}, the student {own!r}; distillation compares their outputs "
+                f"one by one, so choose a teacher of the same task, tokenizer and labels"
+            )
     if lm.tokenizer is not None and lm.tokenizer.get_vocab() != setting.tokenizer.get_vocab():
         raise ValueError(f"teacher {directory} has another tokenizer; distillation compares token by token")
     model = Model(lm.config)

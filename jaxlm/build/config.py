@@ -20,6 +20,15 @@ NOT_SET_BY_HAND = {"head", "labels", "regression", "next_sentence"}
 """Fields of ModelConfig that the task decides."""
 
 
+class Config(ConfigDict):
+    """A ConfigDict that names the nearest field when a recipe sets one that does not exist, not all there are."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if self.is_locked and key not in self:
+            raise KeyError(f"the config has no field {key!r} here; {nearest(key, self.keys())}")
+        super().__setitem__(key, value)
+
+
 def default_config() -> ConfigDict:
     """What a recipe starts from. A field that a recipe or the command line names and that is not here is an error.
 
@@ -27,23 +36,22 @@ def default_config() -> ConfigDict:
     the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`;
     `stages` and `report` are read by a pipeline.
     """
-    return ConfigDict(
-        {
-            "seed": 0,
-            "task": "causal",
-            "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),
-            "data": _defaults(DataSettings),
-            "train": _defaults(TrainSettings),
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "sharding": {},
-            "surgery": (),
-            "methods": (),
-            "losses": (),
-            "bake": True,
-            "stages": (),
-            "report": {"title": "", "corpus": "", "prompt": "", "batch_size": 16, "rounds": 15, "seconds": 20.0},
-        }
+    sections = {
+        "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),
+        "data": _defaults(DataSettings),
+        "train": _defaults(TrainSettings),
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "sharding": {},
+        "report": {"title": "", "corpus": "", "prompt": "", "batch_size": 16, "rounds": 15, "seconds": 20.0},
+    }
+    config = Config(
+        {"seed": 0, "task": "causal", "surgery": (), "methods": (), "losses": (), "bake": True, "stages": ()}
     )
+    for name, section in sections.items():
+        config[name] = Config(section)
+    config.lock()
+    config.sharding.unlock()  # its keys are the axis names of the model
+    return config
 
 
 def _defaults(cls: type) -> dict[str, Any]:

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxlm.build.config import digest
 from jaxlm.data.loader import Batches
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.parallel import shard_batch
+from jaxlm.parallel import spec_of, ways
 from jaxlm.tasks import Prepared, Task
 
 SENTINELS = 100
@@ -75,10 +76,22 @@ def token_count(batch: Mapping[str, np.ndarray]) -> int:
 
 
 def to_devices(mesh: jax.sharding.Mesh, rules: Mapping[str, Any]) -> Callable[[dict[str, np.ndarray]], Any]:
-    """`batch -> (tokens of all hosts, batch on the devices)`."""
+    """`global batch -> (its tokens, the batch on the devices)`.
+
+    Every process makes the whole batch and gives its own devices their rows of it, whatever part of the mesh they are.
+    """
+    parts = ways("batch", mesh, rules)
+    where = NamedSharding(mesh, spec_of(("batch",), (parts,), rules, mesh))
 
     def place(batch: dict[str, np.ndarray]) -> tuple[int, dict[str, jax.Array]]:
-        return token_count(batch) * jax.process_count(), shard_batch(batch, mesh, rules)
+        rows = len(batch["input_ids"])
+        if rows % parts:
+            raise ValueError(
+                f"a batch of {rows} rows does not divide over the {parts} devices of config.mesh that share it; "
+                f"make config.train.batch_size a multiple of {parts}"
+            )
+        placed = {n: jax.make_array_from_callback(a.shape, where, a.__getitem__) for n, a in batch.items()}
+        return token_count(batch), placed
 
     return place
 

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm.core import Context, Term, Tree, add_terms
-from jaxlm.data.loader import shard
+from jaxlm.core import Context, Term, Tree
 from jaxlm.data.settings import DataSettings
 from jaxlm.models.model import Model
 from jaxlm.tasks import Prepared, Score, Task
@@ -34,9 +33,7 @@ def evaluator(
       ctx: placement of activations.
       dtype: of activations and products.
     """
-    batches = shard(
-        task.batches(prepared, tokenizer, settings, batch_size, None), jax.process_index(), jax.process_count()
-    )
+    batches = task.batches(prepared, tokenizer, settings, batch_size, None)
 
     @jax.jit
     def step(params: Tree, batch: dict[str, jax.Array]):
@@ -44,25 +41,33 @@ def evaluator(
         return task.measure(outputs, batch), task.predict(outputs, batch)
 
     def evaluate(params: Tree) -> Score:
-        terms: dict[str, Term] = {}
+        terms: list[dict[str, Term]] = []
         predictions: dict[str, list[np.ndarray]] = {}
         for number in range(batches.steps_per_epoch):
             host_batch = batches(number)
             rows = host_batch.pop("row", None)
             measured, predicted = step(params, place(host_batch)[1])
-            terms = add_terms(terms, measured)
-            real = slice(None) if rows is None else _everywhere(rows) >= 0
+            terms.append(measured)
+            real = slice(None) if rows is None else rows >= 0
             for name, value in predicted.items():
                 predictions.setdefault(name, []).append(_everywhere(value)[real])
-        host_terms = jax.device_get(terms)
         arrays = {name: stacked(parts) for name, parts in predictions.items()}
-        return task.score(host_terms, arrays, model.config.labels, prepared.facts)
+        return task.score(_sums(jax.device_get(terms)), arrays, model.config.labels, prepared.facts)
 
     return evaluate
 
 
-def _everywhere(value: Any) -> np.ndarray:
-    """Rows of all hosts."""
-    if jax.process_count() == 1:
+def _sums(terms: list[dict[str, Term]]) -> dict[str, Term]:
+    """Sums over batches in float64: float32 cannot count beyond 2²⁴ tokens."""
+
+    def add(name: str, field: str) -> np.float64:
+        return np.sum([getattr(part[name], field) for part in terms], dtype=np.float64)
+
+    return {name: Term(add(name, "sum"), add(name, "weight"), term.coefficient) for name, term in terms[0].items()}
+
+
+def _everywhere(value: jax.Array) -> np.ndarray:
+    """All rows, those on other hosts too."""
+    if value.is_fully_addressable:
         return np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))

@@ -1,9 +1,12 @@
 """What a run leaves beside its model: the config and versions it was made with, hashes, sizes."""
 
+import contextlib
+import errno
 import json
 import platform
 import resource
 import subprocess
+from collections.abc import Iterator
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -15,20 +18,38 @@ import numpy as np
 from jaxlm.core import Tree, arrays
 
 
-def remember(config: dict[str, Any], workdir: Path) -> None:
-    """Saves the resolved config with versions and commit; refuses a directory that holds another config."""
+def refuse_other(config: dict[str, Any], workdir: Path) -> None:
+    """Raises ValueError when `workdir` holds a run of another config, naming the fields that differ."""
     path = workdir / "config.json"
-    config = json.loads(json.dumps(config))
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = sorted(k for k in before.keys() | config.keys() if before.get(k) != config.get(k))
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another config (config.{', config.'.join(changed)} differ); "
-                f"choose another --workdir, or delete this one"
-            )
+    if not path.exists():
         return
-    write_json(path, config)
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(config))
+    changes = [f"{name}: {old!r} there, {new!r} now" for name, old, new in differences(before, now, "config")]
+    if changes:
+        raise ValueError(
+            f"{workdir} holds a run of another config:\n  " + "\n  ".join(changes) + "\n"
+            "choose another --workdir, or delete this one"
+        )
+
+
+def differences(before: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """`(field, before, now)` of every field that differs.
+
+    >>> list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, "config"))
+    [('config.a.c', 2, 3)]
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from differences(before.get(key), now.get(key), f"{where}.{key}")
+    elif before != now:
+        yield where, before, now
+
+
+def remember(config: dict[str, Any], workdir: Path) -> None:
+    """Saves the resolved config, and the versions, commit and devices that the run begins with."""
+    if (workdir / "config.json").exists() or jax.process_index():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
@@ -42,6 +63,22 @@ def remember(config: dict[str, Any], workdir: Path) -> None:
             "packages": {name: version(name) for name in packages},
         },
     )
+    write_json(workdir / "config.json", config)
+
+
+@contextlib.contextmanager
+def room_on_disk(workdir: Path) -> Iterator[None]:
+    """Says of a full disk what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {workdir} is full ({error}); free some space and give the same command again: "
+            "the run goes on from its last checkpoint",
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -61,7 +98,9 @@ def params_sha256(params: Tree) -> str:
     return total.hexdigest()
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process in bytes."""
+def peak_memory() -> dict[str, int]:
+    """Peak memory in bytes: of this process, and of its first device where that counts its own."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    host = {"peak_memory_bytes": peak if platform.system() == "Darwin" else peak * 1024}
+    return host if device is None else host | {"device_peak_memory_bytes": device}

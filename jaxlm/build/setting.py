@@ -17,6 +17,7 @@ from jaxlm.core import Axes, Context, Tree, lookup
 from jaxlm.data.settings import DataSettings
 from jaxlm.io.model import LM, load
 from jaxlm.models import model_config
+from jaxlm.models.config import ModelConfig
 from jaxlm.models.model import Model
 from jaxlm.parallel import make_mesh, make_rules, pad_vocab, place, shard_tree, shardings, ways
 from jaxlm.tasks import TASKS, Prepared, Task
@@ -79,14 +80,28 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
         tokenizer = tokenizer_for(data, config.task, None)
         model = Model(fresh_config(config, task, labels, tokenizer))
         params = model.init(key)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's table {model.config.vocab_size} rows")
+    check_fit(model.config, tokenizer, data)
     mesh, axes = make_mesh(config.mesh), model.axes() if lm is None else lm.axes
     prepared = {
         s: prepare(config.task, task, tokenizer, model.config.labels, data, s, say) for s in splits if getattr(data, s)
     }
     rules = make_rules(config.sharding, axes, mesh)
     return Setting(plain(config), data, training, task, tokenizer, prepared, model, params, axes, mesh, rules)
+
+
+def check_fit(config: ModelConfig, tokenizer: Any, data: DataSettings) -> None:
+    """Raises ValueError when rows of tokens would reach beyond the model's tables (a lookup would not notice)."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's table only {config.vocab_size} rows: use the "
+            f'model\'s own tokenizer (config.data.tokenizer = ""), a smaller one, or for a fresh model a larger '
+            f"config.model.vocab_size"
+        )
+    if config.max_positions and data.max_length > config.max_positions:
+        raise ValueError(
+            f"config.data.max_length = {data.max_length}, but the model has {config.max_positions} positions; "
+            f"shorten the rows, or for a fresh model raise config.model.max_positions"
+        )
 
 
 def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Array, say=print) -> LM:

@@ -43,7 +43,8 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
     with room_on_disk(workdir), Journal(workdir, name) as journal:
         setting = operate(set_up(config, say=journal.say))
         trained, facts = learn(setting, workdir, journal)
-        result = facts | measure(setting, trained, workdir)
+        measured = measure(setting, trained, workdir)
+        result = facts | measured | {"metrics": facts["metrics"] | measured["metrics"]}
         result |= peak_memory() | {"seconds": round(time.perf_counter() - started, 3)}
         if journal.writes:
             site_axes = {path: names for path, names in trained.axes.items() if path not in trained.model.axes()}
@@ -82,6 +83,7 @@ def told(progress: Progress) -> dict[str, Any]:
         "compile_seconds": round(progress.compile_seconds, 3),
         "waited_seconds": round(progress.waited_seconds, 3),
         "skipped_updates": progress.skipped,
+        "metrics": {split: values for split, values in progress.metrics.items() if split == "train"},
     }
 
 
@@ -137,6 +139,6 @@ def evaluate(config: Any, directory: str, workdir: Path) -> dict[str, Any]:
     setting = set_up(own, splits=("eval", "test"))
     if not setting.splits:
         raise ValueError("nothing to measure: set config.data.eval or config.data.test")
-    result = {"model": str(directory)} | measure(setting, setting.model, setting.params, setting.axes, workdir)
+    result = {"model": str(directory)} | measure(setting, Trained(setting.model, setting.params, setting.axes), workdir)
     write_json(workdir / "result.json", result)
     return result

@@ -1,14 +1,19 @@
 """What a run writes while it goes on: `metrics.jsonl`, TensorBoard, and the console."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+REFRESH = 0.5
+"""Seconds between two looks at a running step for the progress bar."""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -23,12 +28,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """Writes scalars of a run; `rewind` first drops what a resumed run is going to write again."""
+    """Writes scalars of a run, once `begin` has dropped what a resumed run is going to write again.
+
+    On a terminal a progress bar shows the newest, elsewhere every line is printed. Of several processes only the first
+    one writes and speaks.
+    """
 
     def __init__(self, workdir: Path, name: str):
-        self.path = workdir / "metrics.jsonl"
-        self.console = Console(file=sys.stderr)
-        self.folder = workdir / "tensorboard"
+        self.writes = jax.process_index() == 0
+        self.path, self.name, self.steps = workdir / "metrics.jsonl", name, 0
+        self.console = Console(file=sys.stderr, quiet=not self.writes, soft_wrap=True)
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -40,55 +49,61 @@ class Journal:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.bar = self.progress.add_task(name, total=None, status="compiling")
-        self.name, self.steps = name, 0
-
-    def expect(self, steps: int) -> None:
-        """Sets the number of steps, once it is known."""
-        self.steps = steps
-        self.progress.update(self.bar, total=steps)
-
-    def rewind(self, step: int) -> None:
-        """Keeps the lines up to `step`, where the run goes on."""
-        lines = [line for line in read_lines(self.path) if line["step"] <= step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
-        self.progress.update(self.bar, completed=step)
+        self.bar = self.progress.add_task(name, total=None, status="preparing")
+        self.shown = 0.0
+        self.file: Any = None
+        self.tensorboard: Any = None
 
     def __enter__(self) -> "Journal":
-        from tensorboardX import SummaryWriter
-
-        self.tensorboard = SummaryWriter(str(self.folder))
         self.progress.start()
-        self.file = self.path.open("a", encoding="utf8")
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
-        self.file.close()
-        self.tensorboard.close()
+        if self.file is not None:
+            self.file.close()
+            self.tensorboard.close()
 
-    def advance(self, step: int) -> None:
-        """Moves the bar."""
+    def begin(self, step: int, steps: int) -> None:
+        """Opens the files for a run of `steps` steps that goes on after `step`; what they hold of later steps goes."""
+        self.steps = steps
+        self.progress.reset(self.bar, completed=step, total=steps, status="")
+        if not self.writes:
+            return
+        from tensorboardX import SummaryWriter
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [line for line in read_lines(self.path) if line["step"] <= step]
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
+        part.replace(self.path)
+        self.file = self.path.open("a", encoding="utf8")
+        self.tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
+
+    def advance(self, step: int, log: Mapping[str, Any], tokens_per_second: float) -> None:
+        """Moves the bar to a step that is done; its log is looked at twice a second."""
         self.progress.update(self.bar, completed=step)
+        if self.console.is_terminal and time.monotonic() - self.shown > REFRESH:
+            self.shown = time.monotonic()
+            loss = sum(float(c * s) / max(float(w), 1e-9) for s, w, c in jax.device_get(log["terms"]).values())
+            self.progress.update(self.bar, status=f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s")
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """One line of scalars; `split` is `train`, `eval` or `test`."""
-        line = {"step": step, "split": split, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for key, value in values.items():
-            self.tensorboard.add_scalar(f"{split}/{key}", value, step)
-        shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
-        if split == "train":
-            status = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tok/s"
-            self.progress.update(self.bar, status=status)
+        """One line of scalars; `split` is `train` or `eval`. What is not finite is written as null."""
+        if self.writes:
+            scalars = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            line = {"step": step, "split": split, "time": round(time.time(), 3), **scalars}
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            for key, value in values.items():
+                self.tensorboard.add_scalar(f"{split}/{key}", value, step)
         if split != "train" or not self.console.is_terminal:
-            self.console.print(f"{self.name} {step}/{self.steps} {split}: {shown}", highlight=False)
+            shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
+            self.say(f"{self.name} {step}/{self.steps} {split}: {shown}")
 
     def say(self, text: str) -> None:
         """A notice to the person at the console."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False)
 
 
 def _short(value: float) -> str:

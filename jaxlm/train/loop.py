@@ -1,20 +1,27 @@
 """The training loop. It reads from top to bottom: restore, compile, step, log, evaluate, save, choose."""
 
-import signal
-import threading
+import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from jaxlm.train.interruption import Interrupted, Interruption
 from jaxlm.train.journal import Journal
+from jaxlm.train.profile import Profile
+from jaxlm.train.saving import Progress, Stores
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+IN_FLIGHT = 2
+"""Steps that are handed to the device before an earlier one is done: enough to keep it busy, few enough to hold back
+neither the progress bar nor a signal."""
+
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -24,18 +31,6 @@ class Feed(Protocol):
     waited: float
 
     def __next__(self) -> tuple[int, dict[str, jax.Array]]: ...
-    def close(self) -> None: ...
-
-
-class Store(Protocol):
-    """Where checkpoints go: flat `{name: array}` with JSON metadata, by step."""
-
-    def save(self, step: int, state: dict[str, jax.Array], metadata: dict) -> None: ...
-    def restore(
-        self, target: dict[str, jax.ShapeDtypeStruct], step: int | None = None
-    ) -> tuple[int, dict[str, jax.Array], dict] | None: ...
-    def steps(self) -> list[int]: ...
-    def wait(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -51,7 +46,7 @@ class Run:
       shapes: `{name: ShapeDtypeStruct}` of every batch that will come; all are compiled before the first step.
       batches: `(start, stop)` to the feed of those steps.
       evaluate: `(state) -> metrics`.
-      store, best: checkpoints of the run, and of its best evaluation.
+      stores: where checkpoints go.
       journal: where scalars go.
     """
 
@@ -63,53 +58,21 @@ class Run:
     shapes: list[dict[str, jax.ShapeDtypeStruct]]
     batches: Callable[[int, int], Feed]
     evaluate: Callable[[TrainState], dict[str, float]]
-    store: Store
-    best: Store
+    stores: Stores
     journal: Journal
 
+    def logs(self, number: int) -> bool:
+        """Whether scalars are written after this step."""
+        return number == self.steps or _is_due(self.settings.log_every, number)
 
-@dataclass
-class Progress:
-    """What a run knows besides its arrays; saved with every checkpoint."""
+    def saves(self, number: int) -> bool:
+        """Whether a checkpoint follows this step, whatever happens."""
+        return number == self.steps or _is_due(self.settings.checkpoint_every, number)
 
-    tokens: int = 0
-    seconds: float = 0.0
-    compile_seconds: float = 0.0
-    waited_seconds: float = 0.0
-    best_value: float | None = None
-    best_step: int = 0
-    worse: int = 0
-    skipped: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-class Interrupted(SystemExit):
-    """SIGTERM or SIGINT came; the state is saved. Exit code 143."""
-
-
-def flatten_state(state: Any) -> dict[str, Any]:
-    """`{path: array}` of any tree, by jax's own path strings."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def unflatten_state(template: Any, flat: Mapping[str, Any]) -> Any:
-    """The inverse of `flatten_state`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: flat[jax.tree_util.keystr(path)], template)
-
-
-def shape_of(batch: Mapping[str, Any]) -> Shape:
-    """What distinguishes one compiled step from another."""
-    return tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))
-
-
-def restore(store: Store, state: TrainState, shardings: Any) -> tuple[TrainState, Progress] | None:
-    """The newest sound checkpoint in the shape and placement of `state`, or `None`."""
-    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    found = store.restore(flatten_state(target))
-    if found is None:
-        return None
-    _, arrays, metadata = found
-    return unflatten_state(state, arrays), Progress(**metadata["progress"])
+    def assesses(self, number: int) -> bool:
+        """Whether an evaluation follows this step."""
+        last = number == self.steps and bool(self.settings.select)
+        return last or _is_due(self.settings.eval_every, number)
 
 
 def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
@@ -120,61 +83,81 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
       FloatingPointError: after `max_nonfinite` consecutive updates that were not finite, naming the arrays.
     """
     settings, journal = run.settings, run.journal
-    progress = Progress()
-    resumed = restore(run.store, state, run.shardings)
-    if resumed is not None:
-        state, progress = resumed
-        journal.say(f"resumed from step {int(state.step)}")
+    resumed = run.stores.resume(state, run.shardings)
+    state, progress = resumed or (state, Progress())
     start = int(state.step)
-    journal.rewind(start)
+    if resumed:
+        journal.say(f"resumed from step {start}")
+    stopped = start == run.steps or progress.exhausted(settings)
 
     began = time.perf_counter()
-    steps = compile_all(run, state) if start < run.steps else {}
+    steps = {} if stopped else compile_all(run, state)
     progress.compile_seconds += time.perf_counter() - began
 
-    with Interruption() as interruption, Profile(settings, journal) as profile:
-        batches = run.batches(start, run.steps)
+    journal.begin(start, run.steps)
+    if run.assesses(start) and progress.assessed < start:  # it was interrupted between step and evaluation
+        assess(run, state, start, progress)
+        stopped = stopped or progress.exhausted(settings)
+    with (
+        contextlib.closing(run.batches(start, start if stopped else run.steps)) as batches,
+        Interruption() as interruption,
+        Profile(journal.path.parent / "profile", settings.profile_from, settings.profile_steps) as profile,
+    ):
         pending: list[tuple[int, dict[str, Any]]] = []
-        tokens, began, stop_early = 0, time.perf_counter(), False
-        for number in range(start + 1, run.steps + 1):
+        tokens, began = 0, time.perf_counter()
+        for number in range(start + 1, start if stopped else run.steps + 1):
             count, batch = next(batches)
-            profile.at(number)
+            profile.at(number, state)
             state, log = steps[shape_of(batch)](state, run.constants, batch)
             pending.append((number, log))
             tokens += count
-            journal.advance(number)
+            if len(pending) > IN_FLIGHT:
+                done, log = pending[-1 - IN_FLIGHT]
+                jax.block_until_ready(log)
+                journal.advance(done, log, tokens / (time.perf_counter() - began))
 
-            last = number == run.steps
-            logging, assessing, saving = (
-                last or (every > 0 and number % every == 0)
-                for every in (settings.log_every, settings.eval_every, settings.checkpoint_every)
-            )
-            if not (logging or assessing or saving or interruption.came):
+            interrupted = interruption.at(number)
+            if not (interrupted or run.logs(number) or run.saves(number) or run.assesses(number)):
                 continue
             logs = jax.device_get([log for _, log in pending])
             elapsed = time.perf_counter() - began
+            progress.steps = number
             progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + elapsed
-            progress.waited_seconds += batches.waited
-            batches.waited = 0.0
+            progress.waited_seconds, batches.waited = progress.waited_seconds + batches.waited, 0.0
             progress.skipped += sum(bool(log["nonfinite"]) for log in logs)
-            journal.write(number, "train", summarize(logs) | {"tokens_per_second": tokens / elapsed})
+            progress.metrics["train"] = summarize(logs)
+            journal.write(number, "train", progress.metrics["train"] | {"tokens_per_second": tokens / elapsed})
             report_nonfinite(logs, [n for n, _ in pending], settings, journal)
             pending, tokens = [], 0
 
-            if assessing and not interruption.came:
-                stop_early = assess(run, state, number, progress)
-            if (saving or stop_early or interruption.came) and not last:
-                run.store.save(number, flatten_state(state), {"progress": vars(progress)})
-            if interruption.came:
-                run.store.wait()
+            if (
+                run.assesses(number) and not interrupted
+            ):  # there may be no time left; the run that resumes makes up for it
+                assess(run, state, number, progress)
+            stopped = number == run.steps or progress.exhausted(settings)
+            if run.stores.trail and run.saves(number):
+                run.stores.save_model(run.stores.trail, number, state)
+            if run.saves(number) or interrupted or stopped or progress.best_step == number:
+                run.stores.save(number, state, progress)
+            if interrupted:
+                run.stores.latest.wait()
+                journal.say(f"interrupted: step {number} is saved, and the same command goes on from there")
                 raise Interrupted(143)
-            if last or stop_early:
-                run.store.save(number, flatten_state(state), {"progress": vars(progress)})
+            if stopped:
                 break
             began = time.perf_counter()
-        batches.close()
-    run.store.wait()
+    run.stores.latest.wait()
     return choose(run, state, progress), progress
+
+
+def _is_due(every: int, number: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and number > 0 and number % every == 0
+
+
+def shape_of(batch: Mapping[str, Any]) -> Shape:
+    """What distinguishes one compiled step from another."""
+    return tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))
 
 
 def compile_all(run: Run, state: TrainState) -> dict[Shape, Callable]:
@@ -184,7 +167,8 @@ def compile_all(run: Run, state: TrainState) -> dict[Shape, Callable]:
 
 
 def summarize(logs: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over several steps: the loss, each term where there are several, and the gradient norm."""
+    """Means over several steps, less those that were skipped: the loss, each of several terms, the gradient norm."""
+    logs = [log for log in logs if not log["nonfinite"]] or logs
     terms: dict[str, float] = {}
     total = 0.0
     for name in logs[0]["terms"]:
@@ -202,88 +186,47 @@ def report_nonfinite(logs: list[dict], numbers: list[int], settings: TrainSettin
         count = int(log["nonfinite"])
         if not count:
             continue
-        bad = [name for name, finite in log["finite"].items() if not finite]
-        named = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
-        journal.say(f"step {number}: gradient not finite in {named or 'the norm alone'}; update skipped")
+        bad = [name for name, finite in log["finite"].items() if not np.all(finite)]
+        named = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "") or "the norm alone"
+        journal.say(f"step {number}: gradient not finite in {named}; update skipped")
         if count >= settings.max_nonfinite:
             raise FloatingPointError(
-                f"{count} updates in a row were not finite, at step {number} in {named}; lower "
-                f"config.train.learning_rate, or allow more with config.train.max_nonfinite"
+                f"{count} updates in a row were not finite, the last at step {number} in {named}; lower "
+                f"config.train.learning_rate, look at the data of that step, or allow more with "
+                f"config.train.max_nonfinite"
             )
 
 
-def assess(run: Run, state: TrainState, number: int, progress: Progress) -> bool:
-    """Evaluates, keeps the best parameters, and says whether to stop early."""
-    progress.metrics = run.evaluate(state)
-    run.journal.write(number, "eval", progress.metrics)
-    name = run.settings.select
+def assess(run: Run, state: TrainState, number: int, progress: Progress) -> None:
+    """Evaluates, and keeps the best parameters."""
+    metrics, name = run.evaluate(state), run.settings.select
+    progress.assessed = number
+    if not metrics:
+        return
+    progress.metrics["eval"] = metrics
+    run.journal.write(number, "eval", metrics)
     if not name:
-        return False
-    if name not in progress.metrics:
-        raise ValueError(f"config.train.select = {name!r}, but the evaluation gives {', '.join(progress.metrics)}")
-    value = progress.metrics[name]
-    better = progress.best_value is None or (
-        value < progress.best_value if name in LOWER_IS_BETTER else value > progress.best_value
-    )
-    if better:
-        progress.best_value, progress.best_step, progress.worse = value, number, 0
-        run.best.save(number, flatten_state(state), {"progress": vars(progress)})
+        return
+    if name not in metrics:
+        raise ValueError(f"config.train.select = {name!r}, but the evaluation gives {', '.join(metrics)}")
+    if is_better(name, metrics[name], progress.best_value):
+        progress.best_value, progress.best_step, progress.worse = metrics[name], number, 0
+        run.stores.save_model(run.stores.best, number, state)
     else:
         progress.worse += 1
-    return bool(run.settings.patience) and progress.worse >= run.settings.patience
+
+
+def is_better(name: str, value: float, best: float | None) -> bool:
+    """Whether a metric improves on the best so far; what is not a number never does."""
+    if math.isnan(value) or best is None:
+        return not math.isnan(value)
+    return value < best if name in LOWER_IS_BETTER else value > best
 
 
 def choose(run: Run, state: TrainState, progress: Progress) -> TrainState:
     """The parameters to keep: those of the best evaluation where one is selected, else the last."""
-    if not run.settings.select or progress.best_step == int(state.step) or progress.best_value is None:
+    if not run.settings.select or progress.best_step in (0, int(state.step)):
         return state
-    run.best.wait()
-    found = restore(run.best, state, run.shardings)
-    if found is None:
-        return state
+    best = run.stores.restore_model(run.stores.best, progress.best_step, state, run.shardings)
     run.journal.say(f"kept step {progress.best_step}: {run.settings.select} {progress.best_value:.4f}")
-    return found[0]
-
-
-class Interruption:
-    """Turns SIGTERM and SIGINT into a flag while training, so that a step is never cut in two."""
-
-    def __init__(self) -> None:
-        self.came = False
-
-    def __enter__(self) -> "Interruption":
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self.came = True
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-class Profile:
-    """Traces the chosen steps for TensorBoard's profiler."""
-
-    def __init__(self, settings: TrainSettings, journal: Journal) -> None:
-        self.first, self.steps = settings.profile_from, settings.profile_steps
-        self.path, self.open = str(journal.path.parent / "profile"), False
-
-    def at(self, number: int) -> None:
-        if self.steps and number == self.first:
-            jax.profiler.start_trace(self.path)
-            self.open = True
-        if self.open and number == self.first + self.steps:
-            self.__exit__()
-
-    def __enter__(self) -> "Profile":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.open:
-            jax.profiler.stop_trace()
-            self.open = False
+    return best

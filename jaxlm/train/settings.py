@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+NOT_NEGATIVE = (
+    *("steps", "epochs", "learning_rate", "warmup", "final_learning_rate", "weight_decay", "eps", "clip"),
+    *("eval_every", "checkpoint_every", "patience", "profile_from", "profile_steps"),
+)
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -22,7 +27,8 @@ class TrainSettings:
       dtype: of activations and products; parameters, optimizer and reductions are float32.
       remat: what layers keep for the backward pass: `none`, `dots`, `full`.
       log_every, eval_every, checkpoint_every: steps between; 0: only at the end.
-      keep: training checkpoints kept; average_last: this many of them are averaged into the final model.
+      keep: training checkpoints kept; average_last: the parameters of this many checkpoints, the last of those at
+        multiples of `checkpoint_every` and the end, are averaged into the final model.
       select: metric of the evaluation that decides which parameters are kept, "" for the last ones; patience:
         evaluations without improvement before stopping, 0 for never.
       max_nonfinite: consecutive skipped updates that end the run.
@@ -63,20 +69,26 @@ class TrainSettings:
         def refuse(name: str, why: str) -> None:
             raise ValueError(f"config.train.{name} = {getattr(self, name)!r}: {why}")
 
-        for name in ("steps", "epochs", "warmup", "weight_decay", "clip", "eval_every", "checkpoint_every", "patience"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 refuse(name, "must not be negative")
         for name in ("batch_size", "grad_accum", "log_every", "keep", "average_last", "max_nonfinite"):
             if getattr(self, name) < 1:
                 refuse(name, "must be at least 1")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                refuse(name, "must be in [0, 1)")
         if self.batch_size % self.grad_accum:
             refuse("grad_accum", f"does not divide batch_size {self.batch_size}")
-        if self.dtype not in ("float32", "bfloat16"):
-            refuse("dtype", "known: float32, bfloat16")
-        if self.average_last > self.keep:
-            refuse("average_last", f"only keep = {self.keep} checkpoints are kept")
+        for name, known in (("dtype", ("float32", "bfloat16")), ("remat", ("none", "dots", "full"))):
+            if getattr(self, name) not in known:
+                refuse(name, f"known: {', '.join(known)}")
+        if self.average_last > 1 and self.select:
+            refuse("average_last", f"config.train.select = {self.select!r} already decides what is kept; drop one")
         if self.patience and not self.select:
             refuse("patience", "early stopping needs config.train.select, the metric to watch")
+        if self.patience and not self.eval_every:
+            refuse("patience", "early stopping needs config.train.eval_every, the steps between two evaluations")
 
     def warmup_steps(self, steps: int) -> int:
         """Warm-up in steps."""

@@ -1,0 +1,125 @@
+"""What a run saves: its state to resume from, the best model so far, and a trail of models to average."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+
+from jaxlm.train.settings import TrainSettings
+from jaxlm.train.step import TrainState
+
+
+@dataclass
+class Progress:
+    """What a run knows besides its arrays; saved with every checkpoint."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    skipped: int = 0
+    assessed: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    worse: int = 0
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def exhausted(self, settings: TrainSettings) -> bool:
+        """Whether early stopping has had enough."""
+        return 0 < settings.patience <= self.worse
+
+
+class Store(Protocol):
+    """Checkpoints in one place: flat `{name: array}` with JSON metadata, by step."""
+
+    def save(self, step: int, state: dict[str, jax.Array], metadata: dict) -> None: ...
+    def restore(
+        self, target: dict[str, jax.ShapeDtypeStruct], step: int | None = None
+    ) -> tuple[int, dict[str, jax.Array], dict] | None: ...
+    def steps(self) -> list[int]: ...
+    def rewind(self, step: int) -> None: ...
+    def wait(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The checkpoints of a run.
+
+    `best` and `trail` are written before `latest` and keep one more than they need: a run that is cut off between the
+    two, and goes back to the state before, still finds what belongs to it.
+
+    Attributes:
+      latest: whole states, to resume from.
+      best: the model at the best evaluation.
+      trail: the models of the last regular checkpoints, to average; `None` where nothing is averaged.
+    """
+
+    latest: Store
+    best: Store
+    trail: Store | None = None
+
+    @property
+    def all(self) -> list[Store]:
+        """Those that there are."""
+        return [self.latest, self.best] if self.trail is None else [self.latest, self.best, self.trail]
+
+    def resume(self, state: TrainState, shardings: Any) -> tuple[TrainState, Progress] | None:
+        """The newest sound state in the shape of `state`, placed as `shardings` say; later checkpoints are removed."""
+        found = self.latest.restore(flatten(_target(state, shardings)))
+        step = 0 if found is None else found[0]
+        for store in self.all:
+            store.rewind(step)
+        if found is None:
+            return None
+        _, arrays, metadata = found
+        return unflatten(state, arrays), Progress(**metadata["progress"])
+
+    def save(self, number: int, state: TrainState, progress: Progress) -> None:
+        """A state to resume from."""
+        self.latest.save(number, flatten(state), {"progress": vars(progress)})
+
+    def save_model(self, store: Store, number: int, state: TrainState) -> None:
+        """The model in `state`, into `best` or `trail`; the state it replaces must be on disk before."""
+        self.latest.wait()
+        store.save(number, flatten(_model(state)), {})
+
+    def restore_model(self, store: Store, number: int, state: TrainState, shardings: Any) -> TrainState:
+        """`state` with the model that `save_model` left.
+
+        Raises:
+          FileNotFoundError, ValueError: when it is missing or damaged.
+        """
+        store.wait()
+        found = store.restore(flatten(_target(_model(state), _model(shardings))), number)
+        assert found is not None
+        return state.replace(**unflatten(_model(state), found[1]))
+
+    def close(self) -> None:
+        """Finishes what is being written."""
+        with contextlib.ExitStack() as stack:
+            for store in self.all:
+                stack.callback(store.close)
+
+
+def _model(state: Any) -> dict[str, Any]:
+    """The parts of a state (or of its shardings) that make the model."""
+    return {"params": state.params, "method": state.method}
+
+
+def _target(tree: Any, shardings: Any) -> Any:
+    """`tree` as shapes with their placement."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """`{path: array}` of any tree, by jax's own path strings."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(template: Any, flat: Mapping[str, Any]) -> Any:
+    """The inverse of `flatten`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: flat[jax.tree_util.keystr(path)], template)
