@@ -1,0 +1,59 @@
+"""Every comparison with torch + transformers, one after the other, and one table of them all.
+
+    python bench/run.py [--data=DIR] [--full] [--output=FILE]
+
+DIR holds the folders wnut17, sst2 and tinyshakespeare of docs/data.md (default: the environment variable JAXLM_DATA).
+Without it, fine-tuning is left out and the character model reads Python's own library. The default takes about ten
+minutes on two idle cores; --full adds bfloat16, both fine-tunings at three epochs and several rounds, and takes hours.
+Anything else that runs on the machine spoils the numbers; the load is printed with them.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import characters
+import finetune
+import step
+from turns import Row, machine, table
+
+
+def options_of(program, *values: str) -> argparse.Namespace:
+    """A program's options: its defaults, and the given ones."""
+    parser = argparse.ArgumentParser()
+    program.arguments(parser)
+    return parser.parse_args(values)
+
+
+def measure(data: Path | None, full: bool) -> list[Row]:
+    rows = step.measure(options_of(step, *(["--dtype=both", "--rounds=5"] if full else ["--rounds=2", "--steps=5"])))
+    text = [f"--text={data / 'tinyshakespeare' / 'input.txt'}"] if data else []
+    rows += characters.measure(options_of(characters, *text, *(["--rounds=3"] if full else ["--steps=1000"])))
+    for task, folder in (("token", "wnut17"), ("sequence", "sst2")) if data else ():
+        if task == "token" or full:
+            options = options_of(finetune, *(["--rounds=3"] if full else ["--epochs=1"]))
+            options.task, options.data = task, data / folder
+            rows += finetune.measure(options)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("JAXLM_DATA"), help="folder of the data sets")
+    parser.add_argument("--full", action="store_true", help="every comparison, with more rounds")
+    parser.add_argument("--output", type=Path, help="write the table there too")
+    options = parser.parse_args()
+    data = Path(options.data) if options.data else None
+    if data and not (data / "wnut17").is_dir():
+        parser.error(f"--data={data}: there is no folder wnut17 (docs/data.md says where the data sets come from)")
+    where = machine()
+    page = f"{where}\n\n{table(measure(data, options.full))}\n"
+    if data is None:
+        page += "\nNo --data: fine-tuning was left out, and the character model read Python's own library.\n"
+    print(page)
+    if options.output:
+        options.output.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""A training step and a forward pass at fixed shapes, jaxlm beside torch + transformers.
+
+    python bench/step.py [--family=bert|gpt|both] [--dtype=float32|bfloat16|both] [--batch=32] [--length=64]
+
+Each measurement is a process of its own; the two sides alternate. Six layers of width 384: an encoder of 23 million
+parameters, and a GPT of the same size. AdamW, dropout on; random tokens, every position real.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from turns import SIDES, Row, in_turn, machine, peak_bytes, program, table
+
+LAYERS, WIDTH, HEADS, FFN, VOCAB = 6, 384, 12, 1536, 30522
+
+
+def timed(function: Callable[[], None], times: int) -> list[float]:
+    """Seconds of each of several calls, after two that are not counted."""
+    seconds = []
+    for _ in range(times + 2):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return seconds[2:]
+
+
+def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float, steps: int) -> dict[str, list[float]]:
+    """The step that a run of experiments/train.py takes."""
+    import jax
+    import numpy as np
+
+    from jaxlm.build.blueprint import blueprint
+    from jaxlm.core import Adapted, Method, arrays
+    from jaxlm.models import model_config
+    from jaxlm.models.model import Model
+    from jaxlm.parallel import make_mesh, make_rules, shard_tree
+    from jaxlm.tasks import TASKS
+    from jaxlm.train.settings import TrainSettings
+
+    task = TASKS["sequence" if family == "bert" else "causal"]
+    own: dict[str, Any] = {"labels": ("0", "1"), "head_dropout": dropout} if family == "bert" else {}
+    structure = model_config(
+        "bert" if family == "bert" else "gpt2",
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        ffn_size=FFN,
+        max_positions=512 if family == "bert" else max(length, 64),
+        dropout=dropout,
+        attention_dropout=dropout,
+        **task.structure,
+        **own,
+    )
+    model, mesh = Model(structure), make_mesh()
+    rules = make_rules({}, model.axes(), mesh)
+    training = TrainSettings(
+        steps=1000, batch_size=batch, learning_rate=2e-5, schedule="constant", weight_decay=0.01, clip=0.0, dtype=dtype
+    )
+    adapted = Adapted(model.init(jax.random.key(0)), model.axes())
+    plan = blueprint(model, Method(), adapted, task, training, mesh, rules, seed=0, steps=1000)
+    create = jax.jit(plan.create, out_shardings=plan.placement)
+    state = create(shard_tree(plan.params, arrays(plan.placement.params)), {})
+    step = jax.jit(plan.step, donate_argnums=0, out_shardings=(plan.placement, None))
+
+    random = np.random.default_rng(0)
+    ids = random.integers(5, VOCAB, (batch, length), dtype=np.int32)
+    ones = np.ones_like(ids)
+    if family == "bert":
+        data = {"input_ids": ids, "attention_mask": ones, "labels": random.integers(0, 2, batch, dtype=np.int32)}
+    else:
+        order = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+        labels = np.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+        data = {"input_ids": ids, "segment_ids": ones, "positions": order, "labels": labels}
+    data = jax.device_put(data)
+
+    def train() -> None:
+        nonlocal state
+        state, log = step(state, {}, data)
+        jax.block_until_ready((state, log))
+
+    evaluate = jax.jit(lambda params, data: model.forward(params, data, dtype=dtype)["logits"])
+    inputs = {name: value for name, value in data.items() if name != "labels"}
+    return {
+        "step": timed(train, steps),
+        "forward": timed(lambda: evaluate(state.params, inputs).block_until_ready(), steps),
+    }
+
+
+def torch_side(family: str, dtype: str, batch: int, length: int, dropout: float, steps: int) -> dict[str, list[float]]:
+    """The same network in transformers, bfloat16 by autocast."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    if family == "bert":
+        model = BertForSequenceClassification(
+            BertConfig(
+                vocab_size=VOCAB,
+                hidden_size=WIDTH,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                intermediate_size=FFN,
+                hidden_dropout_prob=dropout,
+                attention_probs_dropout_prob=dropout,
+            )
+        )
+    else:
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCAB,
+                n_embd=WIDTH,
+                n_layer=LAYERS,
+                n_head=HEADS,
+                n_inner=FFN,
+                n_positions=max(length, 64),
+                resid_pdrop=dropout,
+                embd_pdrop=dropout,
+                attn_pdrop=dropout,
+            )
+        )
+    ids = torch.randint(5, VOCAB, (batch, length))
+    labels = torch.randint(0, 2, (batch,)) if family == "bert" else ids
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.01)
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")  # noqa: E731
+
+    def train() -> None:
+        optimizer.zero_grad()
+        with autocast():
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+
+    def evaluate() -> None:
+        with torch.inference_mode(), autocast():
+            model(input_ids=ids)
+
+    model.train()
+    trained = timed(train, steps)
+    model.eval()
+    return {"step": trained, "forward": timed(evaluate, steps)}
+
+
+def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Row]:
+    """Both sides in turn: rows of the table."""
+    name = "encoder" if family == "bert" else "GPT"
+    what = f"{name}, {dtype}, {options.batch} × {options.length}"
+    shapes = [f"--{key}={getattr(options, key)}" for key in ("batch", "length", "dropout", "steps")]
+    command = [__file__, f"--family={family}", f"--dtype={dtype}", *shapes]
+    runs = in_turn(
+        {side: lambda side=side: program([*command, f"--side={side}"]) for side in SIDES}, options.rounds, what
+    )
+    rows = []
+    for kind, label in (("step", "training step"), ("forward", "forward pass")):
+        seconds = {side: [statistics.median(run[kind]) for run in runs[side]] for side in SIDES}
+        rows.append(Row(f"{label}: {what}", "s", seconds["jaxlm"], seconds["torch"]))
+    memory = {side: [run["peak_bytes"] / 2**20 for run in runs[side]] for side in SIDES}
+    return [*rows, Row(f"peak memory: {what}", "MiB", memory["jaxlm"], memory["torch"])]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", choices=["bert", "gpt", "both"], default="both")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="float32")
+    parser.add_argument("--batch", type=int, default=32, help="rows (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=64, help="tokens a row (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=7, help="timed calls a process (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes a side (default: %(default)s)")
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    """All the families and types that the options name."""
+    families = ["bert", "gpt"] if options.family == "both" else [options.family]
+    dtypes = ["float32", "bfloat16"] if options.dtype == "both" else [options.dtype]
+    return [row for family in families for dtype in dtypes for row in compare(family, dtype, options)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments(parser)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        side = jaxlm_side if options.side == "jaxlm" else torch_side
+        shapes = (options.batch, options.length, options.dropout, options.steps)
+        print(json.dumps(side(options.family, options.dtype, *shapes) | {"peak_bytes": peak_bytes()}))
+        return
+    print(machine())
+    print(table(measure(options)))
+
+
+if __name__ == "__main__":
+    main()

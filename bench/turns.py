@@ -1,0 +1,115 @@
+"""What the benchmarks share: two sides in turn on the same cores (A B A B), and how their numbers are put beside
+each other."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDES = ("jaxlm", "torch")
+
+
+def in_turn(sides: Mapping[str, Callable[[], dict[str, Any]]], rounds: int, what: str) -> dict[str, list[dict]]:
+    """Measures every side once a round, so that both meet the machine in the same state."""
+    found: dict[str, list[dict]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name, measure in sides.items():
+            began = time.perf_counter()
+            found[name].append(measure())
+            print(f"{what}: {name} {number + 1}/{rounds}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    return found
+
+
+def program(command: Sequence[str | Path], **environment: str) -> dict[str, Any]:
+    """Runs a Python program of this repository and reads the last line it prints as JSON."""
+    command = [sys.executable, *map(str, command)]
+    cores = str(len(os.sched_getaffinity(0)))
+    own = {"OMP_NUM_THREADS": cores, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **own, **environment})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {}
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Row(NamedTuple):
+    """One line of a table: a quantity of which less is better, once a round and side.
+
+    Attributes:
+      what: what was measured; unit: of the numbers.
+      jaxlm, torch: in order of rounds.
+    """
+
+    what: str
+    unit: str
+    jaxlm: Sequence[float]
+    torch: Sequence[float]
+
+    @property
+    def ratio(self) -> float:
+        """Ratio of medians: how many times less jaxlm needs."""
+        return statistics.median(self.torch) / statistics.median(self.jaxlm)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Smallest and largest ratio of one round."""
+        each = [theirs / own for own, theirs in zip(self.jaxlm, self.torch, strict=True)]
+        return min(each), max(each)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown. `ratio` is torch / jaxlm, above 1 where jaxlm needs less."""
+    lines = ["| | jaxlm | torch | ratio of medians | by round |", "|---|---|---|---|---|"]
+    for row in rows:
+        own, theirs = (f"{_number(statistics.median(v))} {row.unit}" for v in (row.jaxlm, row.torch))
+        low, high = row.spread
+        spread = f"{_number(low)} to {_number(high)}" if len(row.jaxlm) > 1 else "one round"
+        lines.append(f"| {row.what} | {own} | {theirs} | **{_number(row.ratio)}** | {spread} |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return "never" if value > 0 else "–"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def first_reaching(curve: Sequence[tuple[float, float]], target: float, higher: bool) -> float:
+    """Seconds of the first point of `[(seconds, score), …]` that is as good as `target`; infinite if none is."""
+    good = (lambda score: score >= target) if higher else (lambda score: score <= target)
+    return next((seconds for seconds, score in curve if good(score)), math.inf)
+
+
+def evaluations(workdir: Path, metric: str, began: float) -> list[tuple[float, float]]:
+    """The curve of a jaxlm run: seconds since the wall-clock time `began`, and the metric of every evaluation."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [(line["time"] - began, line[metric]) for line in lines if line["split"] == "eval"]
+
+
+def machine() -> str:
+    """One line about where the numbers were taken."""
+    import platform
+    from importlib.metadata import version
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
+    load = f"load {os.getloadavg()[0]:.1f} at the start"
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, {packages}, {load}"
