@@ -78,7 +78,7 @@ def make_step(
         now = ctx.replace(key=jax.random.fold_in(key, state.step))
         grads, terms = grad(state.params, constants, batch, now)
         trained, frozen = partition(state.params, verdicts)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = {name: jnp.isfinite(g).all() for name, g in grads.items()}
         ok = jnp.isfinite(norm)
         updates, new_optimizer = optimizer.update(clip(grads, norm, largest_norm), state.optimizer, trained)
