@@ -64,8 +64,11 @@ class Journal:
             self.file.close()
             self.tensorboard.close()
 
-    def begin(self, step: int, steps: int) -> None:
-        """Opens the files for a run of `steps` steps that goes on after `step`; what they hold of later steps goes."""
+    def begin(self, step: int, steps: int, assessed: int) -> None:
+        """Opens the files for a run of `steps` steps that goes on after `step`, and was last evaluated at `assessed`.
+
+        Lines that it is going to write again are dropped.
+        """
         self.steps = steps
         self.progress.reset(self.bar, completed=step, total=steps, status="")
         if not self.writes:
@@ -73,7 +76,8 @@ class Journal:
         from tensorboardX import SummaryWriter
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [line for line in read_lines(self.path) if line["step"] <= step]
+        last = {"train": step, "eval": assessed}
+        lines = [line for line in read_lines(self.path) if line["step"] <= last[line["split"]]]
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
         part.replace(self.path)

@@ -94,7 +94,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
     steps = {} if stopped else compile_all(run, state)
     progress.compile_seconds += time.perf_counter() - began
 
-    journal.begin(start, run.steps)
+    journal.begin(start, run.steps, progress.assessed)
     if run.assesses(start) and progress.assessed < start:  # it was interrupted between step and evaluation
         assess(run, state, start, progress)
         stopped = stopped or progress.exhausted(settings)

@@ -70,13 +70,13 @@ class Stores:
     def resume(self, state: TrainState, shardings: Any) -> tuple[TrainState, Progress] | None:
         """The newest sound state in the shape of `state`, placed as `shardings` say; later checkpoints are removed."""
         found = self.latest.restore(flatten(_target(state, shardings)))
-        step = 0 if found is None else found[0]
-        for store in self.all:
-            store.rewind(step)
-        if found is None:
-            return None
-        _, arrays, metadata = found
-        return unflatten(state, arrays), Progress(**metadata["progress"])
+        step, arrays, metadata = found or (0, {}, {"progress": {}})
+        progress = Progress(**metadata["progress"])
+        self.latest.rewind(step)
+        self.best.rewind(progress.best_step)
+        if self.trail is not None:
+            self.trail.rewind(step)
+        return (unflatten(state, arrays), progress) if found else None
 
     def save(self, number: int, state: TrainState, progress: Progress) -> None:
         """A state to resume from."""
