@@ -48,9 +48,16 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
         result |= peak_memory() | {"seconds": round(time.perf_counter() - started, 3)}
         if journal.writes:
             site_axes = {path: names for path, names in trained.axes.items() if path not in trained.model.axes()}
-            save(LM(trained.model.config, trained.params, setting.tokenizer, site_axes), workdir / "model")
+            special = special_tokens(setting.tokenizer)
+            save(LM(trained.model.config, trained.params, setting.tokenizer, site_axes, special), workdir / "model")
             write_json(workdir / "result.json", result)
     return result
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids that a transformers config carries for generation: `bos_token_id`, `eos_token_id`, …"""
+    names = [f"{name}_token_id" for name in ("bos", "eos", "sep", "cls", "mask", "unk")]
+    return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
 
 
 class Trained(NamedTuple):
