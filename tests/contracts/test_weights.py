@@ -107,7 +107,8 @@ def fill(w: Weight, values: Weight) -> Weight:
 
 
 # Compiling takes most of the time here, so it is told not to optimize.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @quick

@@ -1,0 +1,355 @@
+"""What every Method promises, checked over the registry on three families, and every ordered pair of methods."""
+
+import functools
+import itertools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.build import registry
+from jaxlm.core import (
+    Context,
+    Loss,
+    LowRank,
+    Masked,
+    Method,
+    Quantized,
+    Step,
+    arrays,
+    chain,
+    describe,
+    flatten,
+    map_leaves,
+    materialize,
+    trainable,
+    with_arrays,
+)
+from jaxlm.losses.cross_entropy import cross_entropy
+from jaxlm.losses.distillation import Teacher, distill
+from jaxlm.models import model_config
+from jaxlm.models.model import Model
+from jaxlm.nn.stack import canonical_view
+from jaxlm.train.gradient import accumulate, gradient
+from jaxlm.train.optimizer import optimizer
+from jaxlm.train.settings import TrainSettings
+from jaxlm.train.step import TrainState, create_state, make_step
+
+# Compiling takes most of the time here, so it is told not to optimize.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick = functools.partial(jax.jit, compiler_options=QUICK)
+SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_size": 12}
+FAMILIES = {
+    "gpt2": {"max_positions": 8, "dropout": 0.1},
+    "llama": {"num_kv_heads": 2},
+    "bert": {"max_positions": 8},
+}
+# One line enrols a new method: arguments strong enough that two steps show.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2, "alpha": 8.0},
+    "magnitude": {"sparsity": 0.5, "end": 2, "every": 1},
+    "qat": {"dynamic": False},
+    "structured": {"heads": 0.5, "ffn": 0.25, "end": 2, "every": 1},
+    "distill": {"alpha": 0.7, "hidden": 1.0},
+}
+# At zero strength a method changes nothing. Rounding has no such setting.
+ZERO: dict[str, dict[str, Any]] = {
+    "magnitude": {"sparsity": 0.0, "end": 2, "every": 1},
+    "structured": {"end": 2, "every": 1},
+    "distill": {"alpha": 0.0},
+}
+
+
+def test_every_registered_method_is_here():
+    assert ARGUMENTS.keys() == registry.METHODS.keys() | {"distill"}, "a new method needs one line in ARGUMENTS"
+
+
+@functools.cache
+def model_of(family: str) -> tuple[Model, dict]:
+    """A model whose biases and norms are random too."""
+    model = Model(model_config(family, **SIZES, **FAMILIES[family]))
+    noise = lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(len(path)), a.shape)  # noqa: E731
+    return model, map_leaves(noise, model.init(jax.random.key(0)))
+
+
+@functools.cache
+def teacher() -> Teacher:
+    """Deeper and wider than the students, so that hidden states need a map and a projection."""
+    model = Model(model_config("gpt2", **{**SIZES, "num_layers": 3, "hidden_size": 24}, max_positions=8))
+    params = model.init(jax.random.key(1))
+    forward = lambda params, batch, taps: model.forward(params, batch, taps=taps)  # noqa: E731
+    return Teacher(forward, model.run_view(params), 3, 24)
+
+
+def method_of(name: str, arguments: dict[str, Any]) -> Method:
+    if name == "distill":
+        return distill(teacher(), **arguments)
+    return registry.make(registry.METHODS, {"name": name, **arguments}, "methods")
+
+
+def batch_of() -> dict[str, np.ndarray]:
+    """Rows of unequal length, and labels of unequal number: the two microbatches differ in weight."""
+    rng = np.random.default_rng(0)
+    mask = (np.arange(6) < np.array([[6], [2], [5], [3]])).astype(np.int32)
+    ids = rng.integers(1, 19, (4, 6)).astype(np.int32) * mask
+    labels = np.where(mask & (rng.random((4, 6)) < 0.8), rng.integers(0, 19, (4, 6)), -100).astype(np.int32)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+BATCH = batch_of()
+
+
+class Trained(NamedTuple):
+    """What two training steps leave."""
+
+    model: Model
+    method: Method
+    axes: dict
+    verdicts: list
+    states: list[TrainState]
+    compiled: int
+
+
+def prepared(family: str, names: tuple[str, ...], arguments=ARGUMENTS):
+    """A chain of methods, and what its init gives."""
+    model, params = model_of(family)
+    method = chain([(name, method_of(name, arguments[name])) for name in names])
+    return method, method.init(jax.random.key(2), model, params, model.axes())
+
+
+def train(family: str, names: tuple[str, ...], arguments=ARGUMENTS, microbatches: int = 1) -> Trained:
+    model, _ = model_of(family)
+    method, adapted = prepared(family, names, arguments)
+    verdicts = [method.trainable]
+
+    def base(taps) -> Loss:
+        def fn(params, constants, batch, ctx):
+            outputs = model.forward(params, batch, ctx=ctx, taps=taps)
+            return {"cross_entropy": cross_entropy(outputs["logits"], batch["labels"])}, outputs
+
+        return Loss(fn, taps)
+
+    loss = method.loss(base(method.loss(base(frozenset())).taps))
+    grad = method.grad(accumulate(gradient(loss, verdicts), loss, microbatches))
+    view = model.run_view(adapted.params)
+    infos = {name: info for name, info in describe(view).items() if trainable(verdicts, info)}
+    settings = TrainSettings(steps=10, learning_rate=0.02, schedule="constant", weight_decay=0.1)
+    tx = optimizer(settings, 10, infos)
+    step = quick(
+        make_step(grad, tx, method, verdicts, key=jax.random.key(3), ctx=Context(), largest_norm=1.0),
+    )
+    states = [quick(lambda p, m: create_state(p, m, tx, verdicts))(view, adapted.state)]
+    for _ in range(2):
+        state, log = step(states[-1], adapted.constants, BATCH)
+        assert int(log["nonfinite"]) == 0
+        states.append(state)
+    return Trained(model, method, adapted.axes, verdicts, states, step._cache_size())
+
+
+@functools.cache
+def trained(run: str) -> Trained:
+    return train(*RUNS[run])
+
+
+@functools.cache
+def forward_of(config) -> Any:
+    return quick(Model(config).forward)
+
+
+def logits(model: Model, params) -> np.ndarray:
+    batch = {name: value for name, value in BATCH.items() if name != "labels"}
+    return np.asarray(forward_of(model.config)(params, batch)["logits"])[BATCH["attention_mask"] > 0]
+
+
+def baked(run: Trained):
+    last = run.states[-1]
+    params = canonical_view(run.method.eval_params(last.params, last.method))
+    return run.method.bake(run.model, params, run.axes, last.method)
+
+
+def equal(a, b) -> bool:
+    flat_a, flat_b = arrays(a), arrays(b)
+    return flat_a.keys() == flat_b.keys() and all(np.array_equal(flat_a[name], flat_b[name]) for name in flat_a)
+
+
+# Each method alone, and long chains, accumulated, on other families.
+RUNS: dict[str, tuple] = {name: ("gpt2", (name,)) for name in ARGUMENTS} | {
+    "all on llama": ("llama", ("structured", "magnitude", "qat", "distill"), ARGUMENTS, 2),
+    "all on bert": ("bert", ("structured", "lora", "distill"), ARGUMENTS, 2),
+}
+everywhere = pytest.mark.parametrize("name", RUNS)
+
+
+@everywhere
+def test_what_does_not_train_is_bit_identical(name):
+    run = trained(name)
+    before, after = arrays(run.states[0].params), arrays(run.states[-1].params)
+    moved = {n for n in before if not np.array_equal(before[n], after[n])}
+    infos = describe(run.states[0].params)
+    learns = {n for n, info in infos.items() if trainable(run.verdicts, info)}
+    masks = {n for n, info in infos.items() if info.role == "mask"}
+    assert moved <= learns | masks
+    assert learns <= moved, "something that should train did not"
+    assert moved & masks or not masks
+
+
+@everywhere
+def test_state_keeps_its_structure_and_compiles_once(name):
+    run = trained(name)
+    assert run.compiled == 1
+    kinds = [jax.tree.map(lambda a: (a.shape, a.dtype, a.weak_type), state) for state in run.states]
+    assert kinds[0] == kinds[1] == kinds[2]
+
+
+@everywhere
+def test_baked_is_what_was_evaluated(name):
+    run = trained(name)
+    last = run.states[-1]
+    expected = logits(run.model, run.method.eval_params(last.params, last.method))
+    model, params, axes = baked(run)
+    assert flatten(params).keys() == axes.keys() == flatten(model.abstract()).keys()
+    assert np.abs(logits(model, params) - expected).max() <= 2e-5 * max(np.abs(expected).max(), 1)
+    assert jax.tree.map(jnp.shape, map_leaves(lambda _, leaf: materialize(leaf), params)) == jax.tree.map(
+        jnp.shape, model.abstract()
+    )
+
+
+@everywhere
+def test_baking_twice_changes_nothing(name):
+    run = trained(name)
+    model, params, axes = baked(run)
+    again = run.method.bake(model, params, axes, run.states[-1].method)
+    assert again[0] == model and again[2] == axes and equal(again[1], params)
+
+
+@functools.cache
+def plain() -> Trained:
+    return train("gpt2", ())
+
+
+def test_zero_strength_trains_like_nothing():
+    run = train("gpt2", tuple(ZERO), ZERO)
+    model, params, _ = baked(run)
+    assert model == plain().model
+    for path, leaf in flatten(canonical_view(plain().states[-1].params)).items():
+        assert np.allclose(flatten(params)[path], leaf, rtol=0, atol=1e-6), path
+
+
+def test_lora_begins_as_the_identity():
+    model, params = model_of("gpt2")
+    first = trained("lora").states[0]
+    assert any(isinstance(leaf, LowRank) for leaf in flatten(first.params).values())
+    assert np.array_equal(logits(model, first.params), logits(model, model.run_view(params)))
+
+
+def test_distillation_learns_through_its_projection():
+    """Also where a method freezes everything else."""
+    for name in ("distill", "all on bert"):
+        first, last = (flatten(trained(name).states[i].params) for i in (0, -1))
+        path = "distill/projection/kernel"
+        assert first[path].shape == (16, 24) and not np.array_equal(first[path], last[path])
+        assert path not in flatten(baked(trained(name))[1])
+
+
+# Pairs ---------------------------------------------------------------------------------------------------------------
+
+REFUSED = {("qat", "structured")}
+"""Scales of a rounding span what pruning removes; the other order is fine."""
+
+
+def perturbed(params, verdicts, seed):
+    """As an optimizer that knows nothing would leave them."""
+    key = jax.random.key(seed)
+    values, infos = arrays(params), describe(params)
+    learns = [name for name in values if trainable(verdicts, infos[name])]
+    return with_arrays(params, values | {n: values[n] + 0.05 * jax.random.normal(key, values[n].shape) for n in learns})
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(registry.METHODS, 2)))
+def test_pairs_compose_or_are_refused(first, second):
+    """Each has its effect whatever the order, and the baked model is the evaluated one."""
+    if (first, second) in REFUSED:
+        with pytest.raises(ValueError, match=r"layers_0/.*prune first"):
+            prepared("gpt2", (first, second))
+        return
+    model, _ = model_of("gpt2")
+    method, adapted = prepared("gpt2", (first, second))
+    params, state = model.run_view(adapted.params), adapted.state
+    update = quick(lambda params, state, number: method.update(Step(params, [], state), {}, {}, number))
+    for number in (1, 2):
+        params, _, state = update(perturbed(params, [method.trainable], number), state, number)
+    masks = [a for name, a in arrays(params).items() if name.endswith("mask")]
+    expected = logits(model, method.eval_params(params, state))
+    model, params, axes = method.bake(model, canonical_view(params), adapted.axes, state)
+    flat = flatten(params)
+    assert flat.keys() == axes.keys() == flatten(model.abstract()).keys()
+    assert np.abs(logits(model, params) - expected).max() <= 2e-5 * max(np.abs(expected).max(), 1)
+    assert not any(isinstance(leaf, LowRank | Masked) for leaf in flat.values())
+    up = flat["layers_0/mlp/up/kernel"]
+    if "structured" in (first, second):
+        assert model.config.num_heads == (2, 2) and model.config.ffn_size == (9, 9)
+    if "magnitude" in (first, second):
+        assert masks and all(np.mean(mask) == 0.5 for mask in masks)
+        assert "structured" in (first, second) or np.mean(materialize(up) == 0) >= 0.5
+    assert isinstance(up, Quantized) == ("qat" in (first, second))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_twice_the_same_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name}.*(drop one|merge the two)"):
+        prepared("gpt2", (name, name))
+
+
+def test_claims_of_a_chain_are_those_of_its_methods():
+    model, params = model_of("gpt2")
+    lora = method_of("lora", ARGUMENTS["lora"])
+    with pytest.raises(ValueError, match="lora and inner both claim the update of layers_0/attention/query/kernel"):
+        chain([("inner", chain([("lora", lora)])), ("lora", lora)]).init(jax.random.key(0), model, params, model.axes())
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "lorra"}, "did you mean 'lora'"),
+        ({"name": "magnitude", "end": 5}, "needs sparsity"),
+        ({"name": "magnitude", "sparsity": 1.0, "end": 5}, "sparsity must be in"),
+        ({"name": "magnitude", "sparsity": 0.5, "end": 0}, "no interval"),
+        ({"name": "magnitude", "sparsity": 0.5, "begin": 9, "end": 5}, "no interval"),
+        ({"name": "structured", "ffn": 0.5, "end": 5, "every": 0}, "every must be"),
+        ({"name": "structured", "ffn": 1.0, "end": 5}, "share of ffn"),
+        ({"name": "lora", "rnak": 4}, "did you mean 'rank'"),
+        ({"name": "lora", "rank": 0}, "rank must be at least 1"),
+        ({"name": "qat", "bits": 4}, "no option 'bits'"),
+    ],
+)
+def test_wrong_entries_say_what_is_wrong(entry, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        registry.make(registry.METHODS, entry, "methods")
+
+
+def test_an_entry_needs_a_name():
+    with pytest.raises(ValueError, match=r"config\.methods needs a name; known: lora"):
+        registry.make(registry.METHODS, {"rank": 4}, "methods")
+
+
+@pytest.mark.parametrize("name", ["lora", "magnitude", "qat"])
+def test_targets_that_match_nothing_are_refused(name):
+    model, params = model_of("gpt2")
+    method = method_of(name, {**ARGUMENTS[name], "targets": r".*/kernal"})
+    with pytest.raises(ValueError, match=rf"{name}: targets .*kernal.* match no parameter"):
+        method.init(jax.random.key(0), model, params, model.axes())
+
+
+def test_qat_of_what_is_rounded_is_refused():
+    model, params = model_of("gpt2")
+    _, rounded, axes = registry.make(
+        registry.SURGERY, {"name": "quantize"}, "surgery", model=model, params=params, axes=model.axes()
+    )
+    with pytest.raises(ValueError, match=r"qat: .* is rounded already \(Quantized\)"):
+        method_of("qat", {}).init(jax.random.key(0), model, rounded, axes)
