@@ -1,0 +1,286 @@
+"""Every recipe under configs/: at full size its shapes and shardings resolve, and tiny it trains and resumes.
+
+Recipes are found, not listed: a new file is tested as it is. Where a recipe has sizes, shapes are checked for each.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jaxlm.build import registry, stage
+from jaxlm.build.config import default_config, plain
+from jaxlm.build.pipeline import stage_config
+from jaxlm.build.setting import fresh_config
+from jaxlm.core import arrays, chain, with_arrays
+from jaxlm.data.settings import DataSettings
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.io.model import LM, save
+from jaxlm.losses.distillation import Teacher
+from jaxlm.models import model_config
+from jaxlm.models.model import Model
+from jaxlm.parallel import make_mesh, make_rules, pad_vocab, shardings, ways
+from jaxlm.tasks import TASKS
+from jaxlm.train.settings import TrainSettings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SENTENCES = ("the film is a joy", "a dull and weary plot", "we laughed a lot", "nothing works in this sad film") * 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A file and its argument: what stands behind --config."""
+
+    path: Path
+    size: str | None
+
+    def __str__(self) -> str:
+        name = str(self.path.relative_to(CONFIGS))
+        return name if self.size is None else f"{name}:{self.size}"
+
+    def config(self) -> ConfigDict:
+        get_config = module(self.path).get_config
+        return get_config() if self.size is None else get_config(self.size)
+
+
+def module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def recipes() -> list[Recipe]:
+    paths = sorted(path for path in CONFIGS.rglob("*.py") if "get_config" in path.read_text())
+    return [Recipe(path, size) for path in paths for size in getattr(module(path), "SIZES", (None,))]
+
+
+every_size = pytest.mark.parametrize("recipe", recipes(), ids=str)
+every_recipe = pytest.mark.parametrize(
+    "recipe", [Recipe(path, None) for path in dict.fromkeys(r.path for r in recipes())], ids=str
+)
+
+
+def stages(config: ConfigDict, place: Callable[[str], Path]) -> Iterator[tuple[str, ConfigDict]]:
+    """The stages of a pipeline, each with its name and its own config; a recipe of one stage is its only one."""
+    done: dict[str, Path] = {}
+    for entry in plain(config.stages):
+        yield entry["name"], stage_config(config, entry, done)
+        done[entry["name"]] = place(entry["name"])
+    if not config.stages:
+        yield "only", config
+
+
+@every_recipe
+def test_opens_with_its_command_and_hardware(recipe: Recipe):
+    text = module(recipe.path).__doc__ or ""
+    name = recipe.path.relative_to(CONFIGS.parent)
+    program = "pipeline" if recipe.config().stages else "train"
+    assert f"python experiments/{program}.py --config={name}" in text
+    assert "Hardware" in text or "CPU cores" in text
+    assert "RESULT" not in text
+
+
+# -- full size --------------------------------------------------------------------------------------------------------
+
+ENCODER = {"hidden_size": 384, "num_layers": 6, "num_heads": 12, "ffn_size": 1536, "vocab_size": 30522}
+"""What recipes that start from a pretrained encoder are measured with."""
+
+
+class Vocabulary:
+    """As much of a tokenizer as a fresh model's structure needs."""
+
+    pad_token_id = 1
+
+    def __init__(self, spec: str):
+        size = spec.partition(":")[2]
+        self.size = int(size) if size else 68
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def full_model(config: ConfigDict, known: dict[str, Model]) -> Model:
+    if config.model.init in known:
+        return known[config.model.init]
+    task = TASKS[config.task]
+    labels = ("a", "b") if task.structure["head"] in ("sequence", "token") else ()
+    if not config.data.tokenizer:
+        return Model(model_config("bert", **ENCODER, **task.structure, labels=labels))
+    return Model(fresh_config(config, task, labels, Vocabulary(config.data.tokenizer)))
+
+
+def hollow(shapes: Any) -> Any:
+    """Zeros of the given shapes that take no memory: surgery has to look at values."""
+    return with_arrays(shapes, {n: np.broadcast_to(np.zeros((), a.dtype), a.shape) for n, a in arrays(shapes).items()})
+
+
+def abstractly(function: Callable, *arguments: Any) -> Any:
+    """`function(*arguments)` with shapes for arrays; what is not an array stays what it is."""
+    found: dict[str, Any] = {}
+
+    def inner(*values):
+        found["result"] = function(*values)
+        return found["result"].params
+
+    params = jax.eval_shape(inner, *arguments)
+    return found["result"]._replace(params=params)
+
+
+def full_stage(config: ConfigDict, model: Model) -> tuple[Model, int, int]:
+    """The model after surgery; bytes of all parameters in training, and of those that one device of eight holds."""
+    params, axes = model.abstract(), model.axes()
+    for entry in plain(config.surgery):
+        model, params, axes = registry.make(
+            registry.SURGERY, entry, "surgery", model=model, params=hollow(params), axes=axes
+        )
+    params = jax.eval_shape(lambda p: p, params)
+    teacher = Teacher(lambda *_: {}, {}, model.config.num_layers, model.config.hidden_size)
+    named = [registry.method(entry) for entry in plain(config.methods)]
+    for entry in plain(config.losses):
+        rest = {key: value for key, value in entry.items() if key != "teacher"}
+        given = {"teacher": teacher} if "teacher" in entry else {}
+        named.append((entry["name"], registry.make(registry.LOSSES, rest, "losses", **given)))
+    method = chain(named)
+    adapted = abstractly(lambda p: method.init(jax.random.key(0), model, p, axes), params)
+
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    rules = make_rules(config.sharding, adapted.axes, mesh)
+    run_view = lambda p: pad_vocab(model.run_view(p), adapted.axes, ways("vocab", mesh, rules))  # noqa: E731
+    params = jax.eval_shape(run_view, adapted.params)
+    where = shardings(params, adapted.axes, mesh, rules, model.sizes())
+    values = arrays(params)
+    assert where.keys() == values.keys()
+    size = lambda shape, name: math.prod(shape) * values[name].dtype.itemsize  # noqa: E731
+    total = sum(size(value.shape, name) for name, value in values.items())
+    held = sum(size(where[name].shard_shape(value.shape), name) for name, value in values.items())
+    return model, total, held
+
+
+@every_size
+def test_full_size_shards_over_eight_devices(recipe: Recipe):
+    known: dict[str, Model] = {}
+    for name, config in stages(recipe.config(), lambda name: Path(name)):
+        model, total, held = full_stage(config, full_model(config, known))
+        known[str(Path(name) / "model")] = model
+        assert held < 0.4 * total, f"{name}: a quarter each over fsdp and tensor, but for vectors"
+        TrainSettings(**config.train)
+        DataSettings(**config.data)
+
+
+# -- tiny -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile() -> Iterator[None]:
+    """Two steps of a tiny model: what counts is the time of compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with data in every format, and the model directory that recipes name by default."""
+    root = tmp_path_factory.mktemp("recipes")
+    (root / "data.text").write_text("\n\n".join(SENTENCES))
+    (root / "data.tsv").write_text("".join(f"{text}\t{i % 2}\n" for i, text in enumerate(SENTENCES)))
+    tags = {"film": "B-work", "plot": "I-work"}
+    words = [[f"{word}\t{tags.get(word, 'O')}\n" for word in text.split()] for text in SENTENCES]
+    (root / "data.conll").write_text("\n".join("".join(rows) for rows in words))
+    tokenizer = load_tokenizer("wordpiece:120", SENTENCES)
+    structure = model_config(
+        "bert",
+        vocab_size=len(tokenizer),
+        hidden_size=12,
+        num_layers=6,
+        num_heads=3,
+        ffn_size=16,
+        max_positions=16,
+        dropout=0.1,
+        head="sequence",
+        labels=("0", "1"),
+    )
+    save(LM(structure, Model(structure).init(jax.random.key(0)), tokenizer), root / "runs" / "sequence" / "model")
+    return root
+
+
+def tiny(config: ConfigDict, place: Path) -> ConfigDict:
+    """The recipe with a small model, little data and two steps; what it is a recipe for stays."""
+    if config.data.tokenizer:
+        smallest = {"bpe": "bpe:300", "wordpiece": "wordpiece:120", "character": "character"}
+        config.data.tokenizer = smallest[config.data.tokenizer.partition(":")[0]]
+    elif not config.model.init:
+        config.model.init = "runs/sequence/model"
+    if not config.model.init:
+        config.model.update({"hidden_size": 12, "num_heads": 3, "num_kv_heads": None, "ffn_size": 16})
+        config.model.max_positions = min(config.model.max_positions or 0, 16)
+        config.model.num_layers = min(config.model.num_layers, 4)
+    if config.data.format == "python":
+        config.data.format = "text"
+    config.data.max_length = 16
+    for split in ("train", "eval", "test"):
+        config.data[split] = str(place / f"data.{config.data.format}")
+    train = config.train
+    train.warmup = min(train.warmup, 0.5)
+    train.batch_size = 16
+    train.grad_accum = min(train.grad_accum, 2)
+    train.steps, train.epochs, train.checkpoint_every = 2, 0.0, 1
+    for entry in config.stages:
+        if "train" in entry:
+            steps = min(entry["train"]["steps"], 2)
+            entry["train"] = {**entry["train"], "steps": steps, "checkpoint_every": 1}
+    return config
+
+
+def cut_off(workdir: Path) -> None:
+    """Leaves a finished run as it was after its first step."""
+    (workdir / "result.json").unlink()
+    shutil.rmtree(workdir / "model")
+    shutil.rmtree(workdir / "checkpoints" / "2")
+
+
+@every_recipe
+def test_tiny_trains_and_resumes(
+    recipe: Recipe, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(place)
+    for name, config in stages(tiny(recipe.config(), place), lambda name: tmp_path / name):
+        result = stage.run(config, tmp_path / name, name)
+        assert result["steps"] == config.train.steps
+        assert set(result["metrics"]) == {"eval", "test"}
+        assert all(math.isfinite(value) for value in result["metrics"]["test"].values())
+        if result["steps"] == 0:
+            continue
+        cut_off(tmp_path / name)
+        capsys.readouterr()
+        again = stage.run(config, tmp_path / name, name)
+        assert "resumed from step 1" in capsys.readouterr().err
+        assert again["params_sha256"] == result["params_sha256"]
+        assert again["metrics"] == result["metrics"]
+
+
+def test_unknown_sizes_name_the_known():
+    for recipe in recipes():
+        if recipe.size is not None:
+            with pytest.raises(ValueError, match=re.escape(recipe.size)):
+                module(recipe.path).get_config("enormous")
+
+
+def test_every_field_of_a_recipe_is_one_of_the_default():
+    known = default_config()
+    for recipe in recipes():
+        config = recipe.config()
+        assert config.keys() == known.keys(), str(recipe)
+        for section in ("model", "data", "train"):
+            assert config[section].keys() == known[section].keys(), f"{recipe}: {section}"
