@@ -20,11 +20,15 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(arguments: list[str]) -> None:
     if arguments[1:]:
         raise app.UsageError(f"unexpected {arguments[1:]}; options are written --config.a.b=value")
+    import jax
+
     from jaxlm.build.program import start
     from jaxlm.build.stage import run
 
     start()
     result = run(CONFIG.value, Path(WORKDIR.value))
+    if jax.process_index():
+        return
     for split, metrics in result["metrics"].items():
         print(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(f"model: {WORKDIR.value}/model   result: {WORKDIR.value}/result.json")

@@ -90,17 +90,23 @@ class Journal:
         if self.console.is_terminal and time.monotonic() - self.shown > REFRESH:
             self.shown = time.monotonic()
             loss = sum(float(c * s) / max(float(w), 1e-9) for s, w, c in jax.device_get(log["terms"]).values())
-            self.progress.update(self.bar, status=f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s")
+            self._show(step, loss, tokens_per_second)
+
+    def _show(self, step: int, loss: float, tokens_per_second: float) -> None:
+        status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        self.progress.update(self.bar, completed=step, status=status)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """One line of scalars; `split` is `train` or `eval`. What is not finite is written as null."""
         if self.writes:
-            scalars = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            line = {"step": step, "split": split, "time": round(time.time(), 3), **scalars}
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
+            line = {"step": step, "split": split, "time": round(time.time(), 3)} | dict.fromkeys(values) | finite
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-            for key, value in values.items():
+            for key, value in finite.items():
                 self.tensorboard.add_scalar(f"{split}/{key}", value, step)
+        if split == "train":
+            self._show(step, values["loss"], values["tokens_per_second"])
         if split != "train" or not self.console.is_terminal:
             shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
             self.say(f"{self.name} {step}/{self.steps} {split}: {shown}")

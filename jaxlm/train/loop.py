@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxlm.core import SEGMENT
 from jaxlm.train.interruption import Interrupted, Interruption
 from jaxlm.train.journal import Journal
 from jaxlm.train.profile import Profile
@@ -186,7 +188,7 @@ def report_nonfinite(logs: list[dict], numbers: list[int], settings: TrainSettin
         count = int(log["nonfinite"])
         if not count:
             continue
-        bad = [name for name, finite in log["finite"].items() if not np.all(finite)]
+        bad = [name for array, finite in log["finite"].items() for name in _not_finite(array, finite)]
         named = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "") or "the norm alone"
         journal.say(f"step {number}: gradient not finite in {named}; update skipped")
         if count >= settings.max_nonfinite:
@@ -195,6 +197,18 @@ def report_nonfinite(logs: list[dict], numbers: list[int], settings: TrainSettin
                 f"config.train.learning_rate, look at the data of that step, or allow more with "
                 f"config.train.max_nonfinite"
             )
+
+
+def _not_finite(name: str, finite: np.ndarray) -> list[str]:
+    """Names of what is not finite in an array: its own, or where every layer was looked at apart, those of layers.
+
+    >>> _not_finite("layers_4-6/mlp/up/kernel", np.array([True, False, True]))
+    ['layers_5/mlp/up/kernel']
+    """
+    if np.ndim(finite) == 0:
+        return [] if finite else [name]
+    first = int(re.search(SEGMENT, name)[1])
+    return [re.sub(SEGMENT, f"layers_{first + i}", name) for i in np.flatnonzero(~np.asarray(finite))]
 
 
 def assess(run: Run, state: TrainState, number: int, progress: Progress) -> None:

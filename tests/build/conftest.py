@@ -12,7 +12,11 @@ from jaxlm.build import setting
 from jaxlm.build.config import default_config
 from jaxlm.parallel import make_mesh
 
-WORDS = "the cat sat on a mat while dogs ran over hills and we saw red birds sing in old trees near quiet water".split()
+WORDS = tuple(
+    word
+    for line in ("the cat sat on a mat while dogs ran over hills", "and we saw red birds sing in old trees near water")
+    for word in line.split()
+)
 
 
 @pytest.fixture(scope="session")
