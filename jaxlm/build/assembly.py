@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlm.build import registry
-from jaxlm.build.blueprint import blueprint
+from jaxlm.build.blueprint import Blueprint, blueprint
 from jaxlm.build.data import batch_shapes, to_devices
 from jaxlm.build.setting import Setting, on_mesh, split_evaluator
 from jaxlm.core import (
+    Adapted,
     Axes,
     Method,
     Tree,
@@ -22,7 +23,7 @@ from jaxlm.io.checkpoint import Checkpoints
 from jaxlm.io.model import load
 from jaxlm.losses.distillation import Teacher
 from jaxlm.models.model import Model
-from jaxlm.parallel import shard_tree
+from jaxlm.parallel import shard_tree, unpad_vocab
 from jaxlm.train.journal import Journal
 from jaxlm.train.loop import Run
 from jaxlm.train.saving import Stores
@@ -73,7 +74,7 @@ def assemble(setting: Setting, workdir: Path, journal: Journal) -> Ready:
         shapes=batch_shapes(batches, to_device),
         batches=lambda start, stop: prefetch(batches, start, stop, place=to_device),
         evaluate=evaluate,
-        stores=stores_in(workdir, training),
+        stores=stores_in(workdir, training, saved_shapes(plan, adapted, model.config.vocab_size)),
         journal=journal,
     )
     return Ready(run, state, method, adapted.axes)
@@ -88,10 +89,21 @@ def check_splits(setting: Setting) -> None:
         raise ValueError(f"config.train.select = {select!r} needs config.data.eval, the data to evaluate on")
 
 
-def stores_in(workdir: Path, training: TrainSettings) -> Stores:
+def saved_shapes(plan: Blueprint, adapted: Adapted, vocab_size: int) -> TrainState:
+    """Shapes of the state with the vocabulary as long as it is, whatever multiple the mesh wants."""
+    params = unpad_vocab(jax.eval_shape(lambda: plan.params), adapted.axes, vocab_size)
+    return jax.eval_shape(plan.create, params, adapted.state)
+
+
+def stores_in(workdir: Path, training: TrainSettings, shapes: TrainState) -> Stores:
     """Where a run keeps its checkpoints."""
-    trail = Checkpoints(workdir / "trail", keep=training.average_last + 1) if training.average_last > 1 else None
-    return Stores(Checkpoints(workdir / "checkpoints", keep=training.keep), Checkpoints(workdir / "best", 2), trail)
+    averaged = training.average_last
+    return Stores(
+        shapes,
+        latest=Checkpoints(workdir / "checkpoints", keep=training.keep),
+        best=Checkpoints(workdir / "best", keep=2),
+        trail=Checkpoints(workdir / "trail", keep=averaged + 1) if averaged > 1 else None,
+    )
 
 
 def methods_of(setting: Setting) -> Method:

@@ -17,13 +17,17 @@ import numpy as np
 
 from jaxlm.core import Tree, arrays
 
+PLACEMENT = ("mesh", "sharding")
+"""Sections that say where a run takes place and not what it is: it may go on on another mesh."""
+
 
 def refuse_other(config: dict[str, Any], workdir: Path) -> None:
     """Raises ValueError when `workdir` holds a run of another config, naming the fields that differ."""
     path = workdir / "config.json"
     if not path.exists():
         return
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(config))
+    before, now = ({k: v for k, v in each.items() if k not in PLACEMENT} for each in (read_json(path), config))
+    now = json.loads(json.dumps(now))
     changes = [f"{name}: {old!r} there, {new!r} now" for name, old, new in differences(before, now, "config")]
     if changes:
         raise ValueError(
@@ -79,6 +83,11 @@ def room_on_disk(workdir: Path) -> Iterator[None]:
             f"the disk of {workdir} is full ({error}); free some space and give the same command again: "
             "the run goes on from its last checkpoint",
         ) from error
+
+
+def read_json(path: Path) -> Any:
+    """The values in a file."""
+    return json.loads(path.read_text())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState
@@ -53,39 +54,37 @@ class Stores:
     two, and goes back to the state before, still finds what belongs to it.
 
     Attributes:
+      shapes: of a state as it is saved, ShapeDtypeStructs: without the padding that the mesh of this run asks for, so
+        that another mesh can restore it.
       latest: whole states, to resume from.
       best: the model at the best evaluation.
       trail: the models of the last regular checkpoints, to average; `None` where nothing is averaged.
     """
 
+    shapes: TrainState
     latest: Store
     best: Store
     trail: Store | None = None
 
-    @property
-    def all(self) -> list[Store]:
-        """Those that there are."""
-        return [self.latest, self.best] if self.trail is None else [self.latest, self.best, self.trail]
-
     def resume(self, state: TrainState, shardings: Any) -> tuple[TrainState, Progress] | None:
         """The newest sound state in the shape of `state`, placed as `shardings` say; later checkpoints are removed."""
-        found = self.latest.restore(flatten(_target(state, shardings)))
+        found = self.latest.restore(flatten(targets(self.shapes, state, shardings)))
         step, arrays, metadata = found or (0, {}, {"progress": {}})
         progress = Progress(**metadata["progress"])
         self.latest.rewind(step)
         self.best.rewind(progress.best_step)
         if self.trail is not None:
             self.trail.rewind(step)
-        return (unflatten(state, arrays), progress) if found else None
+        return (padded(unflatten(state, arrays), state, shardings), progress) if found else None
 
     def save(self, number: int, state: TrainState, progress: Progress) -> None:
         """A state to resume from."""
-        self.latest.save(number, flatten(state), {"progress": vars(progress)})
+        self.latest.save(number, flatten(stripped(state, self.shapes)), {"progress": vars(progress)})
 
     def save_model(self, store: Store, number: int, state: TrainState) -> None:
         """The model in `state`, into `best` or `trail`; the state it replaces must be on disk before."""
         self.latest.wait()
-        store.save(number, flatten(_model(state)), {})
+        store.save(number, flatten(stripped(_model(state), _model(self.shapes))), {})
 
     def restore_model(self, store: Store, number: int, state: TrainState, shardings: Any) -> TrainState:
         """`state` with the model that `save_model` left.
@@ -94,25 +93,55 @@ class Stores:
           FileNotFoundError, ValueError: when it is missing or damaged.
         """
         store.wait()
-        found = store.restore(flatten(_target(_model(state), _model(shardings))), number)
+        like, where = _model(state), _model(shardings)
+        found = store.restore(flatten(targets(_model(self.shapes), like, where)), number)
         assert found is not None
-        return state.replace(**unflatten(_model(state), found[1]))
+        return state.replace(**padded(unflatten(like, found[1]), like, where))
 
     def close(self) -> None:
         """Finishes what is being written."""
         with contextlib.ExitStack() as stack:
-            for store in self.all:
+            for store in filter(None, (self.latest, self.best, self.trail)):
                 stack.callback(store.close)
 
 
 def _model(state: Any) -> dict[str, Any]:
-    """The parts of a state (or of its shardings) that make the model."""
+    """The parts of a state (or of its shapes or shardings) that make the model."""
     return {"params": state.params, "method": state.method}
 
 
-def _target(tree: Any, shardings: Any) -> Any:
-    """`tree` as shapes with their placement."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+def stripped(tree: Any, shapes: Any) -> Any:
+    """The beginning of every array, as large as `shapes` say."""
+
+    def strip(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return array if array.shape == shape.shape else jax.lax.slice(array, [0] * array.ndim, shape.shape)
+
+    return jax.tree.map(strip, tree, shapes)
+
+
+def padded(tree: Any, like: Any, shardings: Any) -> Any:
+    """The inverse of `stripped`: zeros up to the shapes of `like`."""
+
+    def pad(array: jax.Array, wanted: jax.Array, where: jax.sharding.Sharding) -> jax.Array:
+        if array.shape == wanted.shape:
+            return array
+        widths = [(0, after - before) for before, after in zip(array.shape, wanted.shape, strict=True)]
+        return jax.jit(jnp.pad, static_argnums=1, out_shardings=where)(array, tuple(widths))
+
+    return jax.tree.map(pad, tree, like, shardings)
+
+
+def targets(shapes: Any, like: Any, shardings: Any) -> Any:
+    """`shapes` with the placement of `like`; a dimension that is padded there may not divide, so it is whole here."""
+
+    def place(shape: jax.ShapeDtypeStruct, array: jax.Array, where: Any) -> jax.ShapeDtypeStruct:
+        if shape.shape != array.shape:
+            axes = [*where.spec, *(None,) * (array.ndim - len(where.spec))]
+            kept = [axis if a == b else None for axis, a, b in zip(axes, shape.shape, array.shape, strict=True)]
+            where = jax.sharding.NamedSharding(where.mesh, jax.P(*kept))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+    return jax.tree.map(place, shapes, like, shardings)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

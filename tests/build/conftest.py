@@ -1,5 +1,6 @@
 """Tiny runs: a few kilobytes of text, a model of two layers, one device unless a test asks for more."""
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,9 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from jaxlm.build import setting
+from jaxlm.build import assembly, setting
 from jaxlm.build.config import default_config
+from jaxlm.data.prefetch import prefetch
 from jaxlm.parallel import make_mesh
 
 WORDS = tuple(
@@ -58,3 +60,26 @@ def devices(monkeypatch) -> Callable[[int], None]:
 @pytest.fixture(autouse=True)
 def one_device(devices) -> None:
     devices(1)
+
+
+@pytest.fixture
+def cut_at(monkeypatch) -> Callable[..., None]:
+    """`cut_at(step, signal)`: before that step this process gets the signal, or without one, is as good as gone."""
+
+    def use(step: int | None, number: int | None = None) -> None:
+        class Feed(prefetch):
+            def __init__(self, batches, start, stop, **options):
+                super().__init__(batches, start, stop, **options)
+                self.step = start
+
+            def __next__(self):
+                self.step += 1
+                if self.step == step and number is None:
+                    raise ConnectionAbortedError
+                if self.step == step:
+                    os.kill(os.getpid(), number)
+                return super().__next__()
+
+        monkeypatch.setattr(assembly, "prefetch", Feed)
+
+    return use

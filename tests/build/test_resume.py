@@ -1,6 +1,5 @@
 """A run that was cut off, however, ends with the very bits of one that was not."""
 
-import os
 import signal
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from jaxlm.build import assembly, stage
 from jaxlm.train.interruption import Interrupted
 from jaxlm.train.journal import read_lines
+from jaxlm.train.loop import Run
 
 MAGNITUDE = {"name": "magnitude", "sparsity": 0.5, "begin": 2, "end": 9, "every": 3}
 STRUCTURED = {"name": "structured", "heads": 0.5, "ffn": 0.5, "begin": 2, "end": 9, "every": 3}
@@ -16,42 +16,12 @@ STRUCTURED = {"name": "structured", "heads": 0.5, "ffn": 0.5, "begin": 2, "end":
 VARIANTS = {
     "averaging": {"grad_accum": 2, "average_last": 2},
     "pruning": {"methods": (MAGNITUDE, STRUCTURED)},
-    "selecting": {"select": "loss", "eval_every": 3, "patience": 1, "learning_rate": 3.0, "schedule": "constant"},
+    "selecting": {"select": "loss", "eval_every": 3, "patience": 1},
 }
 
 
-class Cut(BaseException):
-    """Stands for a process that is gone."""
-
-
-@pytest.fixture
-def cut_at(monkeypatch):
-    """`cut_at(step, act)`: before that step the process gets `act`."""
-    original = assembly.prefetch
-
-    def use(step: int, act) -> None:
-        class Feed(original):
-            def __init__(self, batches, start, stop, **options):
-                super().__init__(batches, start, stop, **options)
-                self.number = start
-
-            def __next__(self):
-                self.number += 1
-                if self.number == step:
-                    act()
-                return super().__next__()
-
-        monkeypatch.setattr(assembly, "prefetch", Feed)
-
-    return use
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def vanish() -> None:
-    raise Cut
+def gone(*_) -> None:
+    raise ConnectionAbortedError
 
 
 def damage(checkpoint: Path) -> None:
@@ -67,6 +37,17 @@ def scalars(workdir: Path) -> list[tuple[int, str]]:
     return [(line["step"], line["split"]) for line in read_lines(workdir / "metrics.jsonl")]
 
 
+@pytest.fixture
+def best_at_6(monkeypatch) -> None:
+    """Evaluation during training finds step 6 the best."""
+
+    def run(**fields) -> Run:
+        return Run(**fields | {"evaluate": lambda state: {"loss": abs(int(state.step) - 6.0)}})
+
+    monkeypatch.setattr(assembly, "Run", run)
+
+
+@pytest.mark.usefixtures("best_at_6")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bit_for_bit(variant, recipe, tmp_path, cut_at, monkeypatch):
     config, run = recipe(), tmp_path / "run"
@@ -74,22 +55,22 @@ def test_bit_for_bit(variant, recipe, tmp_path, cut_at, monkeypatch):
     config.train.update({k: v for k, v in VARIANTS[variant].items() if k != "methods"})
     whole = stage.run(config, tmp_path / "whole")
 
-    cut_at(6, terminate)  # SIGTERM where an evaluation and no checkpoint is due
+    cut_at(6, signal.SIGTERM)  # SIGTERM where an evaluation and no checkpoint is due
     with pytest.raises(Interrupted) as interrupted:
         stage.run(config, run)
     assert interrupted.value.code == 143 and (run / "checkpoints/6").exists()
-    cut_at(7, vanish)  # before anything else is saved
-    with pytest.raises(Cut):
+    cut_at(7)  # before anything else is saved
+    with pytest.raises(ConnectionAbortedError):
         stage.run(config, run)
-    cut_at(10, vanish)
-    with pytest.raises(Cut):
+    cut_at(9)
+    with pytest.raises(ConnectionAbortedError):
         stage.run(config, run)
     newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
     damage(newest)
-    cut_at(0, vanish)
+    cut_at(None)
     with monkeypatch.context() as patch, pytest.warns(match=rf"checkpoint {newest.name} .* is damaged"):
-        patch.setattr(stage, "measure", lambda *_: vanish())  # training is over, its result not yet written
-        with pytest.raises(Cut):
+        patch.setattr(stage, "measure", gone)  # training is over, its result not yet written
+        with pytest.raises(ConnectionAbortedError):
             stage.run(config, run)
     result = stage.run(config, run)
 
@@ -100,7 +81,8 @@ def test_bit_for_bit(variant, recipe, tmp_path, cut_at, monkeypatch):
     assert [k for k in scalars(run) if k not in extra] == [k for k in scalars(tmp_path / "whole") if k not in extra]
     assert len(scalars(run)) == len(set(scalars(run)))
     if variant == "selecting":
-        assert whole["steps"] < config.train.steps  # stopped early, and stayed so
+        assert whole["steps"] == 9  # stopped early, and stayed so
+        assert (run / "best/6").exists()
 
 
 def test_a_finished_run_returns_at_once(recipe, tmp_path, monkeypatch):

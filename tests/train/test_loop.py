@@ -67,7 +67,12 @@ def start(tmp_path):
             ],
             batches=lambda first, stop: prefetch(batches, first, stop, place=place),
             evaluate=evaluate,
-            stores=Stores(Checkpoints(workdir / "checkpoints", 2), Checkpoints(workdir / "best", 2), trail),
+            stores=Stores(
+                jax.eval_shape(lambda: state),
+                Checkpoints(workdir / "checkpoints"),
+                Checkpoints(workdir / "best"),
+                trail,
+            ),
             journal=Journal(workdir, "run"),
         )
         return run, state
@@ -98,7 +103,9 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_named(start, capsys
 
 
 def test_too_many_in_a_row_end_the_run(start, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"2 updates in a row .* step 3 in dense/bias, dense/kernel.*max_nonfinite"):
+    with pytest.raises(
+        FloatingPointError, match=r"2 updates in a row .* step 3 in dense/bias, dense/kernel.*max_nonfinite"
+    ):
         go(*start(poisoned(1, 2, 3), max_nonfinite=2))
     _, progress = go(*start(poisoned(5, 7), max_nonfinite=2, workdir=tmp_path / "other"))  # a sound one between them
     assert progress.skipped == 2
