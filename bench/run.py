@@ -29,11 +29,12 @@ def measure(data: Path | None, full: bool) -> list[Row]:
     rows = step.measure(options_of(step, *(["--dtype=both", "--rounds=5"] if full else ["--rounds=2", "--steps=5"])))
     text = [f"--text={data / 'tinyshakespeare' / 'input.txt'}"] if data else []
     rows += characters.measure(options_of(characters, *text, *(["--rounds=3"] if full else ["--steps=1000"])))
-    for task, folder in (("token", "wnut17"), ("sequence", "sst2")) if data else ():
-        if task == "token" or full:
-            options = options_of(finetune, *(["--rounds=3"] if full else ["--epochs=1"]))
-            options.task, options.data = task, data / folder
-            rows += finetune.measure(options)
+    if data is None:
+        return rows
+    for task, folder in (("token", "wnut17"), ("sequence", "sst2")) if full else (("token", "wnut17"),):
+        options = options_of(finetune, *(["--rounds=3"] if full else ["--epochs=1"]))
+        options.task, options.data = task, data / folder
+        rows += finetune.measure(options)
     return rows
 
 

@@ -97,6 +97,7 @@ def torch_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
+    model: torch.nn.Module
     if family == "bert":
         model = BertForSequenceClassification(
             BertConfig(
