@@ -1,0 +1,64 @@
+"""LoRA's initial distribution, strength, and what trains."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core import Context, LowRank, Quantized, describe, dot, trainable
+from jaxlm.peft.lora import lora
+
+PARAMS = {
+    "layers_0": {
+        "attention": {n: {"kernel": jnp.ones((64, 48)), "bias": jnp.zeros(48)} for n in ("query", "key", "value")}
+    },
+    "head": {"output": {"kernel": jnp.ones((64, 3))}},
+}
+
+
+def adapted(**arguments):
+    return lora(**arguments).init(jax.random.key(0), None, PARAMS, {}).params["layers_0"]["attention"]
+
+
+def test_kaiming_uniform_and_zero():
+    """peft's: uniform in ±1/sqrt(in), for every kernel another draw."""
+    found = adapted(rank=8)
+    a = np.asarray(found["query"]["kernel"].a)
+    assert a.shape == (64, 8) and found["query"]["kernel"].b.shape == (8, 48)
+    assert 0.95 / 8 < np.abs(a).max() <= 1 / 8 and np.isclose(a.std(), 1 / 8 / math.sqrt(3), rtol=0.05)
+    assert not np.asarray(found["query"]["kernel"].b).any()
+    assert not np.array_equal(a, found["value"]["kernel"].a)
+    assert isinstance(found["key"]["kernel"], jax.Array)
+
+
+@pytest.mark.parametrize(("stabilized", "scale"), [(False, 2.0), (True, 4.0)])
+def test_strength(stabilized, scale):
+    leaf = adapted(rank=4, alpha=8.0, rank_stabilized=stabilized)["query"]["kernel"]
+    assert leaf.scale == scale
+    leaf = leaf.replace(b=jnp.ones((4, 48)))
+    x = jnp.ones((1, 64))
+    assert np.allclose(dot(x, leaf), x @ leaf.base + scale * (x @ leaf.a).sum(), rtol=1e-5)
+
+
+def test_only_factors_and_the_head_train():
+    method = lora()
+    params = method.init(jax.random.key(0), None, PARAMS, {}).params
+    learns = {n for n, info in describe(params).items() if trainable([method.trainable], info)}
+    factors = {f"layers_0/attention/{n}/kernel.{f}" for n in ("query", "value") for f in "ab"}
+    assert learns == factors | {"head/output/kernel"}
+
+
+def test_baking_over_int8_is_dense_and_never_rounds():
+    base = Quantized.of(jax.random.normal(jax.random.key(0), (64, 48)))
+    leaf = LowRank(base, jnp.full((64, 1), 1e-3), jnp.ones((1, 48)), scale=0.5)
+    _, params, _ = lora().bake(None, {"w": {"kernel": leaf}}, {}, {})
+    assert np.allclose(params["w"]["kernel"], base.materialize() + 5e-4, atol=1e-7)
+
+
+def test_dropout_acts_while_training_only():
+    leaf = adapted(rank=4, dropout=0.5)["query"]["kernel"].replace(b=jnp.ones((4, 48)))
+    x = jnp.ones((2, 64))
+    assert np.array_equal(dot(x, leaf), dot(x, leaf.replace(rate=0.0)))
+    assert not np.allclose(dot(x, leaf, Context(key=jax.random.key(0))), dot(x, leaf))
