@@ -7,8 +7,9 @@ Hardware: two CPU cores, under 6 minutes. The text is the Python installation's 
 
 from jaxlm.build.config import default_config
 
-TRAIN = {"steps": 500, "checkpoint_every": 100}
-RECOVER = {"steps": 250, "learning_rate": 1e-3, "checkpoint_every": 50}
+TEACHER = {"steps": 550, "checkpoint_every": 100}
+STUDENT = {"steps": 200, "checkpoint_every": 50}
+RECOVER = {"steps": 100, "learning_rate": 1e-3, "checkpoint_every": 50}
 LEARN = {"name": "distill", "teacher": "teacher", "alpha": 0.7, "temperature": 2.0, "hidden": 0.1}
 
 
@@ -17,7 +18,7 @@ def get_config():
     config.task = "causal"
 
     config.data.format = "python"
-    config.data.train = "stdlib[:60%]"
+    config.data.train = "stdlib[:40%]"
     config.data.eval = "stdlib[98%:]"
     config.data.tokenizer = "bpe:1024"
     config.data.max_length = 128
@@ -37,26 +38,24 @@ def get_config():
     config.train.b2 = 0.95
     config.train.log_every = 25
 
-    student = {"after": "teacher", "surgery": ({"name": "keep_layers", "keep": (0, 3)},), "reference": "teacher"}
+    half = {"model": {"num_layers": 2}, "train": STUDENT, "reference": "teacher"}
     config.stages = (
         {
             "name": "teacher",
             "description": "GPT of 4 layers, trained from scratch",
-            "train": TRAIN,
+            "train": TEACHER,
         },
         {
-            **student,
+            **half,
             "name": "student",
-            "description": "half of the teacher's layers, distilled: answers with T² and hidden states",
+            "description": "half of the depth, trained by distillation: answers with T² and hidden states",
             "losses": (LEARN,),
-            "train": RECOVER,
             "beside": ("student-alone",),
         },
         {
-            **student,
+            **half,
             "name": "student-alone",
             "description": "the same half, the same steps, without distillation",
-            "train": RECOVER,
         },
         {
             "name": "prune",
