@@ -31,20 +31,16 @@ TREE = {
 }
 AXES = {
     "embed/embedding": ("vocab", "embed"),
-    **{f"layers_{i}/up/kernel": ("embed", "ffn") for i in (0, 1)},
-    **{f"layers_{i}/up/bias": ("ffn",) for i in (0, 1)},
+    "layers_0/up/kernel": ("embed", "ffn"),
+    "layers_0/up/bias": ("ffn",),
+    "layers_1/up/kernel": ("embed", "ffn"),
+    "layers_1/up/bias": ("ffn",),
 }
 
 
 def test_flatten_keeps_nodes_and_order():
     flat = flatten(TREE)
-    assert list(flat) == [
-        "embed/embedding",
-        "layers_0/up/kernel",
-        "layers_0/up/bias",
-        "layers_1/up/kernel",
-        "layers_1/up/bias",
-    ]
+    assert list(flat) == list(AXES)
     assert flat["layers_0/up/kernel"] is W and flatten(unflatten(flat)) == flat
 
 
@@ -101,9 +97,7 @@ def test_the_first_rule_wins():
 def test_a_rule_that_matches_nothing_names_the_nearest():
     infos = describe(TREE).values()
     check_rules([(r"layers_\d/up/kernel#factor", 0), ("embed/.*", 1)], infos, "decay")
-    with pytest.raises(
-        ValueError, match=r"decay: the rule 'layers_0/up/kernl' matches no parameter; .*layers_0/up/kernel"
-    ):
+    with pytest.raises(ValueError, match=r"decay: the rule 'layers_0/up/kernl' matches no .*layers_0/up/kernel"):
         check_rules([("embed/.*", 1), ("layers_0/up/kernl", 0)], infos, "decay")
     with pytest.raises(ValueError, match="kernel#scale"):
         check_rules([(".*kernel#scale", 0)], infos, "decay")

@@ -53,10 +53,8 @@ def test_a_site_is_read_where_it_is():
 
 
 def test_declarations():
-    spec = {
-        "q": {"kernel": Parameter((dim(embed=4), dim(heads=2, head_dim=3)), std=2.0)},
-        "s": Parameter((dim(embed=4),), constant=1.0),
-    }
+    query = Parameter((dim(embed=4), dim(heads=2, head_dim=3)), std=2.0)
+    spec = {"q": {"kernel": query}, "s": Parameter((dim(embed=4),), constant=1.0)}
     assert axis_names(spec) == {"q/kernel": ("embed", ("heads", "head_dim")), "s": ("embed",)}
     assert axis_sizes(spec)["q/kernel"] == ((4,), (2, 3)) and abstract(spec)["q"]["kernel"].shape == (4, 6)
     fresh = initialize(jax.random.key(0), spec)

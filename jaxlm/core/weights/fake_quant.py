@@ -15,8 +15,8 @@ def fake_quantize(x: jax.Array, scale: jax.Array) -> jax.Array:
     The range is closed: the entry that sets a scale lies on its border and learns like any other, whatever the rounding
     of `127 · (max/127)`. Source: Bengio et al. 2013, arXiv:1308.3432.
 
-    >>> fake_quantize(jnp.array([0.24, 0.26]), jnp.array(0.1)).round(2).tolist()
-    [0.2, 0.3]
+    >>> fake_quantize(jnp.array([0.7, 0.8, 99.0]), jnp.array(0.5)).tolist()
+    [0.5, 1.0, 63.5]
     """
     steps = x.astype(jnp.float32) / scale
     rounded = (jnp.clip(jnp.round(steps), -LEVELS, LEVELS) * scale).astype(x.dtype)
