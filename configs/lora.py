@@ -5,7 +5,7 @@
 
 DIR is any model directory or hub id; the columns are those of SST-2 (docs/data.md). Hardware: two CPU cores are enough
 for 22M parameters and 7,000 sentences.
-RESULT_LORA
+Not measured yet.
 """
 
 from jaxlm.build.config import default_config

@@ -6,7 +6,7 @@ matrices, then the smaller model learns from the whole. The argument is the mode
 
 The model is a directory that configs/finetune/sequence.py left. Hardware: two CPU cores are enough for 22M parameters
 and 7,000 sentences.
-RESULT_PRUNE
+Not measured yet.
 """
 
 from jaxlm.build.config import default_config

@@ -6,7 +6,7 @@ stored as int8, weights and tables by channel, inputs rounded a token at a time.
 
 The model is a directory that configs/finetune/sequence.py left. Without any training (config.surgery, the entry
 `quantize`) see the last stage of configs/quickstart.py. Hardware: two CPU cores are enough for 22M parameters.
-RESULT_QUANTIZE
+Not measured yet.
 """
 
 from jaxlm.build.config import default_config

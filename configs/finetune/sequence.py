@@ -4,7 +4,7 @@
         --config.model.init=DIR --config.data.train=train.tsv --config.data.eval=dev.tsv --config.data.test=test.tsv
 
 DIR is any model directory or hub id. Hardware: two CPU cores are enough for 22M parameters and 7,000 sentences.
-RESULT_SEQUENCE
+Not measured yet.
 """
 
 from jaxlm.build.config import default_config

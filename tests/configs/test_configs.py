@@ -258,7 +258,7 @@ def test_tiny_trains_and_resumes(
     for name, config in stages(tiny(recipe.config(), place), lambda name: tmp_path / name):
         result = stage.run(config, tmp_path / name, name)
         assert result["steps"] == config.train.steps
-        assert set(result["metrics"]) == {"eval", "test"}
+        assert {"eval", "test"} <= result["metrics"].keys()
         assert all(math.isfinite(value) for value in result["metrics"]["test"].values())
         if result["steps"] == 0:
             continue
@@ -267,7 +267,7 @@ def test_tiny_trains_and_resumes(
         again = stage.run(config, tmp_path / name, name)
         assert "resumed from step 1" in capsys.readouterr().err
         assert again["params_sha256"] == result["params_sha256"]
-        assert again["metrics"] == result["metrics"]
+        assert again["metrics"]["test"] == result["metrics"]["test"]
 
 
 def test_unknown_sizes_name_the_known():
