@@ -5,7 +5,8 @@
 
 characters: 0.8M parameters, one token a character; tinyshakespeare (docs/data.md), two CPU cores, about two minutes.
     Validation loss 1.895 nats a character; torch + transformers after as many steps: 1.908 (docs/results.md).
-small: 124M parameters, the original's sizes. Any text: --config.data.format=jsonl --config.data.train='shards/*.jsonl'.
+small: 110M parameters, the original's sizes with a vocabulary of 32,000. Any text: text files by paragraph, or
+    --config.data.format=jsonl --config.data.documents=file --config.data.train='shards/*.jsonl'.
     Hardware: one accelerator of 40 GB or more, or any mesh (--config.mesh.fsdp=8). Not trained by us.
 1b: 1.3B parameters (24 layers, width 2048). Hardware: 16 chips of a v5e or more (--config.mesh.fsdp=4
     --config.mesh.tensor=4). Not trained by us.
