@@ -16,7 +16,6 @@ from jaxlm.core.paths import (
     describe,
     first_match,
     flatten,
-    is_node,
     map_leaves,
     matches,
     sizes,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.core.weight import Axes, Node, components
+from jaxlm.core.weight import Axes, components
 
 Tree = Mapping[str, Any]
 Rules = Sequence[tuple[str, Any]]
@@ -161,11 +161,6 @@ def check_rules(rules: Rules, infos: Iterable[ArrayInfo], what: str) -> None:
         if not any(matches(pattern, info.path, info.role) for info in infos):
             near = difflib.get_close_matches(pattern, [info.path for info in infos], n=3, cutoff=0.0)
             raise ValueError(f"{what}: the rule {pattern!r} matches no parameter; paths look like {near}")
-
-
-def is_node(leaf: Any) -> bool:
-    """For `jax.tree.map(..., is_leaf=is_node)`: stop at Weights and Sites."""
-    return isinstance(leaf, Node)
 
 
 def sizes(tree: Tree) -> int:
