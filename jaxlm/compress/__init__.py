@@ -1,1 +1,1 @@
-"""Methods that make a model smaller: masks, structured pruning, quantization, distillation."""
+"""Methods that make a model smaller: masks, structured pruning, quantization."""

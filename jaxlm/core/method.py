@@ -46,7 +46,7 @@ class Method(NamedTuple):
 
     Attributes:
       init: `(key, model, params, axes) -> Adapted`. `model` offers what a method may know of the network without
-        importing it: its `config`.
+        importing it: its `config`, and `sizes()` of every parameter's dimensions.
       trainable: ArrayInfo -> True, False or None; the last method with an opinion wins.
       loss: Loss -> Loss.
       grad: GradFn -> GradFn.

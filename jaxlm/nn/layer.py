@@ -30,7 +30,7 @@ class Layer:
       kv_heads: key/value heads; q_per_kv: query heads that share each of them; head_dim: width of a head.
       cross_heads: heads of the cross-attention (decoder layers of an encoder-decoder), else 0.
       ffn: units of the feed-forward network; gated: `act(x gate) * (x up)` instead of `act(x up)`.
-      activation: `gelu` (erf), `gelu_tanh`, `relu` or `silu`.
+      activation: `gelu` (erf), `gelu_tanh`, `relu`, `silu` or `tanh`.
       norm: `layer` (with bias), or `rms` (without mean and bias); norm_eps: its ε; pre_norm: norms before the sublayers
         (GPT-2, Llama, T5) or after the residual sum (BERT).
       qkv_bias, output_bias, mlp_bias: which products add a bias.
