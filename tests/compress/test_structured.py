@@ -19,13 +19,13 @@ from jaxlm.models.model import Model
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 3, "ffn_size": 12, "num_heads": 4}
+SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "ffn_size": 12, "num_heads": 4}
 MODELS = {
-    "MHA": ("gpt2", {"max_positions": 8}),
+    "MHA": ("gpt2", {"num_layers": 3, "max_positions": 8}),
     "GQA": ("llama", {"num_heads": 8, "num_kv_heads": 4, "head_dim": 4, "qkv_bias": True, "mlp_bias": True}),
     "MQA": ("llama", {"num_kv_heads": 1, "qkv_bias": True, "output_bias": True}),
     "post-norm": ("bert", {"max_positions": 8}),
-    "T5": ("t5", {"num_layers": 2, "gated": True}),
+    "T5": ("t5", {"gated": True}),
 }
 BATCH = {
     "input_ids": np.random.default_rng(0).integers(1, 19, (2, 6)),
@@ -152,7 +152,7 @@ def test_keep_layers_refuses(name, keep, message):
         keep_layers(model, params, model.axes(), keep=keep)
 
 
-@pytest.mark.parametrize("name", ["MHA", "GQA", "MQA", "T5"])
+@pytest.mark.parametrize("name", ["MQA", "T5"])
 def test_pruning_twice(name, tmp_path):
     """A ragged or already renumbered model is pruned like any other."""
     model, params = model_of(name)
@@ -160,7 +160,7 @@ def test_pruning_twice(name, tmp_path):
     for share in (0.25, 0.34):
         opened, gated_axes = open_gates(params, axes, model.sizes(), True, True)
         model, params, axes = check_law(model, close_gates(opened, share, share), gated_axes, tmp_path)
-    assert set(model.config.num_heads) == ({4 if name == "GQA" else 2})
+    assert set(model.config.num_heads) == {2}
     assert set(model.config.num_kv_heads) == {{"MQA": 1}.get(name, 2)}
     assert set(model.config.ffn_size) == {6}
 
@@ -190,14 +190,14 @@ def test_the_columns_of_t5_that_nobody_reads_go_too():
 def test_the_least_important_go_first():
     model, params = model_of("GQA")
     flat = flatten(params)
-    for i, head in enumerate((2, 0, 3)):
+    for i, head in enumerate((2, 0)):
         path = f"layers_{i}/attention/output/kernel"
         flat[path] = flat[path].at[8 * head : 8 * (head + 1)].multiply(1e-3)
         path = f"layers_{i}/mlp/down/kernel"
         flat[path] = flat[path].at[jnp.array([1, 5, 7])].multiply(1e-3)
     opened, _ = open_gates(unflatten(flat), model.axes(), model.sizes(), True, True)
     closed = flatten(close_gates(opened, 0.25, 0.25))
-    for i, head in enumerate((2, 0, 3)):
+    for i, head in enumerate((2, 0)):
         assert np.flatnonzero(closed[f"layers_{i}/attention/gate"].value == 0).tolist() == [head]
         assert np.flatnonzero(closed[f"layers_{i}/mlp/gate"].value == 0).tolist() == [1, 5, 7]
 
@@ -218,7 +218,7 @@ def test_gates_close_the_same_in_both_views():
     one, many = flatten(close_gates(opened, 0.5, 0.3)), flatten(close_gates(model.run_view(opened), 0.5, 0.3))
     for path, leaf in many.items():
         if isinstance(leaf, Gate):
-            for i in range(3):
+            for i in range(2):
                 own = canonical_path(path).replace("layers_0", f"layers_{i}")
                 assert np.array_equal(leaf.value[i], one[own].value)
     assert one["layers_1/attention/gate"].value.shape == (1, 4, 1)

@@ -10,6 +10,8 @@ from jaxlm.losses.cross_entropy import IGNORED, cross_entropy
 from jaxlm.losses.distillation import response
 from jaxlm.train.gradient import accumulate, gradient
 
+# Compiling takes most of the time here, so it is told not to optimize.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 ROWS, LENGTH, WIDTH, CLASSES = 12, 5, 6, 7
 
 
@@ -49,7 +51,7 @@ CONSTANTS = {"teacher": TEACHER}
 
 @pytest.fixture(scope="module")
 def whole():
-    return jax.jit(gradient(LOSS, []))(PARAMS, CONSTANTS, BATCH, Context())
+    return jax.jit(gradient(LOSS, []), compiler_options=QUICK)(PARAMS, CONSTANTS, BATCH, Context())
 
 
 def test_against_the_formula(whole):
@@ -64,7 +66,7 @@ def test_against_the_formula(whole):
             {"cross_entropy": 0.3, "response": 0.7, "penalty": 0.01}[n] * terms[n].sum / weights[n] for n in terms
         )
 
-    expected = jax.grad(objective)(PARAMS)
+    expected = jax.jit(jax.grad(objective), compiler_options=QUICK)(PARAMS)
     for name in ("body", "head"):
         assert np.allclose(whole[0][f"{name}/kernel"], expected[name]["kernel"], atol=1e-6)
 
@@ -72,7 +74,7 @@ def test_against_the_formula(whole):
 @pytest.mark.parametrize("microbatches", [2, 3, 4, 12])
 def test_accumulation_is_exact(whole, microbatches):
     fn = accumulate(gradient(LOSS, []), LOSS, microbatches)
-    grads, terms = jax.jit(fn)(PARAMS, CONSTANTS, BATCH, Context())
+    grads, terms = jax.jit(fn, compiler_options=QUICK)(PARAMS, CONSTANTS, BATCH, Context())
     assert grads.keys() == whole[0].keys()
     for name, value in whole[0].items():
         assert np.abs(grads[name] - value).max() <= 1e-6
@@ -92,7 +94,8 @@ def test_one_microbatch_is_the_gradient_itself():
 def test_a_mean_of_means_would_be_caught(whole):
     """The parts' own gradients do not average to the whole's: the data above can tell."""
     parts = [jax.tree.map(lambda a, i=i: a[i::3], BATCH) for i in range(3)]
-    parts = [gradient(LOSS, [])(PARAMS, CONSTANTS, part, Context())[0] for part in parts]
+    one = jax.jit(gradient(LOSS, []), compiler_options=QUICK)
+    parts = [one(PARAMS, CONSTANTS, part, Context())[0] for part in parts]
     mean = sum(part["head/kernel"] for part in parts) / 3
     assert np.abs(mean - whole[0]["head/kernel"]).max() > 1e-2
 
