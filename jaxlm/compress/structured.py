@@ -196,11 +196,8 @@ def slice_axis(leaf: Any, axes: Axes, sizes: tuple[tuple[int, ...], ...], name: 
             names = entry if isinstance(entry, tuple) else (entry,)
             if name not in names:
                 continue
-            split = [factors[n] for n in names]
-            shape = array.shape
-            array = array.reshape(*shape[:dimension], *split, *shape[dimension + 1 :])
-            array = jnp.take(array, kept, axis=dimension + names.index(name))
-            array = array.reshape(*shape[:dimension], -1, *shape[dimension + 1 :])
+            places = np.arange(array.shape[dimension]).reshape([factors[n] for n in names])
+            array = jnp.take(array, places.take(kept, axis=names.index(name)).reshape(-1), axis=dimension)
         leaf = replace_field(leaf, field, array) if isinstance(leaf, Node) else array
     return leaf
 
