@@ -65,7 +65,7 @@ class Trial:
 
 
 def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[[str], None]) -> list[Row]:
-    """One Row a candidate. The first one without a reference is the teacher that agreement is measured with."""
+    """One Row a candidate. Agreement is measured with the first of them."""
     models = {c.name: load(c.directory) for c in candidates}
     run = {name: Model(lm.config).run_view(lm.params) for name, lm in models.items()}
     say("measuring quality")

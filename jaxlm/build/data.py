@@ -83,6 +83,9 @@ def to_devices(mesh: jax.sharding.Mesh, rules: Mapping[str, Any]) -> Callable[[d
     parts = ways("batch", mesh, rules)
     where = NamedSharding(mesh, spec_of(("batch",), (parts,), rules, mesh))
 
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
     def place(batch: dict[str, np.ndarray]) -> tuple[int, dict[str, jax.Array]]:
         rows = len(batch["input_ids"])
         if rows % parts:
@@ -90,7 +93,9 @@ def to_devices(mesh: jax.sharding.Mesh, rules: Mapping[str, Any]) -> Callable[[d
                 f"a batch of {rows} rows does not divide over the {parts} devices of config.mesh that share it; "
                 f"make config.train.batch_size a multiple of {parts}"
             )
-        placed = {n: jax.make_array_from_callback(a.shape, where, a.__getitem__) for n, a in batch.items()}
+        placed: dict[str, jax.Array] = {
+            n: jax.make_array_from_callback(a.shape, where, a.__getitem__) for n, a in batch.items()
+        }
         return token_count(batch), placed
 
     return place

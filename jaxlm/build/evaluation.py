@@ -60,7 +60,7 @@ def evaluator(
 def _sums(terms: list[dict[str, Term]]) -> dict[str, Term]:
     """Sums over batches in float64: float32 cannot count beyond 2²⁴ tokens."""
 
-    def add(name: str, field: str) -> np.float64:
+    def add(name: str, field: str) -> Any:
         return np.sum([getattr(part[name], field) for part in terms], dtype=np.float64)
 
     return {name: Term(add(name, "sum"), add(name, "weight"), term.coefficient) for name, term in terms[0].items()}

@@ -1,6 +1,7 @@
 """A pipeline: stages from model directory to model directory, each done once, and a report over all of them."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,6 +72,28 @@ def run_stage(config: ConfigDict, workdir: Path, name: str, inputs: str, console
     return result
 
 
+def check_stages(config: ConfigDict) -> None:
+    """Raises ValueError for a pipeline that could not be run and reported to its end, before anything runs."""
+    if not config.stages:
+        raise ValueError("config.stages is empty; experiments/train.py runs a config without stages")
+    if config.task != "causal":
+        raise ValueError(f"config.task is {config.task!r}; reports compare causal models only")
+    names: list[str] = []
+    for number, entry in enumerate(plain(config.stages)):
+        for field in ("name", "description"):
+            if not entry.get(field):
+                raise ValueError(f"config.stages[{number}] needs a {field}")
+        name = entry["name"]
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"a stage called {name!r} has no place in the workdir; use letters, digits, '.', '_', '-'")
+        if name in names:
+            raise ValueError(f"two stages are called {name!r}")
+        names.append(name)
+    for entry in plain(config.stages):
+        for other in filter(None, [entry.get("reference"), *entry.get("beside", ())]):
+            lookup(dict.fromkeys(names), other, f"stage that {entry['name']} is compared with:")
+
+
 class Finished(NamedTuple):
     """A stage that is done: its entry in the config, its own config, where it lies, and its result."""
 
@@ -86,8 +109,7 @@ def run(config: ConfigDict, workdir: Path) -> list[Row]:
     Returns:
       the rows of the report, which lies in `workdir/report.html`, `.md`, `.json` and `pareto.png`.
     """
-    if not config.stages:
-        raise ValueError("config.stages is empty; experiments/train.py runs a config without stages")
+    check_stages(config)
     console, workdir, code = Console(stderr=True), workdir.resolve(), code_version()
     workdir.mkdir(parents=True, exist_ok=True)
     done: dict[str, Path] = {}
@@ -95,8 +117,6 @@ def run(config: ConfigDict, workdir: Path) -> list[Row]:
     inputs: list[str] = [digest(plain(config.report))]
     for entry in plain(config.stages):
         name = entry["name"]
-        if name in done:
-            raise ValueError(f"two stages are called {name!r}")
         own = stage_config(config, entry, done)
         inputs.append(fingerprint(own, done, code))
         result = run_stage(own, workdir / name, name, inputs[-1], console)

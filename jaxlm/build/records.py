@@ -55,19 +55,26 @@ def remember(config: dict[str, Any], workdir: Path) -> None:
         return
     workdir.mkdir(parents=True, exist_ok=True)
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     write_json(
         workdir / "versions.json",
         {
             "python": platform.python_version(),
-            "commit": commit.stdout.strip() or None,
+            "commit": commit(),
             "devices": [str(d) for d in jax.devices()],
             "packages": {name: version(name) for name in packages},
         },
     )
     write_json(workdir / "config.json", config)
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, `None` outside a git checkout or without git."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 @contextlib.contextmanager

@@ -119,6 +119,8 @@ def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Ar
         say(f"{init}: initialised {', '.join(lm.fresh)}")
     if lm.dropped:
         say(f"{init}: left out {', '.join(lm.dropped)}")
+    if config.model.family not in (None, lm.config.family):
+        raise ValueError(f"config.model.family is {config.model.family!r}, but {init} is a {lm.config.family}")
     fields = {n: v for n, v in set_fields(config.model).items() if n not in ("init", "family")}
     changed = Model(lm.config.replace(**fields))
     if changed.abstract() != Model(lm.config).abstract():

@@ -62,7 +62,7 @@ def _pretrained(spec: str) -> "PreTrainedTokenizerFast":
     if not os.path.isdir(spec) and (spec.count("/") > 1 or spec.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"tokenizer directory {spec!r} does not exist (working directory {os.getcwd()!r})")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec)
+        tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:  # the hub client raises many kinds, most of them about the network
         where = "has no readable tokenizer" if os.path.isdir(spec) else "is no directory here, and the hub did not help"
         raise OSError(f"tokenizer {spec!r} {where}: {str(error).strip().splitlines()[0]}") from error

@@ -102,8 +102,8 @@ def open_model(directory: Path, head: str | None = None) -> Stored:
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is no directory")
     own = read_json(directory / OWN) if (directory / OWN).is_file() else None
-    if own is not None and own.get("format") != FORMAT:
-        raise ValueError(f"{directory / OWN} has the format {own.get('format')!r}, this version reads {FORMAT}")
+    if own is not None:
+        _check_own(own, directory / OWN)
     tokenizer = directory if any((directory / name).is_file() for name in TOKENIZER_FILES) else None
     if own is not None and own["layout"] == "native":
         return _open_native(directory, own)._replace(tokenizer=tokenizer)
@@ -118,6 +118,16 @@ def open_model(directory: Path, head: str | None = None) -> Stored:
     carried = {key: hf[key] for key in CARRIED_KEYS if hf.get(key) is not None}
     params = unflatten(found.leaves)
     return Stored(found.config, params, carried=carried, tokenizer=tokenizer, dropped=tuple(found.dropped))
+
+
+def _check_own(own: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError for a jaxlm.json of another format, or one that lacks an entry."""
+    if own.get("format") != FORMAT:
+        raise ValueError(f"{path} has the format {own.get('format')!r}, this version reads {FORMAT}")
+    needed = ("layout", "config", *(("weights", "axes", "carried") if own.get("layout") == "native" else ()))
+    missing = [key for key in needed if key not in own]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged, or not written by jaxlm")
 
 
 def _transformers_config(hf: Mapping[str, Any], own: Mapping[str, Any] | None, head: str | None) -> ModelConfig:
@@ -253,7 +263,7 @@ def _write_tokenizer(directory: Path, tokenizer: Any, native: bool) -> None:
             # transformers would ask the config for the class, and does not know a native one.
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         else:
             for name in CARRIED_FILES:
                 if (tokenizer / name).is_file():

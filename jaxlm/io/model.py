@@ -48,7 +48,7 @@ class LM:
             return self.tokenizer_source
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.tokenizer_source)
+        return AutoTokenizer.from_pretrained(self.tokenizer_source, trust_remote_code=False)
 
     @property
     def spec(self) -> dict[str, Any]:

@@ -99,6 +99,9 @@ class ModelConfig:
             put("rotary", Rotary(**self.rotary))
         if self.head not in HEADS:
             raise ValueError(f"unknown head {self.head!r}; known: {', '.join(HEADS)}")
+        for name in ("dropout", "attention_dropout", "head_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be in [0, 1)")
         heads = self._per_layer("num_heads", self.num_heads, self.num_layers)
         if self.head_dim is None:
             if self.hidden_size % heads[0]:

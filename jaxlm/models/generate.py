@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.transformer import empty_cache, forward
+from jaxlm.models.transformer import check_length, empty_cache, forward
 
 
 def sample(
@@ -37,6 +37,16 @@ def sample(
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError for a setting that would choose among no token at all."""
+    if temperature < 0:
+        raise ValueError(f"temperature {temperature} is negative; 0 is greedy")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k} keeps no token; None keeps all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is no probability above 0; None keeps all tokens")
+
+
 @partial(jax.jit, static_argnames=("config", "new_tokens", "temperature", "top_k", "top_p", "stop", "dtype"))
 def generate(
     config: ModelConfig,
@@ -58,6 +68,8 @@ def generate(
     `input_ids` and begins with `config.decoder_start_token_id`.
     """
     rows, length = batch["input_ids"].shape
+    check_sampling(temperature, top_k, top_p)
+    check_length(config, 0 if config.encoder_decoder else length + new_tokens - 1)
     if config.encoder_decoder:
         if config.decoder_start_token_id is None:
             raise ValueError("generation needs config.decoder_start_token_id")

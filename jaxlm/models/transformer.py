@@ -82,11 +82,21 @@ def forward(
     Returns:
       `logits` float32 as the head gives them, `last_hidden`, `taps`, and with a cache `cache`.
     """
+    check_length(config, batch["input_ids"].shape[1] if "input_ids" in batch and cache is None else 0)
     run = _encoder_decoder if config.encoder_decoder else _single_stack
     x, segments_of_x, outputs = run(
         config, params, batch, ctx=ctx, taps=frozenset(taps), cache=cache, remat=remat, dtype=dtype
     )
     return {"last_hidden": x} | outputs | heads.apply_head(config, params, x, segments_of_x, ctx)
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Raises ValueError for rows longer than the table of positions: what lies beyond it is not a number."""
+    if config.max_positions and length > config.max_positions:
+        raise ValueError(
+            f"rows of {length} tokens, but the model has {config.max_positions} positions; shorten the rows "
+            "(config.data.max_length), or take a model with more (config.model.max_positions)"
+        )
 
 
 def _single_stack(config, params, batch, *, ctx, taps, cache, remat, dtype):

@@ -31,6 +31,8 @@ def lora(
     """
     if rank < 1:
         raise ValueError(f"lora: rank must be at least 1, not {rank}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora: dropout {dropout} must be in [0, 1)")
     scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
     def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:

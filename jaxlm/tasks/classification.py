@@ -1,5 +1,6 @@
 """Classification and regression of whole texts, and of the words of a sentence."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,13 +60,21 @@ def rated_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], setting
     for row in source.located():
         record = row.record or {}
         value = column(record, "label", source)
-        try:
-            targets.append(float(value))
-        except ValueError:
+        number = _number(value)
+        if not math.isfinite(number):
             source.reject(row, f"label {value!r} is not a number")
             continue
+        targets.append(number)
         texts.append(texts_of(record, source))
     return _texts(texts, np.array(targets, np.float32), tokenizer, settings)
+
+
+def _number(value: Any) -> float:
+    """What a label says, NaN where it says no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _texts(texts: list[tuple[str, ...]], labels: np.ndarray, tokenizer: Any, settings: DataSettings) -> Prepared:

@@ -17,12 +17,22 @@ from jaxlm.tasks.task import Prepared, Task, column
 def pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """`source` and `target` of every record; the decoder reads the target shifted right, from the pad token."""
     records = [(column(r, "source", source), column(r, "target", source)) for r in source]
-    inputs = encode(tokenizer, [a for a, _ in records], max_length=settings.max_length).ids
-    targets = encode(tokenizer, [b for _, b in records], max_length=settings.max_length).ids
+    inputs = ended([a for a, _ in records], tokenizer, settings.max_length)
+    targets = ended([b for _, b in records], tokenizer, settings.max_length)
     shifted = Ragged(np.empty_like(targets.values), targets.offsets)
     shifted.values[1:] = targets.values[:-1]
     shifted.values[targets.offsets[:-1]] = padding_id(tokenizer)
     return Prepared(Examples({"input_ids": inputs, "decoder_input_ids": shifted, "labels": targets}), {})
+
+
+def ended(texts: list[str], tokenizer: Any, max_length: int | None = None) -> Ragged:
+    """Encoded texts that end with the end token, whether the tokenizer adds it (T5's does) or not."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("the tokenizer has no end token (eos_token), without which a decoder never learns to stop")
+    room = None if max_length is None else max_length - 1
+    rows = encode(tokenizer, texts, max_length=room, special_tokens=False).ids
+    return Ragged.of([np.append(row, end).astype(np.int32) for row in rows])
 
 
 def padded_batches(
@@ -38,7 +48,7 @@ def padded_batches(
 def plain(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """Every record's `text`, ended by the end token."""
     texts = [column(record, "text", source) for record in source]
-    return Prepared(Examples({"input_ids": encode(tokenizer, texts).ids}), {})
+    return Prepared(Examples({"input_ids": ended(texts, tokenizer)}), {})
 
 
 def denoising_batches(

@@ -49,7 +49,7 @@ class Task(NamedTuple):
       batches: `(prepared, tokenizer, settings, batch_size, seed) -> Batches`; `seed` None: in order, each row once.
       loss: `(outputs, batch) -> terms`, what training minimises.
       measure: `(outputs, batch) -> terms`, what evaluation adds up.
-      score: `(means of terms, predictions by row, labels, facts) -> Score`.
+      score: `(sums and weights of terms, predictions by row, labels, facts) -> Score`.
       labels: `source -> names of the classes`, learned from training data.
       predict: `(outputs, batch) -> {name: array [batch, ...]}` that `score` reads on the host.
     """

@@ -207,7 +207,8 @@ def _not_finite(name: str, finite: np.ndarray) -> list[str]:
     """
     if np.ndim(finite) == 0:
         return [] if finite else [name]
-    first = int(re.search(SEGMENT, name)[1])
+    segment = re.search(SEGMENT, name)
+    first = int(segment[1]) if segment else 0
     return [re.sub(SEGMENT, f"layers_{first + i}", name) for i in np.flatnonzero(~np.asarray(finite))]
 
 

@@ -101,3 +101,24 @@ def test_a_misspelt_stage_is_refused_by_name(corpus, tmp_path, change, message):
         own = stage_config(config, {"name": "student", **change}, {"teacher": tmp_path / "teacher"})
         for entry in own.surgery:
             registry.make(registry.SURGERY, entry, "surgery", model=None, params=None, axes=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": ""}, r"config.stages\[1\] needs a name"),
+        ({"description": ""}, r"config.stages\[1\] needs a description"),
+        ({"name": ".."}, "has no place in the workdir"),
+        ({"name": "teacher"}, "two stages are called 'teacher'"),
+        ({"reference": "techer"}, "did you mean 'teacher'"),
+        ({"beside": ("quantise",)}, "did you mean 'quantize'"),
+    ],
+)
+def test_a_pipeline_that_could_not_be_reported_is_refused_before_it_runs(corpus, tmp_path, change, message):
+    config = tiny(corpus)
+    stages = list(config.stages)
+    stages[1] = {**stages[1], **change}
+    config.stages = tuple(stages)
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
