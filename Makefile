@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev reference  ## lint, formatting, types and tests
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/.installed-dev reference  ## jaxlm beside torch + transformers, in turn on the same cores
 	$(RUN) bench/run.py

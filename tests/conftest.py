@@ -9,13 +9,18 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# XLA runs the collectives of all devices in one pool of threads, by default one a device: those that do not depend on
+# each other may fill it and wait for each other until they time out.
+os.environ.setdefault("PJRT_NPROC", "32")
+# Tests compile much and compute little: code that is compiled fast is worth more here than fast code.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 # Before any backend starts; programs which tests start choose their own number of devices.
 jax.config.update("jax_num_cpu_devices", 8)
-# Programs that overlap on eight devices of two cores can wait for each other's threads until XLA aborts.
+# For the same reason programs do not overlap.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 CI = os.environ.get("CI") == "true"

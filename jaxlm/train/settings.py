@@ -92,7 +92,7 @@ class TrainSettings:
 
     def warmup_steps(self, steps: int) -> int:
         """Warm-up in steps."""
-        return int(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+        return int(self.warmup * steps + 1e-6) if self.warmup < 1 else int(self.warmup)
 
     def rules(self, name: str) -> list[tuple[str, Any]]:
         """One of the rule fields as a list of pairs."""

@@ -5,10 +5,6 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-# XLA runs the collectives of all devices in one pool of threads, by default one a device: those that do not depend on
-# each other may fill it and wait for each other until they time out. Read when the backend starts.
-os.environ.setdefault("PJRT_NPROC", "32")
-
 import jax
 import pytest
 from ml_collections import ConfigDict
