@@ -163,9 +163,15 @@ def time_models(
 
 
 def write_sample(lm: LM, params: Any, trial: Trial) -> tuple[str, float]:
-    """What the model writes after the prompt (temperature 0.8, top-p 0.9, one seed for all), and its tokens/s."""
-    ids = np.asarray(trial.tokenizer(trial.prompt, add_special_tokens=False)["input_ids"], np.int32)[None]
-    options = {"new_tokens": trial.new_tokens, "temperature": 0.8, "top_p": 0.9}
+    """What the model writes after the prompt (temperature 0.8, top-p 0.9, one seed for all), and its tokens/s.
+
+    A model with few positions gets at most half of them as prompt, and stops at the last one.
+    """
+    prompt = trial.tokenizer(trial.prompt, add_special_tokens=False)["input_ids"]
+    room = lm.config.max_positions or 2 * (len(prompt) + trial.new_tokens)
+    ids = np.asarray(prompt[: room // 2], np.int32)[None]
+    new_tokens = min(trial.new_tokens, room - ids.shape[1])
+    options = {"new_tokens": new_tokens, "temperature": 0.8, "top_p": 0.9}
 
     def write() -> np.ndarray:
         return np.asarray(generate(lm.config, params, {"input_ids": ids}, jax.random.key(0), **options))
@@ -174,7 +180,7 @@ def write_sample(lm: LM, params: Any, trial: Trial) -> tuple[str, float]:
     started = time.perf_counter()
     write()
     seconds = time.perf_counter() - started
-    return trial.tokenizer.decode(tokens[0], skip_special_tokens=True), trial.new_tokens / seconds
+    return trial.tokenizer.decode(tokens[0], skip_special_tokens=True), new_tokens / seconds
 
 
 def protocol(trial: Trial, corpus: str, rows: Sequence[Row], seed: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxlm.core import Axes, Context, Tap, Tree, arrays, axis_names, flatten, initialize, lookup, unflatten, with_arrays
 from jaxlm.io.directory import Stored, cast, open_model, write_model
 from jaxlm.io.names import rows
-from jaxlm.io.tensors import MAX_SHARD_BYTES, Tensor
+from jaxlm.io.tensors import MAX_SHARD_BYTES, Tensor, read_json
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.generate import generate
@@ -46,9 +46,12 @@ class LM:
         """The transformers tokenizer, or `None` when the directory has none; read on first use."""
         if not isinstance(self.tokenizer_source, Path):
             return self.tokenizer_source
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        return AutoTokenizer.from_pretrained(self.tokenizer_source, trust_remote_code=False)
+        # A native directory's config names a model that transformers does not know; the tokenizer is whole without it.
+        native = read_json(self.tokenizer_source / "config.json").get("model_type") == "jaxlm"
+        reader = PreTrainedTokenizerFast if native else AutoTokenizer
+        return reader.from_pretrained(self.tokenizer_source, trust_remote_code=False)
 
     @property
     def spec(self) -> dict[str, Any]:

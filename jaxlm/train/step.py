@@ -1,5 +1,6 @@
 """One update: loss, gradients, gradient transforms, clipping, optimizer, methods."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jaxlm.core import Context, Method, Step, Tree, merge, partition
+from jaxlm.core import SEGMENT, Context, Method, Step, Tree, merge, partition
 from jaxlm.core.partition import Verdict
 from jaxlm.train.gradient import GradFn
 from jaxlm.train.optimizer import moments, with_moments
@@ -48,6 +49,12 @@ def clip(grads: Mapping[str, jax.Array], norm: jax.Array, largest: float) -> dic
     return {name: g * jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-9)) for name, g in grads.items()}
 
 
+def _finite(name: str, gradient: jax.Array) -> jax.Array:
+    """Whether a gradient is finite: bool, or for stacked layers bool `[layers]`."""
+    stacked = re.search(SEGMENT, name) is not None
+    return jnp.isfinite(gradient).all(axis=tuple(range(stacked, gradient.ndim)))
+
+
 def make_step(
     grad: GradFn,
     optimizer: optax.GradientTransformation,
@@ -62,7 +69,7 @@ def make_step(
 
     The dropout key is folded from the step's number, so a resumed run draws the bits of an uninterrupted one. An update
     with a gradient that is not finite leaves parameters and optimizer as they were; `log["finite"]` says which arrays
-    were.
+    were, those of stacked layers one by one.
 
     Args:
       grad: gradient of the loss, with its transforms.
@@ -79,7 +86,7 @@ def make_step(
         grads, terms = grad(state.params, constants, batch, now)
         trained, frozen = partition(state.params, verdicts)
         norm = optax.tree.norm(grads)
-        finite = {name: jnp.isfinite(g).all() for name, g in grads.items()}
+        finite = {name: _finite(name, g) for name, g in grads.items()}
         ok = jnp.isfinite(norm)
         updates, new_optimizer = optimizer.update(clip(grads, norm, largest_norm), state.optimizer, trained)
         updated = optax.apply_updates(trained, updates)
