@@ -2,10 +2,10 @@
 
     python experiments/train.py --config=configs/pretrain/bert.py:tiny --workdir=runs/bert
 
-tiny: 1.9M parameters on the text of Python's standard library, no download; two CPU cores, a few minutes.
+tiny: 1.9M parameters on the text of Python's standard library, no download; two CPU cores.
     Not measured yet.
 base: 110M parameters, the original's sizes. Any text: --config.data.format=jsonl --config.data.train='shards/*.jsonl'
-    --config.data.eval=held_out.jsonl. Hardware: 8 accelerators of 16 GB or more. Not trained by us.
+    --config.data.eval=held_out.jsonl. Hardware: several accelerators. Not trained by us.
 
 With --config.task=next_sentence a second head learns whether two passages follow each other, as in the original.
 """

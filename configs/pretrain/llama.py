@@ -2,7 +2,8 @@
 
     python experiments/train.py --config=configs/pretrain/llama.py:tiny --workdir=runs/llama
 
-tiny: 2.4M parameters, grouped queries, on the text of Python's standard library, no download; two CPU cores, minutes.
+tiny: 2.4M parameters, grouped queries, on the text of Python's standard library, no download; two CPU cores. Not
+    measured yet.
 7b: 6.7B parameters, the sizes of Llama 2. Any text: text files by paragraph, or --config.data.format=jsonl
     --config.data.documents=file --config.data.train='shards/*.jsonl'.
     Hardware: 128 chips of a v5p (--config.mesh.data=4 --config.mesh.fsdp=32); not trained by us, but compiled for them.

@@ -18,6 +18,7 @@ from jaxlm.build.records import params_sha256, peak_memory, refuse_other, rememb
 from jaxlm.build.setting import Setting, on_mesh, operate, set_up, split_evaluator
 from jaxlm.core import Axes, Tree
 from jaxlm.io.model import LM, save
+from jaxlm.merge.average import average
 from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import unpad_vocab
@@ -98,8 +99,6 @@ def finish(setting: Setting, ready: Ready, state: TrainState) -> Trained:
     """The trained model in the canonical view: averaged, without vocabulary padding, baked."""
     run, method = ready.run, ready.method
     if run.stores.trail is not None:
-        from jaxlm.merge.average import average
-
         steps = run.stores.trail.steps()[-run.settings.average_last :]
         states = [run.stores.restore_model(run.stores.trail, step, state, run.shardings) for step in steps]
         state = state.replace(params=average([each.params for each in states]))
