@@ -19,6 +19,7 @@ def seconds(layers: int, width: int) -> tuple[float, float]:
     from jaxlm.build.config import default_config
     from jaxlm.build.outline import outline
     from jaxlm.parallel import make_mesh
+    from jaxlm.train.step import dropout_key
 
     config = default_config()
     config.data.update(max_length=128, tokenizer="bpe:4096")
@@ -28,7 +29,8 @@ def seconds(layers: int, width: int) -> tuple[float, float]:
     run = outline(config, make_mesh({}, jax.devices()[:1]))
     plan = run.blueprint
     place = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)  # noqa: E731
-    state = jax.tree.map(place, jax.eval_shape(plan.create, plan.params, run.adapted.state), plan.placement)
+    shapes = jax.eval_shape(plan.create, dropout_key(0), plan.params, run.adapted.state)
+    state = jax.tree.map(place, shapes, plan.placement)
     began = time.perf_counter()
     lowered = jax.jit(plan.step, donate_argnums=0, out_shardings=(plan.placement, None)).lower(state, {}, run.batch)
     between = time.perf_counter()

@@ -40,6 +40,7 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     from jaxlm.parallel import make_mesh, make_rules, shard_tree
     from jaxlm.tasks import TASKS
     from jaxlm.train.settings import TrainSettings
+    from jaxlm.train.step import dropout_key
 
     task = TASKS["sequence" if family == "bert" else "causal"]
     own: dict[str, Any] = {"labels": ("0", "1"), "head_dropout": dropout} if family == "bert" else {}
@@ -62,9 +63,9 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
         steps=1000, batch_size=batch, learning_rate=2e-5, schedule="constant", weight_decay=0.01, clip=0.0, dtype=dtype
     )
     adapted = Adapted(model.init(jax.random.key(0)), model.axes())
-    plan = blueprint(model, Method(), adapted, task, training, mesh, rules, seed=0, steps=1000)
+    plan = blueprint(model, Method(), adapted, task, training, mesh, rules, steps=1000)
     create = jax.jit(plan.create, out_shardings=plan.placement)
-    state = create(shard_tree(plan.params, arrays(plan.placement.params)), {})
+    state = create(dropout_key(0), shard_tree(plan.params, arrays(plan.placement.params)), {})
     step = jax.jit(plan.step, donate_argnums=0, out_shardings=(plan.placement, None))
 
     random = np.random.default_rng(0)

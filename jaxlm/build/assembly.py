@@ -28,7 +28,7 @@ from jaxlm.train.journal import Journal
 from jaxlm.train.loop import Run
 from jaxlm.train.saving import Stores
 from jaxlm.train.settings import TrainSettings
-from jaxlm.train.step import TrainState
+from jaxlm.train.step import TrainState, dropout_key
 
 
 class Ready(NamedTuple):
@@ -52,12 +52,12 @@ def assemble(setting: Setting, workdir: Path, journal: Journal) -> Ready:
     steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch))
     if training.profile_steps and training.profile_from > steps:
         raise ValueError(f"config.train.profile_from = {training.profile_from}: the run has only {steps} steps")
-    plan = blueprint(
-        model, method, adapted, setting.task, training, setting.mesh, setting.rules, setting.config["seed"], steps
-    )
+    plan = blueprint(model, method, adapted, setting.task, training, setting.mesh, setting.rules, steps)
     create = jax.jit(plan.create, out_shardings=plan.placement)
     method_state = jax.device_put(adapted.state, plan.placement.method)
-    state = create(shard_tree(plan.params, arrays(plan.placement.params)), method_state)
+    state = create(
+        dropout_key(setting.config["seed"]), shard_tree(plan.params, arrays(plan.placement.params)), method_state
+    )
 
     to_device = to_devices(setting.mesh, setting.rules)
     score = split_evaluator(setting, model, "eval")
@@ -92,7 +92,7 @@ def check_splits(setting: Setting) -> None:
 def saved_shapes(plan: Blueprint, adapted: Adapted, vocab_size: int) -> TrainState:
     """Shapes of the state with the vocabulary as long as it is, whatever multiple the mesh wants."""
     params = unpad_vocab(jax.eval_shape(lambda: plan.params), adapted.axes, vocab_size)
-    return jax.eval_shape(plan.create, params, adapted.state)
+    return jax.eval_shape(plan.create, dropout_key(0), params, adapted.state)
 
 
 def stores_in(workdir: Path, training: TrainSettings, shapes: TrainState) -> Stores:

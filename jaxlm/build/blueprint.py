@@ -32,7 +32,7 @@ from jaxlm.tasks import Task
 from jaxlm.train.gradient import accumulate, gradient
 from jaxlm.train.optimizer import decays, optimizer
 from jaxlm.train.settings import TrainSettings
-from jaxlm.train.step import TrainState, create_state, make_step
+from jaxlm.train.step import TrainState, create_state, dropout_key, make_step
 
 
 class Blueprint(NamedTuple):
@@ -40,14 +40,14 @@ class Blueprint(NamedTuple):
 
     Attributes:
       step: `(state, constants, batch) -> (state, log)`, to compile.
-      create: `(params, method state) -> state` before the first step, to compile.
+      create: `(dropout key, params, method state) -> state` before the first step, to compile.
       params: run view, the vocabulary padded; arrays, or shapes where shapes went in.
       placement: shardings of the state, a tree like it.
       infos: what every array of the run view is; trained: names of those that train.
     """
 
     step: Callable[..., tuple[TrainState, dict[str, Any]]]
-    create: Callable[[Tree, dict], TrainState]
+    create: Callable[[jax.Array, Tree, dict], TrainState]
     params: Tree
     placement: TrainState
     infos: dict[str, ArrayInfo]
@@ -75,7 +75,6 @@ def blueprint(
     training: TrainSettings,
     mesh: jax.sharding.Mesh,
     rules: Mapping[str, Any],
-    seed: int,
     steps: int,
 ) -> Blueprint:
     """Loss, gradient, optimizer and placement of one step of a run of `steps`.
@@ -83,7 +82,6 @@ def blueprint(
     Args:
       adapted: what `method.init` gave for the canonical view, arrays or shapes.
       rules: from axis names to mesh axes (`make_rules`).
-      seed: of dropout.
     """
     verdicts = [method.trainable, rule_verdict(training, describe(adapted.params).values())]
     ctx, dtype = Context(place=place(mesh, rules)), jnp.dtype(training.dtype)
@@ -109,13 +107,12 @@ def blueprint(
 
     tx = optimizer(training, steps, trained)
 
-    def create(params: Tree, method_state: dict) -> TrainState:
-        return create_state(params, method_state, tx, verdicts)
+    def create(key: jax.Array, params: Tree, method_state: dict) -> TrainState:
+        return create_state(key, params, method_state, tx, verdicts)
 
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
-    placement = state_shardings(jax.eval_shape(create, params, adapted.state), where, replicated)
-    key = jax.random.key(seed, impl="rbg")  # cheap bits for dropout; parameters are drawn with threefry
-    step = make_step(grad, tx, method, verdicts, key=key, ctx=ctx, largest_norm=training.clip)
+    placement = state_shardings(jax.eval_shape(create, dropout_key(0), params, adapted.state), where, replicated)
+    step = make_step(grad, tx, method, verdicts, ctx=ctx, largest_norm=training.clip)
     return Blueprint(step, create, params, placement, infos, frozenset(trained))
 
 
@@ -157,6 +154,7 @@ def state_shardings(state: TrainState, where: Mapping[str, Any], replicated: Any
     return TrainState(
         step=replicated,
         nonfinite=replicated,
+        key=replicated,
         params=with_arrays(state.params, where),
         optimizer=jax.tree_util.tree_map_with_path(mirror, state.optimizer),
         method=jax.tree.map(lambda _: replicated, state.method),

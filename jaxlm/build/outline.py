@@ -17,6 +17,7 @@ from jaxlm.models.model import Model
 from jaxlm.parallel import make_rules, spec_of
 from jaxlm.tasks import TASKS
 from jaxlm.train.settings import TrainSettings
+from jaxlm.train.step import dropout_key
 
 NOMINAL_STEPS = 1000
 """Length of the learning-rate schedule: it changes constants of the program, not its shape."""
@@ -56,7 +57,7 @@ def outline(config: Any, mesh: jax.sharding.Mesh) -> Outline:
     rules = make_rules(config.sharding, axes, mesh)
     method = chain([registry.method(entry) for entry in values["methods"]])
     adapted = abstract_adapted(method, jax.random.key(0), model, axes)
-    drawn = blueprint(model, method, adapted, task, training, mesh, rules, config.seed, NOMINAL_STEPS)
+    drawn = blueprint(model, method, adapted, task, training, mesh, rules, NOMINAL_STEPS)
     batch = batch_shapes(config.task, training.batch_size, data.max_length, mesh, rules)
     return Outline(model, adapted, drawn, rules, batch)
 
@@ -111,6 +112,6 @@ def lower_step(config: Any, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """The training step of a config, lowered for a mesh of devices that need not be here."""
     found = outline(config, mesh)
     step, placement = found.blueprint.step, found.blueprint.placement
-    state = jax.eval_shape(found.blueprint.create, found.blueprint.params, found.adapted.state)
+    state = jax.eval_shape(found.blueprint.create, dropout_key(0), found.blueprint.params, found.adapted.state)
     placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, placement)
     return jax.jit(step, donate_argnums=0, out_shardings=(placement, None)).lower(placed, {}, found.batch)

@@ -21,6 +21,8 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: int32, updates taken (skipped ones included).
       nonfinite: int32, consecutive updates skipped because a gradient was not finite.
+      key: uint32 `[4]`, the dropout key of the run (`dropout_key`). It never changes; as a part of the state it is data
+        to the compiled step, which so is the same for every seed.
       params: the run view.
       optimizer: optax state over the trained arrays.
       method: state of the methods.
@@ -28,18 +30,32 @@ class TrainState(struct.PyTreeNode):
 
     step: jax.Array
     nonfinite: jax.Array
+    key: jax.Array
     params: Tree
     optimizer: Any
     method: dict[str, Any]
 
 
+KEY = "rbg"
+"""Generator of dropout's bits, the cheap one; parameters are drawn with threefry, whose bits no back end changes."""
+
+
+def dropout_key(seed: int) -> jax.Array:
+    """The dropout key of a run, as the state holds it."""
+    return jax.random.key_data(jax.random.key(seed, impl=KEY))
+
+
 def create_state(
-    params: Tree, method_state: dict[str, Any], optimizer: optax.GradientTransformation, verdicts: Sequence[Verdict]
+    key: jax.Array,
+    params: Tree,
+    method_state: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    verdicts: Sequence[Verdict],
 ) -> TrainState:
-    """The state before the first update."""
+    """The state before the first update; `key` is a `dropout_key`."""
     trained, _ = partition(params, verdicts)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, params, optimizer.init(trained), method_state)
+    return TrainState(zero, zero, key, params, optimizer.init(trained), method_state)
 
 
 def clip(grads: Mapping[str, jax.Array], norm: jax.Array, largest: float) -> dict[str, jax.Array]:
@@ -61,7 +77,6 @@ def make_step(
     method: Method,
     verdicts: Sequence[Verdict],
     *,
-    key: jax.Array,
     ctx: Context,
     largest_norm: float,
 ) -> Callable[[TrainState, dict, dict], tuple[TrainState, dict[str, Any]]]:
@@ -76,13 +91,12 @@ def make_step(
       optimizer: over the trained arrays.
       method: the chain of the run's methods.
       verdicts: what trains.
-      key: of the run.
       ctx: placement of activations.
       largest_norm: clipping, 0 for none.
     """
 
     def step(state: TrainState, constants: dict, batch: dict) -> tuple[TrainState, dict[str, Any]]:
-        now = ctx.replace(key=jax.random.fold_in(key, state.step))
+        now = ctx.replace(key=jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=KEY), state.step))
         grads, terms = grad(state.params, constants, batch, now)
         trained, frozen = partition(state.params, verdicts)
         norm = optax.tree.norm(grads)
@@ -97,6 +111,7 @@ def make_step(
         new = TrainState(
             state.step + 1,
             jnp.zeros((), jnp.int32),
+            state.key,
             result.params,
             with_moments(new_optimizer, names, result.moments),
             result.state,

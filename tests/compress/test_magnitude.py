@@ -24,7 +24,7 @@ from jaxlm.core import (
 from jaxlm.train.gradient import gradient
 from jaxlm.train.optimizer import moments, optimizer
 from jaxlm.train.settings import TrainSettings
-from jaxlm.train.step import create_state, make_step
+from jaxlm.train.step import create_state, dropout_key, make_step
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -71,12 +71,8 @@ def run(steps, wrap=lambda leaf: leaf, **arguments):
     verdicts = [method.trainable]
     infos = {name: info for name, info in describe(params).items() if trainable(verdicts, info)}
     tx = optimizer(TrainSettings(steps=9, learning_rate=0.05, schedule="constant", weight_decay=0.3), 9, infos)
-    step = jax.jit(
-        make_step(
-            gradient(Loss(fn), verdicts), tx, method, verdicts, key=jax.random.key(0), ctx=Context(), largest_norm=0
-        )
-    )
-    state = create_state(params, {}, tx, verdicts)
+    step = jax.jit(make_step(gradient(Loss(fn), verdicts), tx, method, verdicts, ctx=Context(), largest_norm=0))
+    state = create_state(dropout_key(0), params, {}, tx, verdicts)
     states = [state]
     for _ in range(steps):
         state, _ = step(state, {}, {})

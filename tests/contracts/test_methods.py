@@ -37,7 +37,7 @@ from jaxlm.nn.stack import canonical_view
 from jaxlm.train.gradient import accumulate, gradient
 from jaxlm.train.optimizer import optimizer
 from jaxlm.train.settings import TrainSettings
-from jaxlm.train.step import TrainState, create_state, make_step
+from jaxlm.train.step import TrainState, create_state, dropout_key, make_step
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -140,9 +140,9 @@ def train(family: str, names: tuple[str, ...], arguments=ARGUMENTS, microbatches
     settings = TrainSettings(steps=10, learning_rate=0.02, schedule="constant", weight_decay=0.1)
     tx = optimizer(settings, 10, infos)
     step = quick(
-        make_step(grad, tx, method, verdicts, key=jax.random.key(3), ctx=Context(), largest_norm=1.0),
+        make_step(grad, tx, method, verdicts, ctx=Context(), largest_norm=1.0),
     )
-    states = [quick(lambda p, m: create_state(p, m, tx, verdicts))(view, adapted.state)]
+    states = [quick(lambda p, m: create_state(dropout_key(3), p, m, tx, verdicts))(view, adapted.state)]
     for _ in range(2):
         state, log = step(states[-1], adapted.constants, BATCH)
         assert int(log["nonfinite"]) == 0

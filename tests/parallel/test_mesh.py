@@ -94,7 +94,7 @@ def test_two_processes_share_a_batch(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    for i, (process, error) in enumerate(zip(processes, errors)):
+    for i, (process, error) in enumerate(zip(processes, errors, strict=True)):
         assert process.returncode == 0, error
         assert (tmp_path / str(i)).read_text() == f"{i} 8 2 (4, 3) 18.0\n"
 

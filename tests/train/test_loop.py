@@ -18,7 +18,7 @@ from jaxlm.train.loop import Run, _not_finite, is_better, shape_of, train
 from jaxlm.train.optimizer import optimizer
 from jaxlm.train.saving import Stores
 from jaxlm.train.settings import TrainSettings
-from jaxlm.train.step import create_state, make_step
+from jaxlm.train.step import create_state, dropout_key, make_step
 
 SETTINGS = {"steps": 8, "batch_size": 4, "learning_rate": 0.1, "log_every": 2, "checkpoint_every": 4, "warmup": 0}
 
@@ -46,11 +46,10 @@ def start(tmp_path):
             tx,
             Method(),
             [],
-            key=jax.random.key(0),
             ctx=Context(),
             largest_norm=settings.clip,
         )
-        state = jax.jit(lambda params: create_state(params, {}, tx, []))(params)
+        state = jax.jit(lambda params: create_state(dropout_key(0), params, {}, tx, []))(params)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         place = lambda rows: (int(rows["x"].size), jax.device_put(rows, device))  # noqa: E731
         batches = Batches(make_batch, 100, kinds)

@@ -10,7 +10,7 @@ from jaxlm.core import Context, Loss, Method, Term, describe, dropout
 from jaxlm.train.gradient import gradient
 from jaxlm.train.optimizer import moments, optimizer
 from jaxlm.train.settings import TrainSettings
-from jaxlm.train.step import clip, create_state, make_step
+from jaxlm.train.step import clip, create_state, dropout_key, make_step
 
 PARAMS = {"a": {"kernel": jnp.array([[1.0, -2.0]])}, "b": {"bias": jnp.array([3.0])}, "c": {"scale": jnp.array([4.0])}}
 NAMES = frozenset({"a/kernel", "b/bias"})
@@ -30,14 +30,14 @@ def loss_fn(params, constants, batch, ctx):
 GOOD = {"a": jnp.float32(1), "b": jnp.float32(1)}
 
 
-def build(method=None, largest_norm=0.0, **fields):
+def build(method=None, largest_norm=0.0, seed=0, **fields):
     settings = TrainSettings(**{"steps": 9, "learning_rate": 0.1, "schedule": "constant", **fields})
     infos = {n: i for n, i in describe(PARAMS).items() if n in NAMES}
     verdicts = [frozen]
     tx = optimizer(settings, 9, infos)
-    grad, key = gradient(Loss(loss_fn), verdicts), jax.random.key(0)
-    step = make_step(grad, tx, method or Method(), verdicts, key=key, ctx=Context(), largest_norm=largest_norm)
-    return jax.jit(step), create_state(PARAMS, {"count": jnp.int32(0)}, tx, verdicts)
+    grad = gradient(Loss(loss_fn), verdicts)
+    step = make_step(grad, tx, method or Method(), verdicts, ctx=Context(), largest_norm=largest_norm)
+    return jax.jit(step), create_state(dropout_key(seed), PARAMS, {"count": jnp.int32(0)}, tx, verdicts)
 
 
 def test_only_what_trains_has_optimizer_state():
@@ -55,7 +55,7 @@ def test_frozen_arrays_are_bit_identical_and_the_rest_moves():
 
 def test_the_gradient_norm_is_that_before_clipping():
     step, state = build(largest_norm=0.5, optimizer="sgd", b1=0.0)
-    ctx = Context(key=jax.random.fold_in(jax.random.key(0), 0))
+    ctx = Context(key=jax.random.fold_in(jax.random.key(0, impl="rbg"), 0))
     grads, _ = gradient(Loss(loss_fn), [frozen])(PARAMS, {}, GOOD, ctx)
     norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in grads.values()))
     after, log = step(state, {}, GOOD)
@@ -109,6 +109,14 @@ def test_the_key_follows_the_step():
         draws.append(float(log["terms"]["bowl"][0]))
         state = after
     assert len(set(draws)) > 2
+
+
+def test_another_seed_is_other_data_to_the_same_program():
+    """Otherwise every seed of a run would be compiled anew."""
+    (step, one), (_, two) = build(seed=1), build(seed=2)
+    assert step.lower(one, {}, GOOD).as_text() == step.lower(two, {}, GOOD).as_text()
+    draws = {float(step(state, {}, GOOD)[1]["terms"]["bowl"][0]) for state in (one, two, build(seed=3)[1])}
+    assert len(draws) > 1
 
 
 def test_methods_see_updated_params_moments_and_the_number_of_the_step():
