@@ -1,6 +1,7 @@
 """Trees, paths, rules, the Weight and Site sockets, losses as sums, and Method with its chain."""
 
-from jaxlm.core.context import Context, dropout
+from jaxlm.core.context import Context
+from jaxlm.core.dropout import dropout
 from jaxlm.core.loss import Loss, Tap, Term, Terms, add_terms, total
 from jaxlm.core.method import Adapted, Method, Step, chain
 from jaxlm.core.parameter import Dim, Parameter, abstract, axis_names, axis_sizes, dim, initialize
@@ -22,7 +23,8 @@ from jaxlm.core.paths import (
     unflatten,
     with_arrays,
 )
+from jaxlm.core.product import matmul, matmul_transposed
 from jaxlm.core.registry import call, lookup, nearest
 from jaxlm.core.site import SITES, Gate, Site, visit
-from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, matmul, take
+from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take
 from jaxlm.core.weights import WEIGHTS, FakeQuant, LowRank, Masked, Quantized

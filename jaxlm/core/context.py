@@ -29,16 +29,3 @@ class Context(struct.PyTreeNode):
             return self
         data = zlib.crc32(name.encode()) if isinstance(name, str) else name
         return self.replace(key=jax.random.fold_in(self.key, data))
-
-
-def dropout(x: jax.Array, rate: float, ctx: Context) -> jax.Array:
-    """Inverted dropout: each entry is zeroed with probability `rate`, the others are divided by `1 - rate`.
-
-    The decision is taken on 16 random bits, so the realised rate is `rate` rounded to 1/65536 (eight bits would turn
-    0.1 into 0.1016). Identity when the context has no key.
-    """
-    if ctx.key is None or rate == 0.0:
-        return x
-    threshold = round(rate * 65536)
-    keep = jax.random.bits(ctx.key, x.shape, "uint16") >= threshold
-    return jax.numpy.where(keep, x * (65536 / (65536 - threshold)), 0).astype(x.dtype)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.core.context import Context
+from jaxlm.core.product import matmul, matmul_transposed
 
 Axes = tuple[Any, ...]
 """Axis names of one array: a name, `None`, or a tuple of names (a compound axis) for each dimension."""
@@ -66,15 +67,7 @@ class Weight(Node):
 
     def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
         """`x @ Wᵀ` for `x [..., out]`: the transposed use by a tied head."""
-        return matmul(x, self.materialize().T)
-
-
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x @ w` in the dtype of `x`, accumulated in float32 when that is narrower."""
-    w = w.astype(x.dtype)
-    if x.dtype == jnp.float32:
-        return x @ w
-    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+        return matmul_transposed(x, self.materialize())
 
 
 def dot(x: jax.Array, w: jax.Array | Weight, ctx: Context = Context()) -> jax.Array:
@@ -93,7 +86,7 @@ def take(w: jax.Array | Weight, ids: jax.Array, ctx: Context = Context()) -> jax
 
 def attend(x: jax.Array, w: jax.Array | Weight, ctx: Context = Context()) -> jax.Array:
     """`x @ wᵀ`: logits from a tied embedding."""
-    return w.attend(x, ctx) if isinstance(w, Weight) else matmul(x, w.T)
+    return w.attend(x, ctx) if isinstance(w, Weight) else matmul_transposed(x, w)
 
 
 def materialize(w: jax.Array | Weight) -> jax.Array:

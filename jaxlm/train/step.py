@@ -21,7 +21,7 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: int32, updates taken (skipped ones included).
       nonfinite: int32, consecutive updates skipped because a gradient was not finite.
-      key: uint32 `[4]`, the dropout key of the run (`dropout_key`). It never changes; as a part of the state it is data
+      key: uint32 `[2]`, the dropout key of the run (`dropout_key`). It never changes; as a part of the state it is data
         to the compiled step, which so is the same for every seed.
       params: the run view.
       optimizer: optax state over the trained arrays.
@@ -36,13 +36,9 @@ class TrainState(struct.PyTreeNode):
     method: dict[str, Any]
 
 
-KEY = "rbg"
-"""Generator of dropout's bits, the cheap one; parameters are drawn with threefry, whose bits no back end changes."""
-
-
 def dropout_key(seed: int) -> jax.Array:
     """The dropout key of a run, as the state holds it."""
-    return jax.random.key_data(jax.random.key(seed, impl=KEY))
+    return jax.random.key_data(jax.random.key(seed))
 
 
 def create_state(
@@ -96,7 +92,7 @@ def make_step(
     """
 
     def step(state: TrainState, constants: dict, batch: dict) -> tuple[TrainState, dict[str, Any]]:
-        now = ctx.replace(key=jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=KEY), state.step))
+        now = ctx.replace(key=jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step))
         grads, terms = grad(state.params, constants, batch, now)
         trained, frozen = partition(state.params, verdicts)
         norm = optax.tree.norm(grads)

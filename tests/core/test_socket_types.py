@@ -1,26 +1,12 @@
-"""Contexts, dropout, terms, declarations, and the registry's errors."""
+"""Contexts, terms, declarations, and the registry's errors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Context, Gate, Parameter, Term, add_terms, call, dim, dropout, initialize, lookup, total, visit
+from jaxlm.core import Context, Gate, Parameter, Term, add_terms, call, dim, initialize, lookup, total, visit
 from jaxlm.core.parameter import abstract, axis_names, axis_sizes
-
-
-def test_dropout_keeps_the_mean_and_its_rate():
-    x = jnp.ones(200_000)
-    for rate in (0.1, 0.5):
-        y = np.asarray(dropout(x, rate, Context(key=jax.random.key(0))))
-        assert np.isclose((y == 0).mean(), rate, atol=4e-3) and np.isclose(y.mean(), 1, atol=1e-2)
-        assert np.allclose(y[y > 0], 1 / (1 - rate), rtol=1e-4)
-
-
-def test_dropout_does_nothing_without_a_key_or_a_rate():
-    x = jax.random.normal(jax.random.key(0), (5,))
-    assert dropout(x, 0.5, Context()) is x and dropout(x, 0.0, Context(key=jax.random.key(0))) is x
-    assert dropout(x.astype(jnp.bfloat16), 0.5, Context(key=jax.random.key(0))).dtype == jnp.bfloat16
 
 
 def test_keys_differ_by_name_and_number():

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.core.context import Context
-from jaxlm.core.weight import Axes, Component, Weight, materialize, matmul
+from jaxlm.core.product import matmul, matmul_transposed
+from jaxlm.core.weight import Axes, Component, Weight, materialize
 from jaxlm.core.weights.quantized import LEVELS, Quantized, scale_of
 
 
@@ -57,7 +58,7 @@ class FakeQuant(Weight):
         return matmul(self._rounded(x) if self.channel == -1 else x, self.materialize())
 
     def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return matmul(self._rounded(x) if self.channel == -2 else x, self.materialize().T)
+        return matmul_transposed(self._rounded(x) if self.channel == -2 else x, self.materialize())
 
     def _rounded(self, x: jax.Array) -> jax.Array:
         """The inputs as an integer product would see them."""

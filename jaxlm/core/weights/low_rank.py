@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.core.context import Context, dropout
-from jaxlm.core.weight import Axes, Component, Weight, attend, dot, materialize, matmul, take
+from jaxlm.core.context import Context
+from jaxlm.core.dropout import dropout
+from jaxlm.core.product import matmul, matmul_transposed
+from jaxlm.core.weight import Axes, Component, Weight, attend, dot, materialize, take
 
 
 class LowRank(Weight):
@@ -46,7 +48,7 @@ class LowRank(Weight):
         return take(self.base, ids, ctx) + self.scale * matmul(jnp.take(self.a, ids, axis=0), self.b)
 
     def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return attend(x, self.base, ctx) + self.scale * matmul(matmul(x, self.b.T), self.a.T)
+        return attend(x, self.base, ctx) + self.scale * matmul_transposed(matmul_transposed(x, self.b), self.a)
 
     def components(self, axes: Axes) -> dict[str, Component]:
         return {

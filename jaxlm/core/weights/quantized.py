@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.core.context import Context
-from jaxlm.core.weight import Axes, Component, Weight, matmul
+from jaxlm.core.product import matmul, matmul_transposed
+from jaxlm.core.weight import Axes, Component, Weight
 
 LEVELS = 127
 """Largest code of symmetric int8; -128 stays unused, so that the range is symmetric."""
@@ -74,7 +75,7 @@ class Quantized(Weight):
     def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
         if self.channel == -2:
             return self._product(x, self.codes.T, self.scale.T)
-        return matmul(x, self.materialize().T)
+        return matmul_transposed(x, self.materialize())
 
     def _product(self, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
         product = rounded_product(x, codes) if self.dynamic else matmul(x, codes).astype(jnp.float32)
@@ -90,14 +91,19 @@ class Quantized(Weight):
         return {"codes": Component(axes, "codes"), "scale": Component(scale_axes, "buffer")}
 
 
-@jax.custom_jvp
+@jax.custom_vjp
 def rounded_product(x: jax.Array, codes: jax.Array) -> jax.Array:
     """`x @ codes` in integers, each row of `x` rounded; float32, differentiated in `x` as if nothing were rounded."""
     row_scale = scale_of(x, axis=-1)
     return integer_product(round_to_codes(x, row_scale), codes) * row_scale
 
 
-rounded_product.defjvps(lambda dx, product, x, codes: matmul(dx, codes).astype(jnp.float32), None)
+def _unrounded(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    codes, like = kept
+    return matmul_transposed(g.astype(like.dtype), codes), None
+
+
+rounded_product.defvjp(lambda x, codes: (rounded_product(x, codes), (codes, x[..., :0])), _unrounded)
 
 
 def integer_product(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,0 +1,65 @@
+"""Products and their gradients against plain ones, in both dtypes, whatever the number of axes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core import matmul, matmul_transposed
+
+SHAPES = [(5,), (2, 5), (3, 2, 5), (2, 1, 3, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_value_and_gradients_in_float32(shape, transposed):
+    x = jax.random.normal(jax.random.key(0), shape)
+    w = jax.random.normal(jax.random.key(1), (4, 5) if transposed else (5, 4))
+    weigh = jax.random.normal(jax.random.key(2), (*shape[:-1], 4))
+    own = matmul_transposed if transposed else matmul
+    plain = (lambda x, w: x @ w.T) if transposed else (lambda x, w: x @ w)
+    value, gradients = jax.value_and_grad(lambda x, w: jnp.sum(own(x, w) * weigh), (0, 1))(x, w)
+    expected, wanted = jax.value_and_grad(lambda x, w: jnp.sum(plain(x, w) * weigh), (0, 1))(x, w)
+    assert np.isclose(value, expected, rtol=1e-5)
+    for a, b in zip(gradients, wanted, strict=True):
+        assert np.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_bfloat16_operands_are_accumulated_in_float32(shape, transposed):
+    """Against float64 products of the rounded operands; the gradient of the weight is not rounded again."""
+    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (4, 5) if transposed else (5, 4))
+    g = jax.random.normal(jax.random.key(2), (*shape[:-1], 4), jnp.bfloat16)
+    y, back = jax.vjp(matmul_transposed if transposed else matmul, x, w)
+    dx, dw = back(g)
+    wide = lambda a: np.asarray(a.astype(jnp.bfloat16), np.float64)  # noqa: E731
+    kernel = wide(w).T if transposed else wide(w)
+    assert y.dtype == dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
+    assert np.allclose(wide(y), wide(x) @ kernel, rtol=2**-7, atol=1e-6)
+    assert np.allclose(wide(dx), wide(g) @ kernel.T, rtol=2**-7, atol=1e-6)
+    outer = wide(x).reshape(-1, 5).T @ wide(g).reshape(-1, 4)
+    assert np.allclose(dw, outer.T if transposed else outer, rtol=1e-5, atol=1e-5)
+
+
+def test_under_scan_vmap_and_remat():
+    kernels = jax.random.normal(jax.random.key(1), (3, 5, 5)) * 0.3
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5))
+
+    def loss(kernels, product):
+        step = jax.checkpoint(lambda x, w: (jnp.tanh(product(x, w)), None))
+        return jnp.sum(jax.lax.scan(step, x, kernels)[0] ** 2)
+
+    own, plain = (jax.grad(loss)(kernels, product) for product in (matmul, jnp.matmul))
+    assert np.allclose(own, plain, atol=1e-5)
+    each = jax.vmap(jax.grad(lambda w, x: jnp.sum(matmul(x, w) ** 2)), (None, 0))(kernels[0], x)
+    assert np.allclose(
+        each, jax.vmap(jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), (None, 0))(kernels[0], x), atol=1e-4
+    )
+
+
+def test_codes_are_widened_and_have_no_gradient():
+    codes, x = jnp.array([[1, -2], [3, 4]], jnp.int8), jnp.array([[1.0, 2.0]])
+    assert matmul(x, codes).tolist() == [[7, 6]] and matmul_transposed(x, codes).tolist() == [[-3, 11]]
+    assert jax.grad(lambda x: matmul(x, codes).sum())(x).tolist() == [[-1, 7]]
