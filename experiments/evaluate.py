@@ -8,8 +8,10 @@ Writes the metrics that training writes for the same model to `workdir/result.js
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
+
+from jaxlm.build.command import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
 MODEL = flags.DEFINE_string("model", None, "Model directory or hub id.")
@@ -17,9 +19,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the result goes.")
 flags.mark_flags_as_required(["config", "model", "workdir"])
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[1:]:
-        raise app.UsageError(f"unexpected {arguments[1:]}; options are written --config.a.b=value")
+def main() -> None:
     from jaxlm.build.program import start
     from jaxlm.build.stage import evaluate
 
@@ -31,4 +31,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

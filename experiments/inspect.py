@@ -17,17 +17,17 @@ if __name__ != "__main__":
     sys.modules["inspect"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["inspect"])
 else:
-    from absl import app, flags
+    from absl import flags
     from ml_collections import config_flags
+
+    from jaxlm.build.command import run
 
     CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
     DEVICES = flags.DEFINE_integer("devices", 0, "Pretend to have so many devices; 0: those that are here.")
     flags.mark_flags_as_required(["config"])
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[1:]:
-        raise app.UsageError(f"unexpected {arguments[1:]}; options are written --config.a.b=value")
+def main() -> None:
     if DEVICES.value:
         os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
@@ -71,4 +71,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -8,23 +8,23 @@ code or a model that it starts from changed.
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
+
+from jaxlm.build.command import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config() and stages.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where stages and report live.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[1:]:
-        raise app.UsageError(f"unexpected {arguments[1:]}; options are written --config.a.b=value")
-    from jaxlm.build.pipeline import run
+def main() -> None:
+    from jaxlm.build import pipeline
     from jaxlm.build.program import start
 
     start()
-    run(CONFIG.value, Path(WORKDIR.value))
+    pipeline.run(CONFIG.value, Path(WORKDIR.value))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -15,17 +15,17 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
+
+from jaxlm.build.command import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Generation and shape of the slice: v5e:4x4, v5p:4x4x8, v6e:4x4.")
 flags.mark_flags_as_required(["config", "topology"])
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[1:]:
-        raise app.UsageError(f"unexpected {arguments[1:]}; options are written --config.a.b=value")
+def main() -> None:
     from jaxlm.build.outline import lower_step
     from jaxlm.parallel.plan import plan
 
@@ -38,4 +38,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -9,24 +9,24 @@ metrics, `workdir/model/` the model directory, `workdir/metrics.jsonl` and `work
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
+
+from jaxlm.build.command import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[1:]:
-        raise app.UsageError(f"unexpected {arguments[1:]}; options are written --config.a.b=value")
+def main() -> None:
     import jax
 
+    from jaxlm.build import stage
     from jaxlm.build.program import start
-    from jaxlm.build.stage import run
 
     start()
-    result = run(CONFIG.value, Path(WORKDIR.value))
+    result = stage.run(CONFIG.value, Path(WORKDIR.value))
     if jax.process_index():
         return
     for split, metrics in result["metrics"].items():
@@ -35,4 +35,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

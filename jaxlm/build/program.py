@@ -1,12 +1,7 @@
-"""What every program does first: join the cluster, and keep compiled programs for the next start."""
+"""What a program that computes does first: join the cluster, and keep compiled programs for the next start."""
 
 import os
 from pathlib import Path
-
-import jax
-from absl import logging
-
-from jaxlm.parallel import initialize
 
 
 def start() -> None:
@@ -14,6 +9,11 @@ def start() -> None:
 
     The cache lies where `JAX_COMPILATION_CACHE_DIR` says, by default in the user's cache directory.
     """
+    import jax
+    from absl import logging
+
+    from jaxlm.parallel import initialize
+
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jaxlm" / "compiled"))

@@ -53,7 +53,7 @@ class TrainSettings:
     clip: float = 1.0
     grad_accum: int = 1
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "dots"
     log_every: int = 50
     eval_every: int = 0
     checkpoint_every: int = 500
