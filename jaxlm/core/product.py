@@ -7,6 +7,7 @@ gradient of the weight leaves the accumulator in float32.
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 Contract = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -71,6 +72,7 @@ def _outer(x: jax.Array, g: jax.Array) -> jax.Array:
     The sum runs over the first axis of both sides. XLA's CPU back end has its fast kernels for a left side that is
     summed over its last axis, in bfloat16 for no other, and is 1.3 (float32) to 2 times (bfloat16) as fast where the
     left side is turned in memory first. It undoes a plain transpose of a matrix; of an array of three axes it does not.
+    The result is held to row-major order: a bfloat16 product written in any other is one it has no kernel for at all.
     """
     rows = tuple(range(x.ndim - 1))
     if x.ndim < 3:
@@ -78,6 +80,6 @@ def _outer(x: jax.Array, g: jax.Array) -> jax.Array:
 
     def turned(x: jax.Array, g: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], -1)
-        return _dot(x, g.reshape(-1, g.shape[-1]), ((1,), (0,)))
+        return with_layout_constraint(_dot(x, g.reshape(-1, g.shape[-1]), ((1,), (0,))), Layout((0, 1)))
 
     return jax.lax.platform_dependent(x, g, cpu=turned, default=lambda x, g: _dot(x, g, (rows, rows)))
