@@ -23,7 +23,7 @@ from jaxlm.core.paths import (
     unflatten,
     with_arrays,
 )
-from jaxlm.core.product import matmul, matmul_transposed
+from jaxlm.core.product import PRODUCT, matmul, matmul_transposed
 from jaxlm.core.registry import call, lookup, nearest
 from jaxlm.core.site import SITES, Gate, Site, visit
 from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take

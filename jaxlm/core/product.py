@@ -2,12 +2,17 @@
 
 Operands are multiplied in the dtype of the activation and accumulated in float32, forward and backward: with bfloat16
 activations all three products (output, gradient of the input, gradient of the weight) take bfloat16 operands, and the
-gradient of the weight leaves the accumulator in float32.
+gradient of the weight leaves the accumulator in float32. Results carry a name, by which a layer that recomputes the rest
+in its backward pass keeps them.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+
+PRODUCT = "product"
+"""Name of every result, for `jax.checkpoint` policies."""
 
 Contract = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -24,7 +29,7 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     >>> matmul(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[4.0, 6.0]]
     """
-    return _matmul(x, _floating(w, x))
+    return checkpoint_name(_matmul(x, _floating(w, x)), PRODUCT)
 
 
 def matmul_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -33,7 +38,7 @@ def matmul_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
     >>> matmul_transposed(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[3.0, 7.0]]
     """
-    return _matmul_transposed(x, _floating(w, x))
+    return checkpoint_name(_matmul_transposed(x, _floating(w, x)), PRODUCT)
 
 
 def _floating(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -71,15 +76,19 @@ def _outer(x: jax.Array, g: jax.Array) -> jax.Array:
 
     The sum runs over the first axis of both sides. XLA's CPU back end has its fast kernels for a left side that is
     summed over its last axis, in bfloat16 for no other, and is 1.3 (float32) to 2 times (bfloat16) as fast where the
-    left side is turned in memory first. It undoes a plain transpose of a matrix; of an array of three axes it does not.
-    The result is held to row-major order: a bfloat16 product written in any other is one it has no kernel for at all.
+    left side is turned in memory first: the narrower of the two, which may be `g`, the result then being turned. XLA
+    undoes a plain transpose of a matrix; of an array of three axes it does not. The result is held to row-major order:
+    a bfloat16 product written in any other is one it has no kernel for at all.
     """
     rows = tuple(range(x.ndim - 1))
     if x.ndim < 3:
         return _dot(x, g, (rows, rows))
 
-    def turned(x: jax.Array, g: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], -1)
-        return with_layout_constraint(_dot(x, g.reshape(-1, g.shape[-1]), ((1,), (0,))), Layout((0, 1)))
+    def turned(a: jax.Array, b: jax.Array) -> jax.Array:
+        a = jnp.moveaxis(a, -1, 0).reshape(a.shape[-1], -1)
+        return with_layout_constraint(_dot(a, b.reshape(-1, b.shape[-1]), ((1,), (0,))), Layout((0, 1)))
 
-    return jax.lax.platform_dependent(x, g, cpu=turned, default=lambda x, g: _dot(x, g, (rows, rows)))
+    def narrower_turned(x: jax.Array, g: jax.Array) -> jax.Array:
+        return turned(x, g) if x.shape[-1] <= g.shape[-1] else turned(g, x).T
+
+    return jax.lax.platform_dependent(x, g, cpu=narrower_turned, default=lambda x, g: _dot(x, g, (rows, rows)))

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import SEGMENT, Context, Tap, lookup
+from jaxlm.core import PRODUCT, SEGMENT, Context, Tap, lookup
 from jaxlm.nn.block import Surroundings, block
 from jaxlm.nn.layer import Layer
 
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 """What a layer keeps for its backward pass: everything, its input only, or the results of its dense products."""
 
