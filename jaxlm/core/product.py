@@ -2,8 +2,8 @@
 
 Operands are multiplied in the dtype of the activation and accumulated in float32, forward and backward: with bfloat16
 activations all three products (output, gradient of the input, gradient of the weight) take bfloat16 operands, and the
-gradient of the weight leaves the accumulator in float32. Results carry a name: a layer that computes the rest anew in its
-backward pass keeps them by it.
+gradient of the weight leaves the accumulator in float32. Results carry a name, by which layers keep
+them for the backward pass while they compute the rest anew.
 """
 
 import jax
