@@ -1,19 +1,24 @@
-"""A training step and a forward pass at fixed shapes, jaxlm beside torch + transformers.
+"""A training step, a forward pass and an answer to one row at fixed shapes, jaxlm beside torch + transformers.
 
     python bench/step.py [--family=bert|gpt|both] [--dtype=float32|bfloat16|both] [--batch=32] [--length=64]
 
 Each measurement is a process of its own; the two sides alternate. Six layers of width 384: an encoder of 23 million
-parameters, and a GPT of the same size. AdamW, dropout on; random tokens, every position real.
+parameters, and a GPT of the same size. AdamW, dropout on; random tokens, every position real. Further lines compare
+jaxlm with itself: int8 with rounded inputs and bfloat16 against float32; and a step with what its products alone would
+take at the speed of a single large float32 product, timed in the same process. jaxlm runs in large memory pages, as its
+programs do.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from turns import SIDES, Row, in_turn, machine, peak_bytes, program, table
+from turns import SIDES, Row, in_turn, machine, peak_bytes, program, resident_bytes, table
+
+from jaxlm.build.command import large_pages
 
 LAYERS, WIDTH, HEADS, FFN, VOCAB = 6, 384, 12, 1536, 30522
 
@@ -28,12 +33,19 @@ def timed(function: Callable[[], None], times: int) -> list[float]:
     return seconds[2:]
 
 
+def work(batch: int, length: int, head: int) -> float:
+    """Floating point operations of a forward pass: all matrix products, attention, and a head of so many outputs."""
+    products = LAYERS * (4 * WIDTH * WIDTH + 2 * WIDTH * FFN) + WIDTH * head
+    return batch * length * (2 * products + LAYERS * 4 * WIDTH * length)
+
+
 def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float, steps: int) -> dict[str, list[float]]:
     """The step that a run of experiments/train.py takes."""
     import jax
     import numpy as np
 
     from jaxlm.build.blueprint import blueprint
+    from jaxlm.compress.quantize import quantize
     from jaxlm.core import Adapted, Method, arrays
     from jaxlm.models import model_config
     from jaxlm.models.model import Model
@@ -86,10 +98,22 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
 
     evaluate = jax.jit(lambda params, data: model.forward(params, data, dtype=dtype)["logits"])
     inputs = {name: value for name, value in data.items() if name != "labels"}
-    return {
+    one = {name: value[:1] for name, value in inputs.items()}
+    left, right = jax.random.normal(jax.random.key(0), (2, 2048, 2048))
+    product = jax.jit(lambda a, b: a @ b)
+    found = {
         "step": timed(train, steps),
+        "steady": [resident_bytes() / 2**20],
+        "peak": [peak_bytes() / 2**20],
         "forward": timed(lambda: evaluate(state.params, inputs).block_until_ready(), steps),
+        "single": timed(lambda: evaluate(state.params, one).block_until_ready(), 10 * steps),
+        "product": timed(lambda: product(left, right).block_until_ready(), 10 * steps),
     }
+    if dtype == "float32":
+        small = jax.jit(model.run_view)(quantize(model, adapted.params, adapted.axes)[1])
+        found["int8"] = timed(lambda: evaluate(small, inputs).block_until_ready(), steps)
+        found["int8_single"] = timed(lambda: evaluate(small, one).block_until_ready(), 10 * steps)
+    return found
 
 
 def torch_side(family: str, dtype: str, batch: int, length: int, dropout: float, steps: int) -> dict[str, list[float]]:
@@ -137,14 +161,16 @@ def torch_side(family: str, dtype: str, batch: int, length: int, dropout: float,
         loss.backward()
         optimizer.step()
 
-    def evaluate() -> None:
+    def evaluate(ids: torch.Tensor) -> None:
         with torch.inference_mode(), autocast():
             model(input_ids=ids)
 
     model.train()
-    trained = timed(train, steps)
+    found = {"step": timed(train, steps), "steady": [resident_bytes() / 2**20], "peak": [peak_bytes() / 2**20]}
     model.eval()
-    return {"step": trained, "forward": timed(evaluate, steps)}
+    found["forward"] = timed(lambda: evaluate(ids), steps)
+    found["single"] = timed(lambda: evaluate(ids[:1]), 10 * steps)
+    return found
 
 
 def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Row]:
@@ -156,12 +182,36 @@ def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Row]:
     runs = in_turn(
         {side: lambda side=side: program([*command, f"--side={side}"]) for side in SIDES}, options.rounds, what
     )
-    rows = []
-    for kind, label in (("step", "training step"), ("forward", "forward pass")):
-        seconds = {side: [statistics.median(run[kind]) for run in runs[side]] for side in SIDES}
-        rows.append(Row(f"{label}: {what}", "s", seconds["jaxlm"], seconds["torch"]))
-    memory = {side: [run["peak_bytes"] / 2**20 for run in runs[side]] for side in SIDES}
-    return [*rows, Row(f"peak memory: {what}", "MiB", memory["jaxlm"], memory["torch"])]
+
+    def of(side: str, kind: str) -> list[float]:
+        return [statistics.median(run[kind]) for run in runs[side]]
+
+    kinds = {
+        "step": ("training step", "s"),
+        "forward": ("forward pass", "s"),
+        "single": ("one row", "s"),
+        "steady": ("memory while training", "MiB"),
+        "peak": ("peak memory, compilation included", "MiB"),
+    }
+    rows = [Row(f"{label}: {what}", unit, of("jaxlm", k), of("torch", k)) for k, (label, unit) in kinds.items()]
+    step = work(options.batch, options.length, VOCAB if family == "gpt" else 0) * 3
+    ceiling = [step / (2 * 2048**3) * seconds for seconds in of("jaxlm", "product")]
+    rows.append(Row(f"training step: {what}", "s", of("jaxlm", "step"), ceiling, "its products alone"))
+    if dtype == "float32":
+        rows.append(Row(f"int8 forward: {what}", "s", of("jaxlm", "int8"), of("jaxlm", "forward"), "float32"))
+        rows.append(Row(f"int8, one row: {what}", "s", of("jaxlm", "int8_single"), of("jaxlm", "single"), "float32"))
+    return rows
+
+
+def own_gain(rows: Sequence[Row], family: str) -> list[Row]:
+    """bfloat16 against float32, where both were measured."""
+    name = "encoder" if family == "bert" else "GPT"
+    found = []
+    for label in ("training step", "forward pass"):
+        two = [r for r in rows if r.what.startswith(f"{label}: {name}") and r.against == "torch"]
+        if len(two) == 2:
+            found.append(Row(two[1].what, "s", two[1].jaxlm, two[0].jaxlm, "float32"))
+    return found
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +228,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
     """All the families and types that the options name."""
     families = ["bert", "gpt"] if options.family == "both" else [options.family]
     dtypes = ["float32", "bfloat16"] if options.dtype == "both" else [options.dtype]
-    return [row for family in families for dtype in dtypes for row in compare(family, dtype, options)]
+    rows = [row for family in families for dtype in dtypes for row in compare(family, dtype, options)]
+    return rows + [row for family in families for row in own_gain(rows, family)]
 
 
 def main() -> None:
@@ -187,9 +238,11 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
+        if options.side == "jaxlm":
+            large_pages()
         side = jaxlm_side if options.side == "jaxlm" else torch_side
         shapes = (options.batch, options.length, options.dropout, options.steps)
-        print(json.dumps(side(options.family, options.dtype, *shapes) | {"peak_bytes": peak_bytes()}))
+        print(json.dumps(side(options.family, options.dtype, *shapes)))
         return
     print(machine())
     print(table(measure(options)))

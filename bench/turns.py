@@ -47,36 +47,45 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_bytes() -> int:
+    """Resident memory of this process now (on Linux; elsewhere its peak)."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else peak_bytes()
+
+
 class Row(NamedTuple):
     """One line of a table: a quantity of which less is better, once a round and side.
 
     Attributes:
       what: what was measured; unit: of the numbers.
-      jaxlm, torch: in order of rounds.
+      jaxlm, other: in order of rounds.
+      against: what the other is.
     """
 
     what: str
     unit: str
     jaxlm: Sequence[float]
-    torch: Sequence[float]
+    other: Sequence[float]
+    against: str = "torch"
 
     @property
     def ratio(self) -> float:
         """Ratio of medians: how many times less jaxlm needs."""
-        return statistics.median(self.torch) / statistics.median(self.jaxlm)
+        return statistics.median(self.other) / statistics.median(self.jaxlm)
 
     @property
     def spread(self) -> tuple[float, float]:
         """Smallest and largest ratio of one round."""
-        each = [theirs / own for own, theirs in zip(self.jaxlm, self.torch, strict=True)]
+        each = [theirs / own for own, theirs in zip(self.jaxlm, self.other, strict=True)]
         return min(each), max(each)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown. `ratio` is torch / jaxlm, above 1 where jaxlm needs less."""
-    lines = ["| | jaxlm | torch | ratio of medians | by round |", "|---|---|---|---|---|"]
+    """Markdown. `ratio` is other / jaxlm, above 1 where jaxlm needs less."""
+    lines = ["| | jaxlm | against | ratio of medians | by round |", "|---|---|---|---|---|"]
     for row in rows:
-        own, theirs = (f"{_number(statistics.median(v))} {row.unit}" for v in (row.jaxlm, row.torch))
+        own, theirs = (f"{_number(statistics.median(v))} {row.unit}" for v in (row.jaxlm, row.other))
+        theirs = f"{row.against}: {theirs}"
         low, high = row.spread
         spread = f"{_number(low)} to {_number(high)}" if len(row.jaxlm) > 1 else "one round"
         lines.append(f"| {row.what} | {own} | {theirs} | **{_number(row.ratio)}** | {spread} |")

@@ -19,10 +19,10 @@ def turns() -> ModuleType:
 
 
 def test_ratio_is_of_medians_and_spread_of_rounds(turns: ModuleType):
-    row = turns.Row("step", "s", jaxlm=[1.0, 2.0, 4.0], torch=[3.0, 3.0, 6.0])
+    row = turns.Row("step", "s", jaxlm=[1.0, 2.0, 4.0], other=[3.0, 3.0, 6.0])
     assert row.ratio == 1.5
     assert row.spread == (1.5, 3.0)
-    assert "| step | 2 s | 3 s | **1.5** | 1.5 to 3 |" in turns.table([row])
+    assert "| step | 2 s | torch: 3 s | **1.5** | 1.5 to 3 |" in turns.table([row])
 
 
 def test_a_score_that_is_not_reached_takes_for_ever(turns: ModuleType):
