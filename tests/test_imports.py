@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"core"},
     "tasks": {"core", "data", "losses"},
     "train": {"core", "parallel"},
-    "evaluate": {"core", "models", "io"},
+    "evaluate": {"core", "models", "io", "tasks"},
 }
 TOP = {"build", "__init__"}  # jaxlm/build.py and jaxlm/__init__.py join everything and are imported by nothing below
 FORBIDDEN_IMPORTS = ("jax.experimental.pjit", "pickle", "cPickle", "cloudpickle", "dill")

@@ -1,24 +1,39 @@
-"""Measures several models beside each other: quality on the same text, size, and speed in turn, in one process."""
+"""Measures several models beside each other: quality on the same data, size, and speed in turn, in one process."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core import Context
+from jaxlm.build.data import prepare, token_count
+from jaxlm.core import Context, Tree
 from jaxlm.data.loader import Batches
-from jaxlm.evaluate.cost import bytes_by_dtype, bytes_on_disk, flops_per_token, parameters
-from jaxlm.evaluate.row import HeldOut, Row
+from jaxlm.data.settings import DataSettings
+from jaxlm.evaluate.anatomy import anatomy
+from jaxlm.evaluate.cost import (
+    bytes_by_dtype,
+    bytes_on_disk,
+    flops_per_token,
+    flops_per_token_of_pairs,
+    parameters,
+)
+from jaxlm.evaluate.held_out import HeldOut
+from jaxlm.evaluate.row import Row
+from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.evaluate.timing import Timing, interleaved, machine, versions
 from jaxlm.io.model import LM, load
-from jaxlm.losses.cross_entropy import IGNORED, log_likelihood
 from jaxlm.models.generate import generate
 from jaxlm.models.model import Model
+from jaxlm.tasks import TASKS, Read, Task
+
+READ_BY_MODELS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+"""What a timed forward pass gets of a batch; packed rows are timed as full rows of one text."""
+NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,7 @@ class Candidate:
       reference: name of the candidate it is measured against, `None` for the reference itself.
       beside: further candidates worth a sentence.
       train_tokens: tokens it was trained on.
+      facts: what else the report says of it, by name.
     """
 
     name: str
@@ -39,48 +55,66 @@ class Candidate:
     reference: str | None = None
     beside: tuple[str, ...] = ()
     train_tokens: int | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What causal models are asked to do.
+    """What models are asked to do.
 
     Attributes:
-      batches: held-out text in order, each token once.
-      tokenizer: the common one.
-      context: tokens of a row.
-      batch_size: rows of a timed batch.
-      prompt: text to continue; new_tokens: how far.
-      rounds, seconds: timing rounds and the time they may take.
+      name: of the task; data: held out, the split that `settings` names.
+      settings: of the report.
     """
 
+    name: str
+    data: DataSettings
+    settings: ReportSettings
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.name]
+
+    def batches(self, lm: LM) -> Batches:
+        """The held-out data in order, each row once, in the tokens and classes of a model."""
+        prepared = prepare(
+            self.name, self.task, lm.tokenizer, lm.config.labels, self.data, self.settings.split, say=lambda text: None
+        )
+        return self.task.batches(prepared, lm.tokenizer, self.data, self.settings.batch_size, None)
+
+
+class Loaded(NamedTuple):
+    """A model that is ready to run: its directory, its parameters in the run view, and its batches."""
+
+    lm: LM
+    params: Tree
     batches: Batches
-    tokenizer: Any
-    context: int
-    batch_size: int
-    prompt: str
-    new_tokens: int = 48
-    rounds: int = 15
-    seconds: float = 20.0
+
+    @property
+    def model(self) -> Model:
+        return Model(self.lm.config)
 
 
 def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[[str], None]) -> list[Row]:
     """One Row a candidate. Agreement is measured with the first of them."""
-    models = {c.name: load(c.directory) for c in candidates}
-    run = {name: Model(lm.config).run_view(lm.params) for name, lm in models.items()}
-    say("measuring quality")
-    answers: list[np.ndarray] | None = None
-    held_out = {}
+    models: dict[str, Loaded] = {}
     for candidate in candidates:
-        lm = models[candidate.name]
-        held_out[candidate.name], own = read_held_out(lm, run[candidate.name], trial, answers)
-        answers = own if answers is None else answers
+        lm = load(candidate.directory)
+        check_comparable(candidate, lm, trial, next(iter(models.values()), None))
+        models[candidate.name] = Loaded(lm, Model(lm.config).run_view(lm.params), trial.batches(lm))
+    say("measuring quality")
+    held_out: dict[str, HeldOut] = {}
+    teacher: Answers | None = None
+    for name, loaded in models.items():
+        held_out[name], answers = read_held_out(loaded, trial, teacher)
+        teacher = teacher or answers
     say("measuring speed, all models in turn")
-    batch, single = time_models(models, run, trial)
+    speeds = time_models(models, trial)
     rows = []
     for candidate in candidates:
-        lm = models[candidate.name]
-        sample, speed = write_sample(lm, run[candidate.name], trial)
+        loaded, speed = models[candidate.name], speeds[candidate.name]
+        lm = loaded.lm
+        sample, pace = write_sample(loaded, trial)
         counts = parameters(lm.params)
         rows.append(
             Row(
@@ -92,113 +126,221 @@ def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[
                 bytes_by_dtype=bytes_by_dtype(candidate.directory),
                 reference=candidate.reference,
                 beside=candidate.beside,
-                flops_per_token=flops_per_token(
-                    lm.params,
-                    context=trial.context,
-                    heads=lm.config.num_heads,
-                    head_dim=lm.config.layers()[0].head_dim,
-                    causal=lm.config.causal,
-                    tied_head=lm.config.tie_embeddings,
-                ),
-                batch=batch[candidate.name],
-                batch_tokens=trial.batch_size * trial.context,
-                single=single[candidate.name],
+                flops_per_token=flops(lm, speed.lengths),
+                batch=speed.batch,
+                batch_tokens=speed.tokens,
+                single=speed.single,
+                compile_seconds=speed.compile_seconds,
+                peak_bytes=speed.peak_bytes,
                 held_out=held_out[candidate.name],
+                layers=anatomy(lm.config, lm.params, candidate.directory),
                 train_tokens=candidate.train_tokens,
-                prompt=trial.prompt,
+                facts=candidate.facts,
+                prompt=trial.settings.prompt if sample is not None else "",
                 sample=sample,
-                sample_tokens_per_second=speed,
+                sample_tokens_per_second=pace,
             )
         )
     return rows
 
 
-def read_held_out(
-    lm: LM, params: Any, trial: Trial, answers: list[np.ndarray] | None
-) -> tuple[HeldOut, list[np.ndarray]]:
-    """Nats, tokens, bytes and agreement batch by batch, and the model's own likeliest tokens."""
-    model = Model(lm.config)
+def check_comparable(candidate: Candidate, lm: LM, trial: Trial, first: Loaded | None) -> None:
+    """Raises ValueError for a model that does not do the task, or has other classes than the first."""
+    if lm.config.head != trial.task.structure["head"]:
+        raise ValueError(
+            f"{candidate.directory} has the head {lm.config.head!r}, the task {trial.name} needs "
+            f"{trial.task.structure['head']!r}; leave the stage out of the report with compare=False"
+        )
+    if lm.tokenizer is None:
+        raise ValueError(f"{candidate.directory} has no tokenizer; a model without one reads no text")
+    if first is not None and lm.config.labels != first.lm.config.labels:
+        raise ValueError(
+            f"{candidate.name} has the classes {lm.config.labels}, the first model has {first.lm.config.labels}; "
+            "train all of them on the same labels"
+        )
+
+
+# Quality -------------------------------------------------------------------------------------------------------------
+
+
+class Answers(NamedTuple):
+    """What a model predicted, batch by batch, and the batches' shapes."""
+
+    seen: list[dict[str, np.ndarray]]
+    shapes: list[tuple[int, ...]]
+
+
+def read_held_out(loaded: Loaded, trial: Trial, teacher: Answers | None) -> tuple[HeldOut, Answers]:
+    """The pieces of the held-out data as the task's quality sees them, and the model's own predictions.
+
+    A teacher whose tokenizer cuts the data into other batches cannot be compared token by token: then there is no
+    agreement.
+    """
+    quality, model, lm = trial.task.quality, loaded.model, loaded.lm
 
     @jax.jit
-    def read(params: Any, batch: dict[str, jax.Array]):
-        logits = model.forward(params, batch)["logits"]
-        likelihood, valid = log_likelihood(logits, batch["labels"])
-        return -jnp.sum(likelihood), jnp.sum(valid), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    def read(params: Tree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return quality.read(model.forward(params, batch), batch)
 
-    nats, tokens, sizes, agreed, own = [], [], [], [], []
-    for number in range(trial.batches.steps_per_epoch):
-        batch = trial.batches(number)
-        loss, count, likeliest = jax.device_get(read(params, batch))
-        counted = batch["labels"] != IGNORED
-        texts = trial.tokenizer.batch_decode(
-            [row[keep] for row, keep in zip(batch["labels"], counted, strict=True)], skip_special_tokens=True
-        )
-        nats.append(float(loss))
-        tokens.append(int(count))
-        sizes.append(sum(len(text.encode("utf8")) for text in texts))
-        own.append(likeliest)
-        if answers is not None:
-            agreed.append(int(((answers[number] == likeliest) & counted).sum()))
-    held_out = HeldOut(tuple(nats), tuple(tokens), tuple(sizes), tuple(agreed) if answers is not None else None)
+    batches = [loaded.batches(number) for number in range(loaded.batches.steps_per_epoch)]
+    numbers = [batch.pop("row", None) for batch in batches]
+    shapes = [batch["labels"].shape for batch in batches]
+    own = Answers([jax.device_get(read(loaded.params, batch)) for batch in batches], shapes)
+    known = teacher if teacher is not None and teacher.shapes == shapes else None
+    parts = []
+    for number, batch in enumerate(batches):
+        taught = None if known is None else known.seen[number]
+        parts.append(quality.pieces(Read(own.seen[number], taught, batch, lm.tokenizer, lm.config.labels)))
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rows = np.concatenate([each[each >= 0] for each in numbers if each is not None] or [np.empty(0, np.int64)])
+    if len(rows) == len(columns[quality.same]):  # as in the file, whatever lengths a tokenizer gives them
+        columns = {name: column[np.argsort(rows)] for name, column in columns.items()}
+    held_out = HeldOut(trial.name, {n: tuple(c.tolist()) for n, c in columns.items()}, len(lm.config.labels))
     return held_out, own
 
 
-def time_models(
-    models: Mapping[str, LM], run: Mapping[str, Any], trial: Trial
-) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Seconds of a forward pass over a full batch and over one row, all models in turn."""
-    ids = trial.batches(0)["input_ids"]
-    many = np.resize(ids, (trial.batch_size, trial.context))
-
-    def thunk(name: str, rows: np.ndarray) -> Callable[[], jax.Array]:
-        model, params = Model(models[name].config), run[name]
-        forward = jax.jit(lambda params, ids: model.forward(params, {"input_ids": ids}, ctx=Context())["logits"])
-        placed = jnp.asarray(rows)
-        return lambda: forward(params, placed)
-
-    def measure(rows: np.ndarray) -> dict[str, Timing]:
-        return interleaved({name: thunk(name, rows) for name in models}, trial.rounds, trial.seconds)
-
-    return measure(many), measure(many[:1])
+# Speed ---------------------------------------------------------------------------------------------------------------
 
 
-def write_sample(lm: LM, params: Any, trial: Trial) -> tuple[str, float]:
-    """What the model writes after the prompt (temperature 0.8, top-p 0.9, one seed for all), and its tokens/s.
+class Speed(NamedTuple):
+    """Seconds over a batch and over one row, tokens and lengths of the batch, and what its compiled pass takes."""
+
+    batch: Timing
+    single: Timing
+    tokens: int
+    lengths: tuple[int, ...]
+    compile_seconds: float
+    peak_bytes: int
+
+
+def typical_batch(batches: Batches, rows: int) -> dict[str, np.ndarray]:
+    """Rows of the median length (they come sorted by it), or full rows of running text."""
+    batch = batches(batches.steps_per_epoch // 2 if batches.kinds > 1 else 0)
+    real = batch.pop("row", None)
+    keep = slice(None) if real is None or not (real >= 0).any() else real >= 0
+    kept = {name: array[keep] for name, array in batch.items() if name in READ_BY_MODELS}
+    return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in kept.items()}
+
+
+def time_models(models: Mapping[str, Loaded], trial: Trial) -> dict[str, Speed]:
+    """A forward pass over a batch of typical rows and over one of them, all models in turn."""
+    settings, many, one, facts = trial.settings, {}, {}, {}
+    for name, loaded in models.items():
+        batch = typical_batch(loaded.batches, settings.batch_size)
+        forward = _forward(loaded.model)
+        started = time.perf_counter()
+        compiled = jax.jit(forward).lower(loaded.params, batch).compile()
+        facts[name] = (_tokens(batch), _lengths(batch), time.perf_counter() - started, _peak(compiled))
+        single = {column: array[:1] for column, array in batch.items()}
+        many[name] = _thunk(compiled, loaded.params, batch)
+        one[name] = _thunk(jax.jit(forward).lower(loaded.params, single).compile(), loaded.params, single)
+    batches, singles = (interleaved(each, settings.rounds, settings.seconds) for each in (many, one))
+    return {name: Speed(batches[name], singles[name], *facts[name]) for name in models}
+
+
+def _forward(model: Model) -> Callable[[Tree, dict], jax.Array]:
+    return lambda params, batch: model.forward(params, batch, ctx=Context())["logits"]
+
+
+def _thunk(compiled: Any, params: Tree, batch: Mapping[str, np.ndarray]) -> Callable[[], jax.Array]:
+    placed = {name: jnp.asarray(array) for name, array in batch.items()}
+    return lambda: compiled(params, placed)
+
+
+def _tokens(batch: Mapping[str, np.ndarray]) -> int:
+    return token_count(batch) or batch["input_ids"].size
+
+
+def _lengths(batch: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    return tuple(batch[name].shape[1] for name in ("input_ids", "decoder_input_ids") if name in batch)
+
+
+def _peak(compiled: Any) -> int:
+    """Bytes of arguments, temporaries and results; what is aliased counts once."""
+    need = compiled.memory_analysis()
+    total = need.argument_size_in_bytes + need.temp_size_in_bytes + need.output_size_in_bytes
+    return int(total - need.alias_size_in_bytes)
+
+
+def flops(lm: LM, lengths: tuple[int, ...]) -> int:
+    """Floating-point operations a token of a forward pass over rows of these lengths."""
+    config = lm.config
+    head_dim = config.layers()[0].head_dim
+    tied = config.tie_embeddings and config.head in ("causal", "masked", "seq2seq")
+    if config.encoder_decoder:
+        heads = (config.num_heads, config.decoder_num_heads, config.cross_num_heads)
+        return flops_per_token_of_pairs(
+            lm.params, lengths=(lengths[0], lengths[1]), heads=heads, head_dim=head_dim, tied_head=tied
+        )
+    return flops_per_token(
+        lm.params,
+        context=lengths[0],
+        heads=config.num_heads,
+        head_dim=head_dim,
+        causal=config.causal,
+        tied_head=tied,
+        once=r"head/.*" if config.head == "sequence" else "",
+    )
+
+
+def write_sample(loaded: Loaded, trial: Trial) -> tuple[str | None, float | None]:
+    """What a generating model writes for the prompt (temperature 0.8, top-p 0.9, one seed for all), and its tokens/s.
 
     A model with few positions gets at most half of them as prompt, and stops at the last one.
     """
-    prompt = trial.tokenizer(trial.prompt, add_special_tokens=False)["input_ids"]
-    room = lm.config.max_positions or 2 * (len(prompt) + trial.new_tokens)
+    config, tokenizer, text = loaded.lm.config, loaded.lm.tokenizer, trial.settings.prompt
+    if not text or config.head not in ("causal", "seq2seq"):
+        return None, None
+    prompt = tokenizer(text, add_special_tokens=config.encoder_decoder)["input_ids"]
+    room = config.max_positions or 2 * (len(prompt) + NEW_TOKENS)
     ids = np.asarray(prompt[: room // 2], np.int32)[None]
-    new_tokens = min(trial.new_tokens, room - ids.shape[1])
+    new_tokens = min(NEW_TOKENS, room - ids.shape[1])
     options = {"new_tokens": new_tokens, "temperature": 0.8, "top_p": 0.9}
 
     def write() -> np.ndarray:
-        return np.asarray(generate(lm.config, params, {"input_ids": ids}, jax.random.key(0), **options))
+        return np.asarray(generate(config, loaded.params, {"input_ids": ids}, jax.random.key(0), **options))
 
     tokens = write()
     started = time.perf_counter()
     write()
     seconds = time.perf_counter() - started
-    return trial.tokenizer.decode(tokens[0], skip_special_tokens=True), new_tokens / seconds
+    return tokenizer.decode(tokens[0], skip_special_tokens=True), new_tokens / seconds
 
 
-def protocol(trial: Trial, corpus: str, rows: Sequence[Row], seed: int) -> dict[str, Any]:
+def protocol(trial: Trial, rows: Sequence[Row], tokenizer: Any, seed: int) -> dict[str, Any]:
     """How the numbers were obtained, as the report prints it."""
-    held_out = rows[0].held_out
+    held_out, settings, data = rows[0].held_out, trial.settings, trial.data
     assert held_out is not None
+    columns = {name: sum(held_out.columns[name]) for name in ("tokens", "bytes", "words") if name in held_out.columns}
+    packed = "segment_ids" in trial.task.columns
+    rows_are = (
+        {
+            "context": f"{data.max_length} tokens",
+            "stride": f"{data.max_length} tokens: rows do not overlap, so a row's first tokens are read with little "
+            "context",
+        }
+        if packed
+        else {"context": f"whole examples, cut at {data.max_length} tokens, padded to multiples of {data.bucket}"}
+    )
+    piece = f"batches of {settings.batch_size} rows of running text" if packed else "examples"
     return {
-        "corpus": corpus,
-        "tokenizer": f"{type(trial.tokenizer).__name__}, {len(trial.tokenizer)} tokens",
-        "context": f"{trial.context} tokens",
-        "stride": f"{trial.context} tokens: rows do not overlap, so a row's first tokens are read with little context",
-        "bytes": f"{sum(held_out.bytes):,}",
-        "tokens": f"{sum(held_out.tokens):,}",
+        "task": trial.name,
+        "corpus": settings.corpus,
+        "split": f"{settings.split}: {getattr(data, settings.split)}",
+        "tokenizer": f"{type(tokenizer).__name__}, {len(tokenizer)} tokens",
+        **rows_are,
+        **{name: f"{int(total):,}" for name, total in columns.items()},
+        "pieces": f"{held_out.pieces:,} {piece}",
+        "intervals": "two standard errors by leaving out one piece at a time (jackknife); of a difference between two "
+        "models, by leaving the same piece out of both",
         "machine": machine(),
         "versions": versions(),
         "seeds": str(seed),
         "timing": (
-            f"forward passes over {trial.batch_size} x {trial.context} tokens (batch) and 1 x {trial.context} "
-            f"(latency), all models in turn, medians of {len(rows[0].batch.seconds) if rows[0].batch else 0} rounds"
+            f"forward passes over {settings.batch_size} rows of the median length ({rows[0].batch_tokens} tokens; "
+            f"batch) and one of them (latency), all models in turn, medians of "
+            f"{len(rows[0].batch.seconds) if rows[0].batch else 0} rounds"
         ),
+        "memory": "of the compiled pass over that batch: parameters, input, temporaries and result, as the compiler "
+        "allots them",
     }

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxlm.core import nearest
 from jaxlm.data.settings import DataSettings
+from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.models.config import ModelConfig
 from jaxlm.train.settings import TrainSettings
 
@@ -42,7 +43,7 @@ def default_config() -> ConfigDict:
         "train": _defaults(TrainSettings),
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "sharding": {},
-        "report": {"title": "", "corpus": "", "prompt": "", "batch_size": 16, "rounds": 15, "seconds": 20.0},
+        "report": _defaults(ReportSettings),
     }
     config = Config(
         {"seed": 0, "task": "causal", "surgery": (), "methods": (), "losses": (), "bake": True, "stages": ()}

@@ -16,9 +16,6 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.parallel import spec_of, ways
 from jaxlm.tasks import Prepared, Task
 
-SENTINELS = 100
-"""`<extra_id_…>` tokens of a tokenizer trained for denoising, as in T5."""
-
 _prepared: dict[str, Prepared] = {}
 
 
@@ -32,7 +29,7 @@ def texts_of(source: Source) -> Iterable[str]:
             yield " ".join(record["tokens"])
 
 
-def tokenizer_for(settings: DataSettings, task: str, own: Any) -> Any:
+def tokenizer_for(settings: DataSettings, task: Task, own: Any) -> Any:
     """The tokenizer that the config names, or trained on the training split, or the model's `own`."""
     if not settings.tokenizer:
         if own is None:
@@ -41,10 +38,9 @@ def tokenizer_for(settings: DataSettings, task: str, own: Any) -> Any:
                 "or config.model.init to a model directory that has one"
             )
         return own
-    sentinels = SENTINELS if task == "denoising" else 0
     trained = settings.tokenizer.partition(":")[0] in ("bpe", "wordpiece", "character")
     texts = texts_of(settings.source("train")) if trained else None
-    return load_tokenizer(settings.tokenizer, texts, sentinels=sentinels)
+    return load_tokenizer(settings.tokenizer, texts, sentinels=task.sentinels)
 
 
 def prepare(

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm.build import registry
 from jaxlm.build.blueprint import Blueprint, abstract_adapted, blueprint
@@ -15,7 +14,8 @@ from jaxlm.io.model import find, retarget
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.parallel import make_rules, spec_of
-from jaxlm.tasks import TASKS
+from jaxlm.tasks import TASKS, Task
+from jaxlm.tasks.task import Column
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import dropout_key
 
@@ -58,7 +58,7 @@ def outline(config: Any, mesh: jax.sharding.Mesh) -> Outline:
     method = chain([registry.method(entry) for entry in values["methods"]])
     adapted = abstract_adapted(method, jax.random.key(0), model, axes)
     drawn = blueprint(model, method, adapted, task, training, mesh, rules, NOMINAL_STEPS)
-    batch = batch_shapes(config.task, training.batch_size, data.max_length, mesh, rules)
+    batch = batch_shapes(task, training.batch_size, data.max_length, mesh, rules)
     return Outline(model, adapted, drawn, rules, batch)
 
 
@@ -82,30 +82,16 @@ def structure(config: Any, task: Any) -> Any:
 
 
 def batch_shapes(
-    task: str, rows: int, length: int, mesh: jax.sharding.Mesh, rules: dict[str, Any]
+    task: Task, rows: int, length: int, mesh: jax.sharding.Mesh, rules: dict[str, Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The longest batch that a task makes: int32 `[rows, length]`, or `[rows]` for labels of whole texts."""
-    packed, padded = ("input_ids", "segment_ids", "positions"), ("input_ids", "attention_mask")
-    decoder = ("decoder_input_ids", "decoder_attention_mask")
-    columns = {
-        "causal": (*packed, "labels"),
-        "masked": (*packed, "labels"),
-        "next_sentence": (*padded, "token_type_ids", "labels", "next_sentence_labels"),
-        "denoising": (*padded, *decoder, "labels"),
-        "seq2seq": (*padded, *decoder, "labels"),
-        "sequence": (*padded, "labels"),
-        "regression": (*padded, "labels"),
-        "token": (*padded, "labels"),
-    }[task]
+    """The longest batch that a task makes: `[rows, length]`, or `[rows]` for what stands once a row."""
 
-    def shape(name: str) -> jax.ShapeDtypeStruct:
-        whole = name == "next_sentence_labels" or (name == "labels" and task in ("sequence", "regression"))
-        dims, names = ((rows,), ("batch",)) if whole else ((rows, length), ("batch", None))
-        dtype = jnp.float32 if task == "regression" and name == "labels" else jnp.int32
+    def shape(column: Column) -> jax.ShapeDtypeStruct:
+        dims, names = ((rows, length), ("batch", None)) if column.per_token else ((rows,), ("batch",))
         sharding = jax.sharding.NamedSharding(mesh, spec_of(names, dims, rules, mesh))
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(dims, column.dtype, sharding=sharding)
 
-    return {name: shape(name) for name in columns}
+    return {name: shape(column) for name, column in task.columns.items()}
 
 
 def lower_step(config: Any, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:

@@ -13,11 +13,16 @@ from rich.console import Console
 from jaxlm.build import stage
 from jaxlm.build.comparison import Candidate, Trial, compare_models, protocol
 from jaxlm.build.config import code_version, default_config, digest, overlay, plain
+from jaxlm.build.records import PLACEMENT
 from jaxlm.core import lookup
+from jaxlm.data.settings import DataSettings
 from jaxlm.evaluate import report
 from jaxlm.evaluate.row import Row
+from jaxlm.evaluate.settings import ReportSettings
+from jaxlm.io.model import load
+from jaxlm.tasks import TASKS
 
-STAGE_FIELDS = ("name", "description", "after", "reference", "beside")
+STAGE_FIELDS = ("name", "description", "after", "reference", "beside", "compare")
 """What a stage says of itself; its other entries are sections of its config."""
 
 
@@ -41,8 +46,11 @@ def stage_config(config: ConfigDict, entry: Mapping[str, Any], done: Mapping[str
 
 
 def fingerprint(config: ConfigDict, done: Mapping[str, Path], code: str) -> str:
-    """sha256 of a stage's inputs: its config, the code, and the parameters of the models that it reads."""
-    values = plain(config)
+    """sha256 of a stage's inputs: its config, the code, and the parameters of the models that it reads.
+
+    Where it runs (`config.mesh`, `config.sharding`) is no input: a stage that is done is done.
+    """
+    values = {name: value for name, value in plain(config).items() if name not in PLACEMENT}
     read = [values["model"]["init"], *(loss.get("teacher", "") for loss in values["losses"])]
     hashes = [
         json.loads((path / "result.json").read_text())["params_sha256"]
@@ -76,8 +84,10 @@ def check_stages(config: ConfigDict) -> None:
     """Raises ValueError for a pipeline that could not be run and reported to its end, before anything runs."""
     if not config.stages:
         raise ValueError("config.stages is empty; experiments/train.py runs a config without stages")
-    if config.task != "causal":
-        raise ValueError(f"config.task is {config.task!r}; reports compare causal models only")
+    lookup(TASKS, config.task, "task")
+    settings = ReportSettings(**config.report)
+    if not config.data[settings.split]:
+        raise ValueError(f"config.data.{settings.split} is empty; the report measures on it (config.report.split)")
     names: list[str] = []
     for number, entry in enumerate(plain(config.stages)):
         for field in ("name", "description"):
@@ -89,9 +99,17 @@ def check_stages(config: ConfigDict) -> None:
         if name in names:
             raise ValueError(f"two stages are called {name!r}")
         names.append(name)
+        if entry.get("task", config.task) != config.task and entry.get("compare", True):
+            raise ValueError(
+                f"stage {name} has the task {entry['task']!r}, the report is about {config.task!r}; "
+                "give the stage compare=False"
+            )
+    compared = [entry["name"] for entry in plain(config.stages) if entry.get("compare", True)]
+    if not compared:
+        raise ValueError("every stage has compare=False; a report needs a model")
     for entry in plain(config.stages):
         for other in filter(None, [entry.get("reference"), *entry.get("beside", ())]):
-            lookup(dict.fromkeys(names), other, f"stage that {entry['name']} is compared with:")
+            lookup(dict.fromkeys(compared), other, f"stage that {entry['name']} is compared with:")
 
 
 class Finished(NamedTuple):
@@ -135,6 +153,7 @@ def measured_rows(
     record = workdir / "report.inputs.json"
     if record.exists() and json.loads(record.read_text())["sha256"] == inputs:
         return report.read(workdir / "report.json")
+    compared = [stage for stage in stages if stage.entry.get("compare", True)]
     candidates = [
         Candidate(
             entry["name"],
@@ -143,21 +162,20 @@ def measured_rows(
             reference=entry.get("reference"),
             beside=tuple(entry.get("beside", ())),
             train_tokens=result["tokens"] or None,
+            facts=facts(own, result),
         )
-        for entry, _, path, result in stages
+        for entry, own, path, result in compared
     ]
-    first = stage.set_up(stages[0].config, splits=("eval",), say=console.print)
-    settings = config.report
-    trial = Trial(
-        first.task.batches(first.splits["eval"], first.tokenizer, first.data, settings.batch_size, None),
-        first.tokenizer,
-        context=first.data.max_length,
-        batch_size=settings.batch_size,
-        prompt=settings.prompt,
-        rounds=settings.rounds,
-        seconds=settings.seconds,
-    )
+    settings = ReportSettings(**config.report)
+    trial = Trial(config.task, DataSettings(**config.data), settings)
     rows = compare_models(candidates, trial, console.print)
-    report.write(workdir, rows, protocol(trial, settings.corpus, rows, config.seed), title=settings.title)
+    tokenizer = load(candidates[0].directory).tokenizer
+    said = protocol(trial, rows, tokenizer, config.seed)
+    report.write(workdir, rows, said, title=settings.title or "Which model to ship", tolerance=settings.tolerance)
     stage.write_json(record, {"sha256": inputs})
     return rows
+
+
+def facts(config: ConfigDict, result: Mapping[str, Any]) -> dict[str, str]:
+    """What the report says of a stage beyond what can be measured of its model."""
+    return {name: str(fact) for name, fact in result.get("facts", {}).items()}

@@ -16,7 +16,7 @@ from jaxlm.build.evaluation import evaluator
 from jaxlm.core import Axes, Context, Tree, lookup
 from jaxlm.data.settings import DataSettings
 from jaxlm.io.model import LM, load
-from jaxlm.models import model_config
+from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.model import Model
 from jaxlm.parallel import make_mesh, make_rules, pad_vocab, place, shard_tree, shardings, ways
@@ -74,10 +74,10 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
     lm = None
     if config.model.init:
         lm = starting_model(config, task, labels, key, say)
-        tokenizer = tokenizer_for(data, config.task, lm.tokenizer)
+        tokenizer = tokenizer_for(data, task, lm.tokenizer)
         model, params = Model(lm.config), lm.params
     else:
-        tokenizer = tokenizer_for(data, config.task, None)
+        tokenizer = tokenizer_for(data, task, None)
         model = Model(fresh_config(config, task, labels, tokenizer))
         params = model.init(key)
     check_fit(model.config, tokenizer, data)
@@ -132,9 +132,8 @@ def fresh_config(config: Any, task: Task, labels: tuple[str, ...], tokenizer: An
     """The structure of a new model: the family's defaults, the config's fields, the task's head, the tokenizer."""
     fields = {n: v for n, v in set_fields(config.model).items() if n != "init"}
     family = fields.pop("family", "gpt2")
-    given = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    if family == "t5":
-        given["decoder_start_token_id"] = tokenizer.pad_token_id
+    special = lookup(FAMILIES, family, "family").special_tokens
+    given = {"vocab_size": len(tokenizer)} | {field: getattr(tokenizer, name) for field, name in special.items()}
     return model_config(family, **{**given, "labels": labels, **task.structure, **fields})
 
 

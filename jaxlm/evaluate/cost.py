@@ -50,7 +50,14 @@ def parameters(params: Tree) -> Parameters:
 
 
 def flops_per_token(
-    params: Tree, *, context: int, heads: Sequence[int], head_dim: int, causal: bool, tied_head: bool
+    params: Tree,
+    *,
+    context: int,
+    heads: Sequence[int],
+    head_dim: int,
+    causal: bool,
+    tied_head: bool,
+    once: str = "",
 ) -> int:
     """Floating-point operations of a forward pass, per token of a full context; training costs three times that.
 
@@ -65,20 +72,54 @@ def flops_per_token(
       head_dim: width of a head.
       causal: whether a token sees only those before it.
       tied_head: whether the logits are a product with the token table (no kernel of its own).
+      once: regex of kernels that are applied once a row, not once a token: a classifier of whole texts.
     """
     leaves = _leaves(params)
     if any(re.match(r"(encoder|decoder)/", path) for path in leaves):
-        raise ValueError("FLOPs per token of an encoder-decoder depend on two lengths: they cannot be one number")
+        raise ValueError("FLOPs per token of an encoder-decoder depend on two lengths: flops_per_token_of_pairs")
     layers = {match[0] for path in leaves if (match := re.match(r"layers_\d+/", path))}
     if len(layers) != len(heads):
         raise ValueError(f"heads lists {len(heads)} layers, but the parameters have {len(layers)}")
-    products = sum(_matrix_size(leaf) for path, leaf in leaves.items() if path.endswith("/kernel"))
-    if tied_head:
-        if "embed/tokens/embedding" not in leaves:
-            raise KeyError("tied_head: there is no token table at embed/tokens/embedding")
-        products += _matrix_size(leaves["embed/tokens/embedding"])
+    kernels = {path: _matrix_size(leaf) for path, leaf in leaves.items() if path.endswith("/kernel")}
+    rare = sum(size for path, size in kernels.items() if re.fullmatch(once, path))
+    products = sum(kernels.values()) - rare + (_token_table(leaves) if tied_head else 0)
     attention = 4 * sum(heads) * head_dim * context
-    return 2 * products + (attention // 2 if causal else attention)
+    return 2 * products + 2 * rare // context + (attention // 2 if causal else attention)
+
+
+def flops_per_token_of_pairs(
+    params: Tree,
+    *,
+    lengths: tuple[int, int],
+    heads: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    head_dim: int,
+    tied_head: bool,
+) -> int:
+    """The same of an encoder-decoder, over the `s + t` tokens of a source and its target, `lengths = (s, t)`.
+
+    Source tokens pass the encoder and the keys and values of cross-attention, target tokens all the rest; scores cost
+    `4 heads · head_dim` for each of the `s²`, `t²/2` and `s·t` pairs of tokens.
+
+    Args:
+      params: arrays or shapes, canonical view.
+      heads: query heads of each layer: in the encoder, in the decoder, across.
+      head_dim: width of a head.
+      tied_head: whether the logits are a product with the token table.
+    """
+    leaves, (source, target) = _leaves(params), lengths
+    kernels = {path: _matrix_size(leaf) for path, leaf in leaves.items() if path.endswith("/kernel")}
+    of_source = r"encoder/.*|decoder/layers_\d+/cross_attention/(key|value)/kernel"
+    first = sum(size for path, size in kernels.items() if re.fullmatch(of_source, path))
+    second = sum(kernels.values()) - first + (_token_table(leaves) if tied_head else 0)
+    encoder, decoder, across = (sum(each) for each in heads)
+    pairs = encoder * source**2 + decoder * target**2 // 2 + across * source * target
+    return (2 * (first * source + second * target) + 4 * head_dim * pairs) // (source + target)
+
+
+def _token_table(leaves: Mapping[str, Any]) -> int:
+    if "embed/tokens/embedding" not in leaves:
+        raise KeyError("tied_head: there is no token table at embed/tokens/embedding")
+    return _matrix_size(leaves["embed/tokens/embedding"])
 
 
 def bytes_by_dtype(directory: str | Path) -> dict[str, int]:
@@ -91,6 +132,12 @@ def bytes_by_dtype(directory: str | Path) -> dict[str, int]:
                 dtype = DTYPES.get(entry["dtype"], entry["dtype"])
                 found[dtype] = found.get(dtype, 0) + end - start
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def bytes_by_tensor(directory: str | Path) -> dict[str, int]:
+    """Bytes of every tensor in a model directory by its name in the file."""
+    entries = (item for file in _weight_files(directory) for item in _header(file).items())
+    return {n: e["data_offsets"][1] - e["data_offsets"][0] for n, e in entries if n != "__metadata__"}
 
 
 def bytes_on_disk(directory: str | Path) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxlm.evaluate.labels import Box, arrange, candidates, nearest
 from jaxlm.evaluate.row import Comparison, Row, against_reference, by_name
 from jaxlm.evaluate.words import one_line, scaled, times
+from jaxlm.tasks import Measure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito (2008): told apart with every kind of colour vision. Shapes differ as well."""
@@ -67,6 +68,27 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted((i for i in finite if not beaten(i)), key=lambda i: points[i])
 
 
+def knee(points: Sequence[tuple[float, float]]) -> int | None:
+    """The point of a front where more of one cost begins to buy little of the other, `None` for fewer than three.
+
+    Both costs are scaled to [0, 1] between the ends of the front; the knee is furthest below the straight line between
+    the ends (Das 1999; Kneedle, Satopää et al. 2011).
+
+    Args:
+      points: the front, by the first cost.
+
+    >>> knee([(1.0, 9.0), (2.0, 4.0), (5.0, 3.0), (9.0, 2.5)])
+    1
+    """
+    if len(points) < 3:
+        return None
+    x, y = (np.asarray(costs, np.float64) for costs in zip(*points, strict=True))
+    if x[0] == x[-1] or y[0] == y[-1]:
+        return None
+    below = 1 - (x - x[0]) / (x[-1] - x[0]) - (y - y[-1]) / (y[0] - y[-1])
+    return int(below.argmax()) if below.max() > 0 else None
+
+
 def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: bool = False) -> None:
     """Draws both panels into a PNG. Models without a finite quality are named below them instead.
 
@@ -87,8 +109,9 @@ def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: 
     canvas = FigureCanvasAgg(figure)
     size_axes, speed_axes = figure.subplots(2, 1) if stacked else figure.subplots(1, 2)
     sizes, speeds, absent = _points(rows, brief=stacked)
-    _panel(size_axes, sizes, theme, smaller_is_better=True)
-    _panel(speed_axes, speeds, theme, smaller_is_better=False)
+    measure = _measure(rows)
+    _panel(size_axes, sizes, theme, measure, smaller_is_better=True)
+    _panel(speed_axes, speeds, theme, measure, smaller_is_better=False)
     figure.supxlabel(
         fill(_legend(absent), 64 if stacked else 195),
         fontsize=7.5 if stacked else 8,
@@ -107,6 +130,7 @@ def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: 
 def _legend(absent: Sequence[str]) -> str:
     return (
         "Filled: on the Pareto front. Hollow: another model is at least as good on both axes. "
+        "Ring: the knee of the front, where giving up more quality begins to save little. "
         "Bars: difference from the reference ± 2 standard errors; middle half of the timed rounds. "
     ) + (f"Not drawn, without quality: {', '.join(absent)}." if absent else "")
 
@@ -115,9 +139,11 @@ def _points(rows: Sequence[Row], brief: bool) -> tuple[list[Point], list[Point],
     """Points of the size panel, of the speed panel, and the names of models that cannot be placed."""
     named = by_name(rows)
     sizes, speeds, absent = [], [], []
+    measure = _measure(rows)
+    scale = 100 if measure and measure.percent else 1
     for i, row in enumerate(rows):
-        name, bits = _short(row.name), row.bits_per_byte
-        if bits is None or not math.isfinite(bits.value):
+        name, quality = _short(row.name), row.quality
+        if quality is None or not math.isfinite(quality.value):
             absent.append(name)
             continue
         against = against_reference(row, named)
@@ -126,16 +152,29 @@ def _points(rows: Sequence[Row], brief: bool) -> tuple[list[Point], list[Point],
         size, speed = row.bytes_on_disk, row.tokens_per_second
         sizes.append(
             _point(
-                (size, size, size), bits.value, error, scaled(size, "B") + ("" if brief else _smaller(against)), look
+                (size, size, size),
+                scale * quality.value,
+                scale * error,
+                scaled(size, "B") + ("" if brief else _smaller(against)),
+                look,
             )
         )
         if speed is not None:
             speeds.append(
                 _point(
-                    speed, bits.value, error, f"{scaled(speed.median)}/s" + ("" if brief else _as_fast(against)), look
+                    speed,
+                    scale * quality.value,
+                    scale * error,
+                    f"{scaled(speed.median)}/s" + ("" if brief else _as_fast(against)),
+                    look,
                 )
             )
     return sizes, speeds, absent
+
+
+def _measure(rows: Sequence[Row]) -> Measure | None:
+    """What quality is measured in, `None` where it was not."""
+    return next((row.measure for row in rows if row.measure is not None), None)
 
 
 def _point(x: tuple[float, float, float], y: float, error: float, note: str, look: tuple[str, str, str]) -> Point:
@@ -155,14 +194,14 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
-def _panel(axes: Any, points: Sequence[Point], theme: Theme, smaller_is_better: bool) -> None:
+def _panel(axes: Any, points: Sequence[Point], theme: Theme, measure: Measure | None, smaller_is_better: bool) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     what, unit = ("size on disk", "B") if smaller_is_better else ("tokens per second, measured", "")
     title = "Quality against size" if smaller_is_better else "Quality against speed"
     axes.set_title(title, loc="left", color=theme.ink, fontsize=12, fontweight="bold", pad=10)
     axes.set_xlabel(what, fontsize=9.5, color=theme.faint)
-    axes.set_ylabel("bits per byte on held-out text", fontsize=9.5, color=theme.faint)
+    axes.set_ylabel(_what(measure), fontsize=9.5, color=theme.faint)
     axes.set_facecolor(theme.paper)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(theme.grid)
@@ -177,11 +216,19 @@ def _panel(axes: Any, points: Sequence[Point], theme: Theme, smaller_is_better: 
     _limits(axes, points)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: re.sub(r"\.0+(?=\D|$)", "", scaled(x, unit))))
-    on_front = _draw_front(axes, points, theme, smaller_is_better)
+    on_front, bend = _draw_front(axes, points, theme, smaller_is_better, measure is not None and measure.higher)
     for i, p in enumerate(points):
         axes.errorbar(p.x, p.y, yerr=p.error, xerr=[[p.x - p.low], [p.high - p.x]], color=p.color, lw=1.4)
         face = p.color if i in on_front else theme.paper
         axes.plot(p.x, p.y, p.marker, ms=9, mfc=face, mec=p.color, mew=1.8, zorder=4)
+        if i == bend:
+            axes.plot(p.x, p.y, "o", ms=17, mfc="none", mec=theme.ink, mew=1.2, zorder=3)
+
+
+def _what(measure: Measure | None) -> str:
+    if measure is None:
+        return "quality on held-out data"
+    return f"{measure.unit}{' in %' * measure.percent} on held-out {'text' if 'text' in measure.words[0] else 'data'}"
 
 
 def _limits(axes: Any, points: Sequence[Point]) -> None:
@@ -204,20 +251,41 @@ def _limits(axes: Any, points: Sequence[Point]) -> None:
     axes.set_ylim(bottom - room, top + room)
 
 
-def _draw_front(axes: Any, points: Sequence[Point], theme: Theme, smaller_is_better: bool) -> list[int]:
-    """The staircase of what is reachable; the shaded side is beaten by a model on it. Returns the points on it."""
-    sign = 1 if smaller_is_better else -1
-    best = front([(sign * p.x, p.y) for p in points])
-    worst_x, top = axes.get_xlim()[1 if smaller_is_better else 0], axes.get_ylim()[1]
-    corners = [(points[best[0]].x, top)]
+def _draw_front(
+    axes: Any, points: Sequence[Point], theme: Theme, smaller_is_better: bool, higher: bool
+) -> tuple[list[int], int | None]:
+    """The staircase of what is reachable; the shaded side is beaten by a model on it.
+
+    Returns:
+      the points on it, and the one at its knee.
+    """
+    right, up = (1 if smaller_is_better else -1), (-1 if higher else 1)
+    costs = [(right * p.x, up * p.y) for p in points]
+    best = front(costs)
+    worst_x, worst_y = axes.get_xlim()[1 if smaller_is_better else 0], axes.get_ylim()[0 if higher else 1]
+    corners = [(points[best[0]].x, worst_y)]
     for here, following in zip(best, [*best[1:], None], strict=True):
         corners.append((points[here].x, points[here].y))
         corners.append((worst_x if following is None else points[following].x, points[here].y))
-    axes.fill([*(x for x, _ in corners), worst_x], [*(y for _, y in corners), top], color=theme.beaten, zorder=0, lw=0)
+    shaded = [*corners, (worst_x, worst_y)]
+    axes.fill(*zip(*shaded, strict=True), color=theme.beaten, zorder=0, lw=0)
     axes.plot(*zip(*corners, strict=True), color=theme.faint, linewidth=1.3, zorder=2, gid="front")
-    hint, at, side = ("↙ better", 0.012, "left") if smaller_is_better else ("better ↘", 0.988, "right")
-    axes.text(at, 0.02, hint, transform=axes.transAxes, ha=side, fontsize=9.5, color=theme.faint, gid="obstacle")
-    return best
+    at, side = (0.012, "left") if smaller_is_better else (0.988, "right")
+    arrow = {(True, False): "↙ better", (False, False): "better ↘", (True, True): "↖ better", (False, True): "better ↗"}
+    height, edge = (0.98, "top") if higher else (0.02, "bottom")
+    axes.text(
+        at,
+        height,
+        arrow[smaller_is_better, higher],
+        transform=axes.transAxes,
+        ha=side,
+        va=edge,
+        fontsize=9.5,
+        color=theme.faint,
+        gid="obstacle",
+    )
+    bend = knee([costs[i] for i in best])
+    return best, None if bend is None else best[bend]
 
 
 def _label(axes: Any, points: Sequence[Point], theme: Theme) -> None:

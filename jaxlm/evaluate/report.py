@@ -1,7 +1,7 @@
 """The report: which model to ship, with every number and how it was measured.
 
-`write` leaves `report.json` (everything, raw rounds included), `report.md`, `report.html` (one file, no network) and
-`pareto.png`. `table` is the short form for the console.
+`write` leaves `report.json` (everything, raw rounds included), `report.md`, `report.html` (one file, no network),
+`pareto.png` and `layers.png`. `table` is the short form for the console.
 """
 
 import base64
@@ -17,21 +17,25 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxlm.evaluate import pareto
-from jaxlm.evaluate.row import HeldOut, Row, against_reference, by_name
+from jaxlm.evaluate import layers, pareto
+from jaxlm.evaluate.held_out import HeldOut
+from jaxlm.evaluate.row import Layer, Row, against_reference, by_name
 from jaxlm.evaluate.timing import Timing
 from jaxlm.evaluate.verdict import chips, described, picks, verdict
-from jaxlm.evaluate.words import NOT_MEASURED, estimate, one_line, percent, plain, printable, scaled, spread, times
+from jaxlm.evaluate.words import NOT_MEASURED, estimate, one_line, plain, printable, scaled, spread, times
+from jaxlm.tasks import TASKS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-PROTOCOL = ("corpus", "tokenizer", "context", "stride", "bytes", "tokens", "machine", "versions", "seeds", "timing")
+PROTOCOL = ("corpus", "tokenizer", "pieces", "intervals", "machine", "versions", "seeds", "timing")
 """What every report says about how it was measured; more may be added."""
+PICTURES = ("pareto.png", "layers.png")
 CAPTION = (
     "Small print: against the reference. Speed and latency: median over rounds in which all models took turns; in "
-    "brackets the quartiles of the ratio within a round, above 1× is faster. ±: two standard errors over pieces of "
-    "text, paired for a difference. Perplexity compares only under one tokenizer, bits per byte always; less is better."
+    "brackets the quartiles of the ratio within a round, above 1× is faster. ±: two standard errors over the held-out "
+    "pieces (jackknife), for a difference from the reference paired piece by piece. Tokens/s, memory and compile time "
+    "are of a forward pass over a batch."
 )
 SIGNS = {1: "▲", 0: "=", -1: "▼", None: ""}
 CLASSES = {1: "won", 0: "even", -1: "lost", None: "even"}
@@ -53,26 +57,26 @@ def write(
     title: str = "Which model to ship",
     tolerance: float = 0.05,
 ) -> Path:
-    """Writes the four files and returns the path of `report.html`.
+    """Writes the five files and returns the path of `report.html`.
 
     Args:
       directory: created if it is missing; files of these names are replaced.
       rows: the models, in the order they are to appear.
       protocol: how everything was measured; the entries named in `PROTOCOL` must be there (ValueError).
       title: heading.
-      tolerance: the verdict recommends models whose bits per byte are at most this fraction above the reference's.
+      tolerance: the verdict recommends models whose quality is at most this fraction worse than the reference's.
     """
     by_name(rows)
     if missing := [key for key in PROTOCOL if key not in protocol]:
         raise ValueError(f"a report without its protocol cannot be judged; missing: {', '.join(missing)}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    pareto.draw(rows, directory / "pareto.png")
+    for name, draw in zip(PICTURES, (pareto.draw, layers.draw), strict=True):
+        draw(rows, directory / name)
     _save(directory / "report.json", to_json(rows, protocol, title, tolerance))
     _save(directory / "report.md", to_markdown(rows, protocol, title, tolerance))
-    _save(
-        directory / "report.html", to_html(rows, protocol, title, tolerance, _picture(rows, directory / "pareto.png"))
-    )
+    page = to_html(rows, protocol, title, tolerance, *(_picture(rows, directory / name) for name in PICTURES))
+    _save(directory / "report.html", page)
     return directory / "report.html"
 
 
@@ -84,14 +88,13 @@ def cells(row: Row, rows: Mapping[str, Row]) -> list[Cell]:
     """The numbers of one model, in the order of the table."""
     against = against_reference(row, rows)
     outcome = {} if against is None else against.outcomes()
-    size = speed = latency = flops = quality = ""
+    size = speed = latency = flops = ""
     if against is not None:
         size = f"{times(against.size)} smaller" if against.size >= 1 else f"{times(1 / against.size)} larger"
         size = "same size" if outcome["size"] == 0 else size
         speed = f"{times(against.speed.median)} ({spread(against.speed)})" if against.speed else ""
         latency = f"{times(against.latency.median)} ({spread(against.latency)})" if against.latency else ""
         flops = f"{times(against.flops)} fewer" if against.flops and against.flops > 1.005 else ""
-        quality = estimate(against.quality, signed=True) if against.quality else ""
     fast, slow = row.tokens_per_second, row.latency_ms
     return [
         Cell("Parameters", scaled(row.parameters), f"{scaled(row.parameters_non_embedding)} non-embedding"),
@@ -101,11 +104,26 @@ def cells(row: Row, rows: Mapping[str, Row]) -> list[Cell]:
         Cell(
             "Latency at batch 1", f"{plain(slow.median)} ms" if slow else NOT_MEASURED, latency, outcome.get("latency")
         ),
-        Cell("Bits per byte", estimate(row.bits_per_byte), quality, outcome.get("quality")),
-        Cell("Perplexity", plain(row.held_out.perplexity if row.held_out else None)),
-        Cell("Agrees with teacher", percent(row.held_out.agreement if row.held_out else None)),
+        *_quality_cells(row, rows, outcome.get("quality")),
+        Cell("Peak memory", scaled(row.peak_bytes, "B")),
+        Cell("Compiled in", NOT_MEASURED if row.compile_seconds is None else f"{plain(row.compile_seconds)} s"),
         Cell("Training tokens", scaled(row.train_tokens)),
     ]
+
+
+def _quality_cells(row: Row, rows: Mapping[str, Row], outcome: int | None) -> list[Cell]:
+    """Every measure of the task, the first with its difference from the reference, and the agreement."""
+    task = next((r.held_out for r in rows.values() if r.held_out is not None), None)
+    if task is None:
+        return [Cell("Quality", NOT_MEASURED)]
+    found, against = [], against_reference(row, rows)
+    for i, measure in enumerate(task.measures):
+        value = estimate(row.held_out.estimate(measure), measure) if row.held_out else NOT_MEASURED
+        change = estimate(against.quality, measure, signed=True) if not i and against and against.quality else ""
+        found.append(Cell(measure.label, value, change, None if i else outcome))
+    agreement = TASKS[task.task].quality.agreement
+    agreed = estimate(row.held_out.agreement if row.held_out else None, agreement)
+    return [*found, Cell(agreement.label, agreed)]
 
 
 # ---- console
@@ -118,14 +136,15 @@ def table(rows: Sequence[Row]) -> "Table":
     from rich.text import Text
 
     named = by_name(rows)
+    task = next((row.held_out for row in rows if row.held_out is not None), None)
     shown = {
         "Parameters": "Params",
         "Size on disk": "Size",
         "Tokens/s in batches": "Tokens/s",
         "Latency at batch 1": "Latency",
-        "Bits per byte": "Bits/byte",
-        "Agrees with teacher": "Agrees",
     }
+    if task is not None:
+        shown |= {task.measures[0].label: task.measures[0].label, TASKS[task.task].quality.agreement.label: "Agrees"}
     styles = {1: "cyan", 0: "dim", -1: "yellow"}
     result = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False, show_edge=False)
     result.add_column("Model", overflow="fold", min_width=10, max_width=24)
@@ -134,7 +153,7 @@ def table(rows: Sequence[Row]) -> "Table":
     for row in rows:
         line = [Text(one_line(row.name), style="bold")]
         for cell in (c for c in cells(row, named) if c.label in shown):
-            text = Text(re.sub(r" ± [\d.]+", "", cell.value))
+            text = Text(re.sub(r" ± [\d.,]+", "", cell.value))
             if cell.outcome is not None:
                 text.append(f"\n{SIGNS[cell.outcome]} {cell.note.split(' ')[0]}", style=styles[cell.outcome])
             line.append(text)
@@ -166,9 +185,10 @@ def read(path: str | Path) -> list[Row]:
     for model in json.loads(Path(path).read_text(encoding="utf-8"))["models"]:
         timing, held_out = model["measurements"]["timing"], model["measurements"]["held_out"]
         kept = {name: value for name, value in model.items() if name in fields and name not in timing}
+        kept |= {"beside": tuple(model["beside"]), "layers": tuple(Layer(**layer) for layer in model["layers"])}
         rows.append(
             Row(
-                **kept | {"beside": tuple(model["beside"]), "batch_tokens": timing["batch_tokens"]},
+                **kept | {"batch_tokens": timing["batch_tokens"]},
                 batch=_timing(timing["batch"]),
                 single=_timing(timing["single"]),
                 held_out=None if held_out is None else _held_out(held_out),
@@ -182,10 +202,9 @@ def _timing(stored: Mapping[str, Any] | None) -> Timing | None:
 
 
 def _held_out(stored: Mapping[str, Any]) -> HeldOut:
-    """Nats that were not a number were stored as null."""
-    nats = tuple(math.nan if v is None else v for v in stored["nats"])
-    agreed = None if stored["agreed"] is None else tuple(stored["agreed"])
-    return HeldOut(nats, tuple(stored["tokens"]), tuple(stored["bytes"]), agreed)
+    """What was not a number was stored as null."""
+    columns = {n: tuple(math.nan if v is None else v for v in column) for n, column in stored["columns"].items()}
+    return HeldOut(stored["task"], columns, stored["classes"])
 
 
 def _model(row: Row, rows: Mapping[str, Row]) -> dict[str, Any]:
@@ -193,11 +212,12 @@ def _model(row: Row, rows: Mapping[str, Row]) -> dict[str, Any]:
     raw = asdict(row)
     timing = {"batch": raw.pop("batch"), "single": raw.pop("single"), "batch_tokens": raw.pop("batch_tokens")}
     held_out = raw.pop("held_out")
+    measures = row.held_out.measures if row.held_out else ()
     return raw | {
+        "layers": row.layers,
         "tokens_per_second": row.tokens_per_second,
         "latency_ms": row.latency_ms,
-        "bits_per_byte": row.bits_per_byte,
-        "perplexity": row.held_out.perplexity if row.held_out else None,
+        "quality": {measure.name: row.held_out.estimate(measure) for measure in measures if row.held_out},
         "agreement": row.held_out.agreement if row.held_out else None,
         "against_reference": None if against is None else against._asdict() | {"outcomes": against.outcomes()},
         "summary": described(row, rows),
@@ -227,6 +247,7 @@ def to_markdown(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, to
     named = by_name(rows)
     labels = [cell.label for cell in cells(rows[0], named)]
     lines = [f"# {_md(title)}", "", _md(verdict(rows, tolerance)), "", "![Quality, size and speed](pareto.png)", ""]
+    lines += ["![What is left of every layer](layers.png)", ""] if layers.shown(rows) else []
     lines += ["| Model | " + " | ".join(labels) + " |", "| :-- |" + " --: |" * len(labels)]
     for row in rows:
         entries = [_md(c.value) + (f"<br><sub>{_md(c.note)}</sub>" if c.note else "") for c in cells(row, named)]
@@ -249,7 +270,8 @@ def _md(text: str) -> str:
 
 def _stored(row: Row) -> list[str]:
     parts = [f"{scaled(size, 'B')} {dtype}" for dtype, size in row.bytes_by_dtype.items()]
-    return [f"Stored as {', '.join(parts)}."] if parts else []
+    facts = [f"{name}: {fact}." for name, fact in row.facts.items()]
+    return [*([f"Stored as {', '.join(parts)}."] if parts else []), *facts]
 
 
 def _wrote(row: Row) -> str:
@@ -269,10 +291,13 @@ def _said(value: Any) -> str:
 # ---- report.html
 
 
-def to_html(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolerance: float, picture: str) -> str:
+def to_html(
+    rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolerance: float, picture: str, left: str
+) -> str:
     """One file: style inside, no script, light and dark, for screens of any width and for paper.
 
-    `picture` is the one thing that is not escaped: an element that shows the Pareto fronts.
+    `picture` and `left` are the only things that are not escaped: elements that show the Pareto fronts, and what is
+    left of the layers ("" for none).
     """
     named = by_name(rows)
     labels = [cell.label for cell in cells(rows[0], named)]
@@ -287,6 +312,7 @@ def to_html(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolera
         verdict=_html(verdict(rows, tolerance)),
         picks=f'<dl class="picks">{chosen}</dl>' if chosen and len(rows) > 1 else "",
         picture=picture,
+        layers=f"<h2>What is left of every layer</h2><figure>{left}</figure>" if left else "",
         caption=_html(CAPTION),
         head='<th scope="col">Model</th>' + "".join(f'<th scope="col">{_html(label)}</th>' for label in labels),
         body="\n".join(_html_row(row, named) for row in rows),
@@ -313,7 +339,10 @@ def _html_model(row: Row, rows: Mapping[str, Row]) -> str:
     marks = "".join(
         f'<span class="chip {CLASSES[f.outcome]}">{SIGNS[f.outcome]} {_html(f.words)}</span>' for f in chips(row, rows)
     )
-    lines = "".join(f"<p>{_html(text)}</p>" for text in [*described(row, rows), *_stored(row)])
+    lines = "".join(
+        f"<p{' class=nothing' * text.startswith('Nothing won')}>{_html(text)}</p>"
+        for text in [*described(row, rows), *_stored(row)]
+    )
     sample = ""
     if row.sample is not None:
         prompt, written = escape(printable(row.prompt)), escape(printable(row.sample))
@@ -323,8 +352,17 @@ def _html_model(row: Row, rows: Mapping[str, Row]) -> str:
     return f"<article><div>{head}<div>{marks}</div>{lines}</div><div>{sample}</div></article>"
 
 
+ALT = {
+    "pareto.png": "Quality against size on disk and against tokens per second; the numbers are in the table below.",
+    "layers.png": "Heads, FFN units, zeros and bits of every layer of every model; the numbers are in report.json.",
+}
+
+
 def _picture(rows: Sequence[Row], wide: Path) -> str:
     """A `<picture>` holding four images: wide and narrow, light and dark; paper gets the wide light one."""
+    if wide.name == "layers.png" and not layers.shown(rows):
+        return ""
+    draw = pareto.draw if wide.name == "pareto.png" else layers.draw
     narrow, dark = "(max-width: 46rem)", "(prefers-color-scheme: dark)"
     tags = []
     with tempfile.TemporaryDirectory() as place:
@@ -334,10 +372,9 @@ def _picture(rows: Sequence[Row], wide: Path) -> str:
             (narrow, False, True),
             (dark, True, False),
         ):
-            pareto.draw(rows, file, dark=is_dark, stacked=is_narrow)
+            draw(rows, file, dark=is_dark, stacked=is_narrow)
             tags.append(f'<source media="screen and {media}" srcset="{_data(file)}">')
-    text = "Bits per byte against size on disk and against tokens per second; the numbers are in the table below."
-    return f'<picture>{"".join(tags)}<img alt="{text}" src="{_data(wide)}"></picture>'
+    return f'<picture>{"".join(tags)}<img alt="{ALT[wide.name]}" src="{_data(wide)}"></picture>'
 
 
 def _data(file: Path) -> str:

@@ -1,7 +1,8 @@
 """What is measured of one model, and how two models compare.
 
-A Row carries raw measurements: seconds round by round, nats piece by piece. Ratios, intervals and verdicts are computed
-from them here, paired with the same rounds and pieces of the other model, so that no table can contradict another.
+A Row carries raw measurements: seconds round by round, predictions piece by piece. Ratios, intervals and verdicts are
+computed from them here, paired with the same rounds and pieces of the other model, so that no table can contradict
+another.
 """
 
 import difflib
@@ -10,78 +11,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
+from jaxlm.evaluate.held_out import Estimate, HeldOut, difference
 from jaxlm.evaluate.timing import Ratio, Timing, ratio
+from jaxlm.tasks import Measure
 
 BEYOND = 0.02
 """A size or speed that differs by less than this fraction is called equal, however steady the clock was."""
 
 
-class Estimate(NamedTuple):
-    """A value and twice its standard error (about a 95% interval); `None` where it cannot be known."""
-
-    value: float
-    error: float | None
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What a model predicted on held-out text, in pieces (documents or batches), the same pieces for every model.
+class Layer(NamedTuple):
+    """What is left of a layer.
 
     Attributes:
-      nats: summed negative log-likelihood of each piece.
-      tokens: predicted tokens of each piece.
-      bytes: UTF-8 bytes that those tokens stand for.
-      agreed: tokens of each piece whose most likely prediction is the teacher's; `None` where there is no teacher.
-
-    >>> text = HeldOut(nats=(693.147, 1386.294), tokens=(250, 500), bytes=(1000, 2000))
-    >>> round(text.bits_per_byte.value, 3), round(text.perplexity, 2)
-    (1.0, 16.0)
+      name: its number, with `e` or `d` before it in an encoder-decoder.
+      heads, ffn: query heads and FFN units.
+      zeros: share of exact zeros in its kernels.
+      bits: what the file spends on an entry of its kernels, scales and masks included.
     """
 
-    nats: tuple[float, ...]
-    tokens: tuple[int, ...]
-    bytes: tuple[int, ...]
-    agreed: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        lengths = {
-            len(self.nats),
-            len(self.tokens),
-            len(self.bytes),
-            len(self.nats if self.agreed is None else self.agreed),
-        }
-        if len(lengths) != 1 or not self.nats:
-            raise ValueError("nats, tokens, bytes and agreed must list the same pieces, at least one")
-        if min(sum(self.tokens), sum(self.bytes)) <= 0:
-            raise ValueError("held-out text without tokens or without bytes measures nothing")
-
-    @property
-    def bits_per_byte(self) -> Estimate:
-        """`Σ nats / (ln 2 · Σ bytes)`, comparable across tokenizers."""
-        return _ratio_of_sums(np.asarray(self.nats) / math.log(2), self.bytes)
-
-    @property
-    def perplexity(self) -> float:
-        """`exp(Σ nats / Σ tokens)`, comparable only under one tokenizer; infinite rather than an overflow."""
-        nats = sum(self.nats) / sum(self.tokens)
-        return math.exp(nats) if nats < 700 else math.inf if nats == nats else math.nan
-
-    @property
-    def agreement(self) -> Estimate | None:
-        """Fraction of tokens on which the most likely prediction is the teacher's."""
-        return None if self.agreed is None else _ratio_of_sums(self.agreed, self.tokens)
-
-
-def _ratio_of_sums(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float]) -> Estimate:
-    """`r = Σa / Σb` with twice `sqrt(n/(n-1) Σ(a_i - r b_i)²) / Σb`, the error over pieces drawn as wholes."""
-    a, b = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    value, pieces = a.sum() / b.sum(), len(a)
-    if pieces < 2 or not math.isfinite(value):
-        return Estimate(float(value), None)
-    spread = np.sqrt(pieces / (pieces - 1) * np.square(a - value * b).sum()) / b.sum()
-    return Estimate(float(value), 2 * float(spread))
+    name: str
+    heads: int
+    ffn: int
+    zeros: float
+    bits: float
 
 
 @dataclass(frozen=True)
@@ -99,8 +51,12 @@ class Row:
       flops_per_token: forward pass (`cost.flops_per_token`).
       batch, batch_tokens: seconds of a forward pass over a batch, and the tokens in that batch.
       single: seconds of a forward pass at batch 1.
-      held_out: predictions on held-out text.
+      compile_seconds: time to compile the pass over a batch.
+      peak_bytes: memory that the compiled pass over a batch takes: parameters, input, temporaries, result.
+      held_out: predictions on held-out data.
+      layers: what is left of each layer.
       train_tokens: tokens it was trained on, those of its ancestors not counted.
+      facts: what else there is to know, by name: calibration, a teacher's cache.
       prompt, sample: what it was asked to continue, and what it wrote.
       sample_tokens_per_second: generated tokens a second while writing it.
     """
@@ -117,8 +73,12 @@ class Row:
     batch: Timing | None = None
     batch_tokens: int | None = None
     single: Timing | None = None
+    compile_seconds: float | None = None
+    peak_bytes: int | None = None
     held_out: HeldOut | None = None
+    layers: tuple[Layer, ...] = ()
     train_tokens: int | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
     prompt: str = ""
     sample: str | None = None
     sample_tokens_per_second: float | None = None
@@ -132,8 +92,13 @@ class Row:
             )
 
     @property
-    def bits_per_byte(self) -> Estimate | None:
-        return None if self.held_out is None else self.held_out.bits_per_byte
+    def measure(self) -> Measure | None:
+        """What its quality is measured in."""
+        return None if self.held_out is None else self.held_out.measures[0]
+
+    @property
+    def quality(self) -> Estimate | None:
+        return None if self.held_out is None else self.held_out.quality
 
     @property
     def tokens_per_second(self) -> Ratio | None:
@@ -161,8 +126,8 @@ class Comparison(NamedTuple):
       speed: tokens a second of this one / of the other, paired by round: times as fast in batches.
       latency: seconds of the other / of this one at batch 1, paired by round.
       flops: FLOPs per token of the other / of this one.
-      quality: bits per byte of this one - of the other, paired by piece: below 0 is better; -inf where only the other's
-        are not a number.
+      quality: the measure of this one - of the other, paired by piece; infinite where only one of them is a number.
+      higher: whether a larger measure is better.
     """
 
     size: float
@@ -170,6 +135,7 @@ class Comparison(NamedTuple):
     latency: Ratio | None
     flops: float | None
     quality: Estimate | None
+    higher: bool = False
 
     def outcomes(self) -> dict[str, int | None]:
         """`size`, `speed`, `latency`, `quality`: 1 won, 0 equal within what can be told, -1 lost, `None` not measured.
@@ -181,7 +147,7 @@ class Comparison(NamedTuple):
             "size": _outcome(self.size, self.size, self.size),
             "speed": None if self.speed is None else _outcome(*self.speed),
             "latency": None if self.latency is None else _outcome(*self.latency),
-            "quality": None if self.quality is None else _better(self.quality),
+            "quality": None if self.quality is None else _better(self.quality, self.higher),
         }
 
 
@@ -191,12 +157,12 @@ def _outcome(median: float, low: float, high: float) -> int:
     return -1 if high < 1 and median < 1 / (1 + BEYOND) else 0
 
 
-def _better(change: Estimate) -> int:
+def _better(change: Estimate, higher: bool) -> int:
     if math.isnan(change.value):
         return -1
     if abs(change.value) <= (change.error or 0):
         return 0
-    return 1 if change.value < 0 else -1
+    return 1 if (change.value > 0) == higher else -1
 
 
 def compare(row: Row, other: Row) -> Comparison:
@@ -207,6 +173,7 @@ def compare(row: Row, other: Row) -> Comparison:
         latency=ratio(other.single, row.single) if row.single and other.single else None,
         flops=other.flops_per_token / row.flops_per_token if row.flops_per_token and other.flops_per_token else None,
         quality=_quality(row, other),
+        higher=row.measure is not None and row.measure.higher,
     )
 
 
@@ -218,16 +185,12 @@ def _speed(row: Row, other: Row) -> Ratio | None:
 
 
 def _quality(row: Row, other: Row) -> Estimate | None:
-    a, b = row.held_out, other.held_out
-    if a is None or b is None:
+    if row.held_out is None or other.held_out is None:
         return None
-    if a.bytes != b.bytes:
-        raise ValueError(
-            f"{row.name!r} and {other.name!r} were measured on different held-out text: pieces differ in bytes"
-        )
-    if math.isnan(sum(b.nats)) and not math.isnan(sum(a.nats)):
-        return Estimate(-math.inf, None)
-    return _ratio_of_sums((np.asarray(a.nats) - np.asarray(b.nats)) / math.log(2), a.bytes)
+    try:
+        return difference(row.held_out, other.held_out)
+    except ValueError as error:
+        raise ValueError(f"{row.name!r} and {other.name!r} were {error}") from None
 
 
 def by_name(rows: Sequence[Row]) -> dict[str, Row]:

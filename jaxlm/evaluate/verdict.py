@@ -4,16 +4,29 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxlm.evaluate.row import Comparison, Estimate, Row, against_reference, by_name, compare, dominates
+from jaxlm.evaluate.held_out import Estimate
+from jaxlm.evaluate.row import Comparison, Row, against_reference, by_name, compare, dominates
 from jaxlm.evaluate.timing import Ratio
 from jaxlm.evaluate.words import estimate, one_line, scaled, spread, times
+from jaxlm.tasks import Measure
 
 WORDS = {
     "size": {1: "smaller", 0: "no smaller", -1: "larger"},
     "speed": {1: "faster", 0: "no faster", -1: "slower"},
-    "quality": {1: "better at text", 0: "as good at text", -1: "worse at text"},
 }
-EQUAL = {"size": "as small", "speed": "as fast", "quality": "as good at text"}
+EQUAL = {"size": "as small", "speed": "as fast"}
+ASPECTS = {
+    "size": "size on disk",
+    "speed": "speed in batches",
+    "latency": "latency at batch 1",
+    "quality": "quality",
+}
+
+
+def quality_words(measure: Measure | None) -> dict[int, str]:
+    """What a better, an equal and a worse model is called."""
+    better, equal, worse = measure.words if measure else ("better", "as good", "worse")
+    return {1: better, 0: equal, -1: worse}
 
 
 class Finding(NamedTuple):
@@ -23,7 +36,7 @@ class Finding(NamedTuple):
     outcome: int | None
 
 
-def findings(comparison: Comparison) -> list[Finding]:
+def findings(comparison: Comparison, measure: Measure | None) -> list[Finding]:
     """Size, speed and quality in a few words each; batches and batch 1 apart where they differ."""
     outcome = comparison.outcomes()
     speed, latency = outcome["speed"], outcome["latency"]
@@ -36,23 +49,30 @@ def findings(comparison: Comparison) -> list[Finding]:
         both = ((speed, "in batches"), (latency, "at batch 1"))
         found += [Finding(f"{WORDS['speed'][won]} {where}", won) for won, where in both if won is not None]
     quality = outcome["quality"]
-    found.append(Finding("quality not measured" if quality is None else WORDS["quality"][quality], quality))
+    found.append(Finding("quality not measured" if quality is None else quality_words(measure)[quality], quality))
     return found
 
 
 def chips(row: Row, rows: Mapping[str, Row]) -> list[Finding]:
     """The findings against the row's reference; none for the reference itself."""
     comparison = against_reference(row, rows)
-    return [] if comparison is None else findings(comparison)
+    return [] if comparison is None else findings(comparison, row.measure)
 
 
 def described(row: Row, rows: Mapping[str, Row]) -> list[str]:
     """The sentences of one model: against its reference, then against those it stands beside."""
     if row.reference is not None:
-        return [sentence(row, rows[name]) for name in (row.reference, *row.beside)]
+        lost = won_nothing(row, rows[row.reference])
+        return [*(sentence(row, rows[name]) for name in (row.reference, *row.beside)), *([lost] if lost else [])]
     used = any(other.reference == row.name for other in rows.values())
     first = "The reference that the others are compared with." if used else "Compared with no other model."
     return [first, *(sentence(row, rows[name]) for name in row.beside)]
+
+
+def won_nothing(row: Row, other: Row) -> str:
+    """The line that says plainly where nothing was won against another model; "" where all was."""
+    lost = [ASPECTS[aspect] for aspect, won in compare(row, other).outcomes().items() if won in (0, -1)]
+    return f"Nothing won in {_and(lost)}." if lost else ""
 
 
 def sentence(row: Row, other: Row) -> str:
@@ -63,26 +83,27 @@ def sentence(row: Row, other: Row) -> str:
         _size(row, other, comparison.size),
         _speed(comparison.speed, outcome["speed"], "in batches"),
         _speed(comparison.latency, outcome["latency"], "at batch 1"),
-        _quality(comparison.quality, outcome["quality"]),
+        _quality(comparison.quality, outcome["quality"], row.measure),
     ]
-    return f"Against {one_line(other.name)} it is {gist(findings(comparison))}: {', '.join(numbers)}."
+    gained = gist(findings(comparison, row.measure), row.measure)
+    return f"Against {one_line(other.name)} it is {gained}: {', '.join(numbers)}."
 
 
-def gist(found: Sequence[Finding]) -> str:
+def gist(found: Sequence[Finding], measure: Measure | None = None) -> str:
     """Findings as one phrase.
 
     >>> gist([Finding("smaller", 1), Finding("no faster", 0), Finding("worse at text", -1)])
     'smaller, but no faster and worse at text'
     >>> gist([Finding("larger", -1), Finding("slower", -1)])
     'larger and slower, and wins nothing'
-    >>> gist([Finding("smaller", 1), Finding("slower", -1), Finding("as good at text", 0)])
-    'smaller and as good at text, but slower'
+    >>> gist([Finding("smaller", 1), Finding("slower", -1), Finding("as good", 0)])
+    'smaller and as good, but slower'
     """
     won = [f.words for f in found if f.outcome == 1]
     rest = [f.words for f in found if f.outcome in (0, -1)]
     if not won:
         return f"{_and(rest)}, and wins nothing"
-    if (kept := WORDS["quality"][0]) in rest:  # no gain, but what one hopes for from a smaller model
+    if (kept := quality_words(measure)[0]) in rest:  # no gain, but what one hopes for from a smaller model
         won, rest = [*won, kept], [words for words in rest if words != kept]
     return f"{_and(won)}, but {_and(rest)}" if rest else _and(won)
 
@@ -106,15 +127,21 @@ def _speed(r: Ratio | None, outcome: int | None, where: str) -> str:
     return f"{only}{times(r.median)} as fast {where} ({spread(r)}{noise})"
 
 
-def _quality(change: Estimate | None, outcome: int | None) -> str:
-    if change is None:
+def _quality(change: Estimate | None, outcome: int | None, measure: Measure | None) -> str:
+    if change is None or measure is None:
         return "quality not measured"
     if not math.isfinite(change.value):
         return "the other's predictions are not numbers" if outcome == 1 else "its predictions are not numbers"
     if outcome == 0:
-        return f"bits per byte equal within error ({estimate(change, signed=True)})"
-    size = estimate(change._replace(value=abs(change.value)))
-    return f"{size} {'fewer' if outcome == 1 else 'more'} bits per byte"
+        return f"{measure.unit} equal within error ({estimate(change, measure, signed=True)})"
+    size = estimate(change._replace(value=abs(change.value)), measure, signed=True).removeprefix("+")
+    return f"{size} {_direction(change.value, measure)} {measure.unit}"
+
+
+def _direction(change: float, measure: Measure) -> str:
+    if change > 0:
+        return "more"
+    return "fewer" if measure.unit.startswith(("bits", "nats")) else "less"
 
 
 class Pick(NamedTuple):
@@ -126,19 +153,20 @@ class Pick(NamedTuple):
 
 
 def picks(rows: Sequence[Row], tolerance: float) -> list[Pick]:
-    """The best text; the smallest and the fastest model within `1 + tolerance` times the reference's bits per byte.
+    """The best model; the smallest and the fastest within the tolerance of the reference's quality (`near_enough`).
 
     A model is picked for its size or speed only where it beats the reference beyond noise, and never when another model
     beats or equals it in everything. No picks without the quality of the reference.
     """
     reference = _reference(rows)
-    if not math.isfinite(_bits(reference)):
+    measure = reference.measure
+    if measure is None or not math.isfinite(_value(reference)):
         return []
-    measured = [row for row in rows if math.isfinite(_bits(row))]
+    measured = [row for row in rows if math.isfinite(_value(row))]
     sound = [row for row in measured if not any(dominates(other, row) for other in rows)] or measured
-    best = min(sound, key=_bits)
-    found = [Pick("Best text", best.name, f"{estimate(best.bits_per_byte)} bits per byte")]
-    near = [row for row in sound if _bits(row) <= _bits(reference) * (1 + tolerance)]
+    best = (max if measure.higher else min)(sound, key=_value)
+    found = [Pick(measure.best, best.name, _amount(best, measure))]
+    near = [row for row in sound if near_enough(_value(row), _value(reference), measure, tolerance)]
     if smaller := _winners(near, reference, "size"):
         row = min(smaller, key=lambda row: row.bytes_on_disk)
         gain = f"{times(compare(row, reference).size)} smaller"
@@ -148,6 +176,16 @@ def picks(rows: Sequence[Row], tolerance: float) -> list[Pick]:
         row = max(faster, key=lambda row: speeds[row.name])
         found.append(Pick("Fastest", row.name, f"{times(speeds[row.name])} as fast, {_change(row, reference)}"))
     return found
+
+
+def near_enough(value: float, reference: float, measure: Measure, tolerance: float) -> bool:
+    """Whether a quality is at most the fraction `tolerance` of the reference's worse than that."""
+    return (reference - value if measure.higher else value - reference) <= tolerance * abs(reference)
+
+
+def _amount(row: Row, measure: Measure) -> str:
+    """`2.193 ± 0.012 bits per byte`, `91.3 ± 1.3% accuracy`."""
+    return f"{estimate(row.quality, measure)} {measure.unit}"
 
 
 def _reference(rows: Sequence[Row]) -> Row:
@@ -160,15 +198,18 @@ def _winners(rows: Sequence[Row], reference: Row, aspect: str) -> list[Row]:
     return [row for row in rows if row is not reference and compare(row, reference).outcomes()[aspect] == 1]
 
 
-def _bits(row: Row) -> float:
-    """Bits per byte, NaN where they were not measured."""
-    return math.nan if row.bits_per_byte is None else row.bits_per_byte.value
+def _value(row: Row) -> float:
+    """Its quality, NaN where that was not measured."""
+    return math.nan if row.quality is None else row.quality.value
 
 
 def _change(row: Row, reference: Row) -> str:
-    """Its bits per byte beside the reference's: `2.4% more bits per byte`."""
-    change = 100 * (_bits(row) / _bits(reference) - 1)
-    return f"{abs(change):.1f}% {'more' if change > 0 else 'fewer'} bits per byte"
+    """Its quality beside the reference's: `2.4% more bits per byte`, `98.7% of the accuracy`."""
+    assert reference.measure is not None
+    share = 100 * _value(row) / _value(reference)
+    if reference.measure.higher:
+        return f"{share:.1f}% of the {reference.measure.unit}"
+    return f"{abs(share - 100):.1f}% {_direction(share - 100, reference.measure)} {reference.measure.unit}"
 
 
 def verdict(rows: Sequence[Row], tolerance: float) -> str:
@@ -178,14 +219,17 @@ def verdict(rows: Sequence[Row], tolerance: float) -> str:
         return f"One model only, {one_line(rows[0].name)}: there is nothing to compare it with."
     found = {pick.wish: pick for pick in picks(rows, tolerance)}
     text = (
-        _advice(rows, found, tolerance) if found else ["No model is recommended: the reference has no quality on text."]
+        _advice(rows, found, tolerance)
+        if found
+        else ["No model is recommended: the reference has no measured quality."]
     )
     for row in rows:
         better = next((other for other in rows if other is not row and dominates(other, row)), None)
         for name in row.beside:
             other = next(other for other in rows if other.name == name)
-            text.append(f"Beside {one_line(name)}, {one_line(row.name)} is {gist(findings(compare(row, other)))}.")
-        if row.held_out is not None and math.isnan(_bits(row)):
+            gained = gist(findings(compare(row, other), row.measure), row.measure)
+            text.append(f"Beside {one_line(name)}, {one_line(row.name)} is {gained}.")
+        if row.held_out is not None and math.isnan(_value(row)):
             text.append(f"Do not ship {one_line(row.name)}: its predictions are not numbers.")
         elif better is not None:
             text.append(_beaten(row, better))
@@ -194,7 +238,9 @@ def verdict(rows: Sequence[Row], tolerance: float) -> str:
 
 def _advice(rows: Sequence[Row], found: Mapping[str, Pick], tolerance: float) -> list[str]:
     reference = _reference(rows)
-    small, fast, best = found.get("Smallest"), found.get("Fastest"), found["Best text"]
+    measure = reference.measure
+    assert measure is not None
+    small, fast, best = found.get("Smallest"), found.get("Fastest"), found[measure.best]
     if small and fast and small.name == fast.name:
         speed = fast.numbers.split(", ")[0]
         advice = f"ship {one_line(small.name)}, both the smallest and the fastest ({speed}, {small.numbers})"
@@ -202,24 +248,27 @@ def _advice(rows: Sequence[Row], found: Mapping[str, Pick], tolerance: float) ->
         for_size = f"for size ship {one_line(small.name)} ({small.numbers})" if small else _nothing(rows, "size")
         for_speed = f"for speed ship {one_line(fast.name)} ({fast.numbers})" if fast else _nothing(rows, "speed")
         advice = f"{for_size}; {for_speed}"
-    return [
-        f"Allowing {100 * tolerance:g}% more bits per byte than {one_line(reference.name)}: {advice}.",
-        f"The best text comes from {one_line(best.name)} ({best.numbers}).",
-    ]
+    name = one_line(reference.name)
+    if measure.higher:
+        condition = f"Keeping at least {100 * (1 - tolerance):g}% of the {measure.unit} of {name}"
+    else:
+        condition = f"Allowing {100 * tolerance:g}% more {measure.unit} than {name}"
+    return [f"{condition}: {advice}.", f"{measure.best}: {one_line(best.name)} ({best.numbers})."]
 
 
 def _nothing(rows: Sequence[Row], aspect: str) -> str:
     """That no model is within the tolerance, and the least bad of those that did win the aspect."""
     reference, word = _reference(rows), WORDS[aspect][1]
-    winners = [row for row in _winners(rows, reference, aspect) if math.isfinite(_bits(row))]
+    assert reference.measure is not None
+    winners = [row for row in _winners(rows, reference, aspect) if math.isfinite(_value(row))]
     if not winners:
         return f"nothing is {word}"
-    row = min(winners, key=_bits)
+    row = (max if reference.measure.higher else min)(winners, key=_value)
     return f"nothing is {word} (the closest is {one_line(row.name)}, {_change(row, reference)})"
 
 
 def _beaten(row: Row, by: Row) -> str:
-    outcome = compare(by, row).outcomes()
-    equal = [word for key, word in EQUAL.items() if outcome[key] == 0]
-    wins = [words[1] for key, words in WORDS.items() if outcome[key] == 1]
+    outcome, quality = compare(by, row).outcomes(), quality_words(row.measure)
+    equal = [word for key, word in (EQUAL | {"quality": quality[0]}).items() if outcome[key] == 0]
+    wins = [words[1] for key, words in (WORDS | {"quality": quality}).items() if outcome[key] == 1]
     return f"Nothing speaks for {one_line(row.name)}: {one_line(by.name)} is {_and([*equal, *wins])}."

@@ -3,8 +3,9 @@
 import math
 import unicodedata
 
-from jaxlm.evaluate.row import Estimate
+from jaxlm.evaluate.held_out import Estimate
 from jaxlm.evaluate.timing import Ratio
+from jaxlm.tasks import Measure
 
 NOT_MEASURED = "—"
 
@@ -59,24 +60,27 @@ def spread(r: Ratio) -> str:
     return f"{times(r.low)[:-1]}–{times(r.high)[:-1]}"
 
 
-def estimate(e: Estimate | None, signed: bool = False) -> str:
-    """A value in bits with its interval: `2.193 ± 0.012`, or `+0.120 ± 0.011`."""
+def estimate(e: Estimate | None, measure: Measure | None = None, signed: bool = False) -> str:
+    """A value with its interval: `2.193 ± 0.012`, or of a measure in percent `87.3 ± 0.6%`.
+
+    `signed` is for differences: `+0.120 ± 0.011`, and in points `+1.2 ± 0.6 points`.
+    """
     if e is None:
         return NOT_MEASURED
     if not math.isfinite(e.value):
         return plain(e.value)
-    decimals = 4 if e.error is not None and e.error < 0.001 else 3
-    value = f"{e.value:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
-    return value if e.error is None else f"{value} ± {e.error:.{decimals}f}"
+    if measure is not None and measure.percent:
+        unit = (" point" if f"{abs(100 * e.value):.1f}" == "1.0" and e.error is None else " points") if signed else "%"
+        return _figure(100 * e.value, None if e.error is None else 100 * e.error, 1, signed) + unit
+    if abs(e.value) >= 1000:
+        return plain(e.value) if e.error is None else f"{plain(e.value)} ± {plain(e.error)}"
+    decimals = 4 if e.error is not None and e.error < 0.001 else 1 if abs(e.value) >= 10 else 3
+    return _figure(e.value, e.error, decimals, signed)
 
 
-def percent(e: Estimate | None) -> str:
-    """A fraction with its interval: `87.3 ± 0.6%`."""
-    if e is None:
-        return NOT_MEASURED
-    if not math.isfinite(e.value):
-        return plain(e.value)
-    return f"{100 * e.value:.1f}%" if e.error is None else f"{100 * e.value:.1f} ± {100 * e.error:.1f}%"
+def _figure(value: float, error: float | None, decimals: int, signed: bool) -> str:
+    text = f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
+    return text if error is None else f"{text} ± {error:.{decimals}f}"
 
 
 def printable(text: str) -> str:

@@ -75,6 +75,7 @@ class Family(NamedTuple):
       aliases: names under which transformers stores a tensor a second time -> its first name.
       ignored: regex of tensors that are no parameters (position counters and masks of old releases).
       derived: fields of a fresh ModelConfig that follow from others when they are not given.
+      special_tokens: fields of a fresh ModelConfig that are ids of the tokenizer -> its name for them.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Family(NamedTuple):
     aliases: Mapping[str, str] = {}
     ignored: str = r".*position_ids"
     derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {}
+    special_tokens: Mapping[str, str] = {"pad_token_id": "pad_token_id"}
 
 
 # Rows ---------------------------------------------------------------------------------------------------------------

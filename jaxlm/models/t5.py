@@ -124,4 +124,5 @@ T5 = Family(
     },
     ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     derived={"num_decoder_layers": lambda fields: fields["num_layers"]},
+    special_tokens={"pad_token_id": "pad_token_id", "decoder_start_token_id": "pad_token_id"},
 )

@@ -15,7 +15,21 @@ from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import encode, padding_id
 from jaxlm.losses.cross_entropy import IGNORED, cross_entropy, squared_error
-from jaxlm.tasks.task import Batch, Outputs, Prepared, Score, Task, column, scalar, texts_of
+from jaxlm.tasks.measure import accuracy, correlation, entity_f1, macro_f1, matthews, pearson, word_accuracy
+from jaxlm.tasks.task import (
+    PADDED,
+    Batch,
+    Column,
+    Outputs,
+    Prepared,
+    Quality,
+    Read,
+    Score,
+    Task,
+    column,
+    scalar,
+    texts_of,
+)
 
 
 def padded_batches(
@@ -114,6 +128,17 @@ def class_score(
     return Score({name: float(value) for name, value in metrics.items()}, report)
 
 
+def class_pieces(read: Read) -> dict[str, np.ndarray]:
+    """Every example: its class, the predicted one, and whether the teacher predicts the same."""
+    true, predicted = read.batch["labels"], read.seen["predicted"]
+    rows = true != IGNORED
+    found = {"true": true[rows], "predicted": predicted[rows], "nats": read.seen["nats"][rows]}
+    if read.teacher is None:
+        return found
+    agreed = (predicted == read.teacher["predicted"])[rows]
+    return found | {"agreed": agreed.astype(np.int32), "compared": np.ones(len(agreed), np.int32)}
+
+
 def rating_loss(outputs: Outputs, batch: Batch) -> Terms:
     """Squared error an example."""
     return {"squared_error": squared_error(outputs["logits"][:, 0], batch["labels"])}
@@ -122,6 +147,19 @@ def rating_loss(outputs: Outputs, batch: Batch) -> Terms:
 def rating_predictions(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     """The predicted number beside the true one."""
     return {"predicted": outputs["logits"][:, 0], "true": batch["labels"]}
+
+
+def rating_read(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    """The predicted number."""
+    return {"predicted": outputs["logits"][:, 0]}
+
+
+def rating_pieces(read: Read) -> dict[str, np.ndarray]:
+    """Every example: its number, the predicted one, and the teacher's."""
+    true, predicted = read.batch["labels"], read.seen["predicted"]
+    rows = ~np.isnan(true)
+    found = {"true": true[rows], "predicted": predicted[rows]}
+    return found if read.teacher is None else found | {"teacher": read.teacher["predicted"][rows]}
 
 
 def rating_score(terms, predictions, labels, facts) -> Score:
@@ -194,6 +232,26 @@ def word_score(
     return Score({name: float(value) for name, value in metrics.items()}, report)
 
 
+def word_pieces(read: Read) -> dict[str, np.ndarray]:
+    """Every sentence: entities right, predicted and true (as `word_score` counts them), words, and words right."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    true, predicted, names = read.batch["labels"], read.seen["predicted"], read.labels
+    counted = true != IGNORED
+    other = predicted if read.teacher is None else read.teacher["predicted"]
+    pieces = []
+    for tags, guesses, taught, keep in zip(true, predicted, other, counted, strict=True):
+        if not keep.any():
+            continue
+        tags, guesses, taught = tags[keep], guesses[keep], taught[keep]
+        here, there = (set(get_entities([names[t] for t in each])) for each in (tags, guesses))
+        right, agreed = (tags == guesses).sum(), (guesses == taught).sum()
+        pieces.append((len(here & there), len(there), len(here), right, len(tags), agreed, len(tags)))
+    fields = ("entities_right", "entities_predicted", "entities_true", "right", "words", "agreed", "compared")
+    columns = dict(zip(fields, np.array(pieces, np.int64).reshape(-1, len(fields)).T, strict=True))
+    return columns if read.teacher is not None else {n: c for n, c in columns.items() if n not in fields[-2:]}
+
+
 sequence = Task(
     {"head": "sequence"},
     labelled_texts,
@@ -201,6 +259,8 @@ sequence = Task(
     class_loss,
     class_loss,
     class_score,
+    Quality((accuracy, macro_f1, matthews), class_pieces, same="true"),
+    {**PADDED, "labels": Column(per_token=False)},
     text_labels,
     class_predictions,
 )
@@ -211,6 +271,8 @@ regression = Task(
     rating_loss,
     rating_loss,
     rating_score,
+    Quality((pearson,), rating_pieces, same="true", read=rating_read, agreement=correlation),
+    {**PADDED, "labels": Column(per_token=False, dtype=np.float32)},
     predict=rating_predictions,
 )
 token = Task(
@@ -220,6 +282,8 @@ token = Task(
     class_loss,
     class_loss,
     word_score,
+    Quality((entity_f1, word_accuracy), word_pieces, same="words"),
+    {**PADDED, "labels": Column()},
     word_labels,
     class_predictions,
 )

@@ -12,8 +12,22 @@ from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import encode, padding_id
-from jaxlm.losses.cross_entropy import accuracy, cross_entropy
-from jaxlm.tasks.task import Batch, Outputs, Prepared, Score, Task, column, scalar
+from jaxlm.losses.cross_entropy import IGNORED, accuracy, cross_entropy
+from jaxlm.tasks.measure import bits_per_byte, perplexity
+from jaxlm.tasks.task import (
+    PACKED,
+    Batch,
+    Column,
+    Outputs,
+    Prepared,
+    Quality,
+    Read,
+    Score,
+    Task,
+    batch_pieces,
+    column,
+    scalar,
+)
 
 
 def documents(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
@@ -59,4 +73,22 @@ def token_score(
     return Score(metrics)
 
 
-causal = Task({"head": "causal"}, documents, packed_batches, token_loss, token_measures, token_score)
+def text_pieces(read: Read) -> dict[str, np.ndarray]:
+    """As `batch_pieces`, with the UTF-8 bytes that the predicted tokens stand for."""
+    labels = read.batch["labels"]
+    rows = [row[row != IGNORED] for row in labels]
+    texts = read.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    size = sum(len(text.encode("utf8")) for text in texts)
+    return batch_pieces(read) | {"bytes": np.array([size])}
+
+
+causal = Task(
+    {"head": "causal"},
+    documents,
+    packed_batches,
+    token_loss,
+    token_measures,
+    token_score,
+    Quality((bits_per_byte, perplexity), text_pieces, same="bytes"),
+    {**PACKED, "labels": Column()},
+)

@@ -14,7 +14,20 @@ from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import encode, padding_id
 from jaxlm.losses.cross_entropy import accuracy, cross_entropy
 from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
-from jaxlm.tasks.task import Batch, Outputs, Prepared, Task, column
+from jaxlm.tasks.measure import loss, perplexity
+from jaxlm.tasks.task import (
+    PACKED,
+    PADDED,
+    Batch,
+    Column,
+    Outputs,
+    Prepared,
+    Quality,
+    Task,
+    batch_pieces,
+    column,
+    token_pieces,
+)
 
 
 def framed(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
@@ -86,7 +99,23 @@ def pair_score(terms, predictions, labels, facts):
     return score._replace(metrics=score.metrics | {"next_sentence_accuracy": float(pair.sum) / float(pair.weight)})
 
 
-masked = Task({"head": "masked"}, framed, masked_batches, token_loss, token_measures, token_score)
+masked = Task(
+    {"head": "masked"},
+    framed,
+    masked_batches,
+    token_loss,
+    token_measures,
+    token_score,
+    Quality((loss, perplexity), batch_pieces, same="tokens"),
+    {**PACKED, "labels": Column()},
+)
 next_sentence = Task(
-    {"head": "masked", "next_sentence": True}, sentence_pairs, masked_batches, pair_loss, pair_measures, pair_score
+    {"head": "masked", "next_sentence": True},
+    sentence_pairs,
+    masked_batches,
+    pair_loss,
+    pair_measures,
+    pair_score,
+    Quality((loss, perplexity), token_pieces, same="tokens"),
+    {**PADDED, "token_type_ids": Column(), "labels": Column(), "next_sentence_labels": Column(per_token=False)},
 )

@@ -11,7 +11,8 @@ from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import encode, padding_id, sentinel_ids
 from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
-from jaxlm.tasks.task import Prepared, Task, column
+from jaxlm.tasks.measure import loss, perplexity
+from jaxlm.tasks.task import DECODER, PADDED, Column, Prepared, Quality, Task, batch_pieces, column, token_pieces
 
 
 def pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
@@ -68,5 +69,25 @@ def denoising_batches(
     )
 
 
-seq2seq = Task({"head": "seq2seq"}, pairs, padded_batches, token_loss, token_measures, token_score)
-denoising = Task({"head": "seq2seq"}, plain, denoising_batches, token_loss, token_measures, token_score)
+COLUMNS = {**PADDED, **DECODER, "labels": Column()}
+seq2seq = Task(
+    {"head": "seq2seq"},
+    pairs,
+    padded_batches,
+    token_loss,
+    token_measures,
+    token_score,
+    Quality((loss, perplexity), token_pieces, same="tokens"),
+    COLUMNS,
+)
+denoising = Task(
+    {"head": "seq2seq"},
+    plain,
+    denoising_batches,
+    token_loss,
+    token_measures,
+    token_score,
+    Quality((loss, perplexity), batch_pieces, same="tokens"),
+    COLUMNS,
+    sentinels=100,  # as T5's own tokenizer
+)

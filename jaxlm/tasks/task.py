@@ -11,6 +11,8 @@ from jaxlm.data.loader import Batches
 from jaxlm.data.ragged import Examples
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
+from jaxlm.losses.cross_entropy import IGNORED, log_likelihood
+from jaxlm.tasks.measure import Measure, agreement
 
 Outputs = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -40,6 +42,75 @@ def no_predictions(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     return {}
 
 
+class Column(NamedTuple):
+    """One array of a batch: a number a token (`[rows, length]`), or one a row; and its dtype."""
+
+    per_token: bool = True
+    dtype: Any = np.int32
+
+
+PACKED = {name: Column() for name in ("input_ids", "segment_ids", "positions")}
+PADDED = {name: Column() for name in ("input_ids", "attention_mask")}
+DECODER = {name: Column() for name in ("decoder_input_ids", "decoder_attention_mask")}
+
+
+def tokens_read(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    """Nats a row, and the likeliest token (or class) everywhere."""
+    logits = outputs["logits"]
+    likelihood, _ = log_likelihood(logits, batch["labels"])
+    return {"nats": -likelihood.reshape(len(likelihood), -1).sum(axis=1), "predicted": logits.argmax(axis=-1)}
+
+
+class Read(NamedTuple):
+    """One batch of held-out data after a model has read it, on the host.
+
+    Attributes:
+      seen: what `Quality.read` gave; teacher: what it gave for the teacher, `None` where there is none.
+      batch: what was read, labels included.
+      tokenizer, labels: of the model.
+    """
+
+    seen: Mapping[str, np.ndarray]
+    teacher: Mapping[str, np.ndarray] | None
+    batch: Mapping[str, np.ndarray]
+    tokenizer: Any
+    labels: tuple[str, ...]
+
+
+class Quality(NamedTuple):
+    """What a report says of a task's models.
+
+    Attributes:
+      measures: the first is the quality that models are compared by, the others stand beside it.
+      pieces: `Read -> {column: one number a piece}` of a batch; with a teacher also what the agreement adds up.
+      same: the column that is equal for all models that read the same data.
+      read: `(outputs, batch) -> {name: array [rows, ...]}`, `predicted` among them, inside the compiled forward pass.
+      agreement: measure of equal predictions.
+    """
+
+    measures: tuple[Measure, ...]
+    pieces: Callable[[Read], dict[str, np.ndarray]]
+    same: str
+    read: Callable[[Outputs, Batch], dict[str, jax.Array]] = tokens_read
+    agreement: Measure = agreement
+
+
+def token_pieces(read: Read) -> dict[str, np.ndarray]:
+    """Every row that has something to predict: its nats and tokens, and on how many the teacher predicts the same."""
+    counted = read.batch["labels"] != IGNORED
+    rows = counted.any(axis=1)
+    found = {"nats": read.seen["nats"][rows], "tokens": counted.sum(axis=1)[rows]}
+    if read.teacher is None:
+        return found
+    agreed = ((read.seen["predicted"] == read.teacher["predicted"]) & counted).sum(axis=1)
+    return found | {"agreed": agreed[rows], "compared": found["tokens"]}
+
+
+def batch_pieces(read: Read) -> dict[str, np.ndarray]:
+    """The same of a whole batch: rows of running text follow each other, so they are no pieces of their own."""
+    return {name: values.sum(keepdims=True) for name, values in token_pieces(read).items()}
+
+
 class Task(NamedTuple):
     """One kind of training.
 
@@ -50,8 +121,11 @@ class Task(NamedTuple):
       loss: `(outputs, batch) -> terms`, what training minimises.
       measure: `(outputs, batch) -> terms`, what evaluation adds up.
       score: `(sums and weights of terms, predictions by row, labels, facts) -> Score`.
+      quality: what a report measures.
+      columns: the arrays of a batch.
       labels: `source -> names of the classes`, learned from training data.
       predict: `(outputs, batch) -> {name: array [batch, ...]}` that `score` reads on the host.
+      sentinels: `<extra_id_…>` tokens that a tokenizer trained for the task has.
     """
 
     structure: Mapping[str, Any]
@@ -60,8 +134,11 @@ class Task(NamedTuple):
     loss: Callable[[Outputs, Batch], Terms]
     measure: Callable[[Outputs, Batch], Terms]
     score: Callable[[dict[str, Term], dict[str, np.ndarray], tuple[str, ...], Mapping[str, int]], Score]
+    quality: Quality
+    columns: Mapping[str, Column]
     labels: Callable[[Source], tuple[str, ...]] = no_labels
     predict: Callable[[Outputs, Batch], dict[str, jax.Array]] = no_predictions
+    sentinels: int = 0
 
 
 def column(record: Mapping[str, Any], name: str, source: Source) -> Any:

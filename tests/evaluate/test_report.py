@@ -38,14 +38,20 @@ class Page(HTMLParser):
             self.text += data
 
 
-def test_all_four_files_are_written_and_the_page_stands_alone(awkward, protocol, tmp_path):
+def test_all_files_are_written_and_the_page_stands_alone(awkward, protocol, tmp_path):
     path = write(tmp_path / "new" / "place", awkward, protocol)
     assert path.name == "report.html"
-    assert {f.name for f in path.parent.iterdir()} == {"report.json", "report.md", "report.html", "pareto.png"}
+    assert {f.name for f in path.parent.iterdir()} == {
+        "report.json",
+        "report.md",
+        "report.html",
+        "pareto.png",
+        "layers.png",
+    }
     assert "![Quality, size and speed](pareto.png)" in (path.parent / "report.md").read_text()
     page = Page(path.read_text())
     addresses = [value for _, a in page.tags for key, value in a.items() if key in ("src", "srcset", "href")]
-    assert len(addresses) == 4
+    assert len(addresses) == 8
     for address in addresses:
         picture = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
         assert picture.width > 700
@@ -63,18 +69,18 @@ def test_what_was_not_a_number_is_read_back_as_such(awkward, protocol, tmp_path)
     measured = [(a.held_out, b.held_out) for a, b in zip(read(tmp_path / "report.json"), awkward, strict=True)]
     assert all((a is None) == (b is None) for a, b in measured)
     for again, before in ((a, b) for a, b in measured if a is not None):
-        np.testing.assert_array_equal(again.nats, before.nats)
+        np.testing.assert_array_equal(again.columns["nats"], before.columns["nats"])
 
 
 def test_a_report_needs_its_protocol(rows, protocol, tmp_path):
-    del protocol["stride"], protocol["corpus"]
-    with pytest.raises(ValueError, match="missing: corpus, stride"):
+    del protocol["intervals"], protocol["corpus"]
+    with pytest.raises(ValueError, match="missing: corpus, intervals"):
         write(tmp_path, rows, protocol)
-    assert not list(tmp_path.iterdir()) and "stride" in PROTOCOL
+    assert not list(tmp_path.iterdir()) and "intervals" in PROTOCOL
 
 
 def test_the_page_says_everything(rows, protocol):
-    text = Page(to_html(rows, protocol, "Title", 0.05, PICTURE)).text
+    text = Page(to_html(rows, protocol, "Title", 0.05, PICTURE, "")).text
     for said in (
         "for size ship int8",
         "5.91× smaller",
@@ -85,15 +91,18 @@ def test_the_page_says_everything(rows, protocol):
         "processor none; cores 2",
         "Stored as 4.10 MB int8.",
         "return x",
-        "108,000",
+        "36,000",
         "13.9 M",
+        "61.0 MB",
+        "Teacher's cache: 12.5 bytes per token.",
+        "Nothing won in quality.",
     ):
         assert said in text, said
 
 
 def test_nothing_from_outside_becomes_markup(awkward, protocol):
     protocol["tokenizer"] = "<img src=x onerror=alert(1)>"
-    html = to_html(awkward, protocol, "<b>$title</b> & more", 0.05, PICTURE)
+    html = to_html(awkward, protocol, "<b>$title</b> & more", 0.05, PICTURE, "")
     page = Page(html)
     assert "script" not in {tag for tag, _ in page.tags} and "b" not in {tag for tag, _ in page.tags}
     assert "<script>alert('x')</script>" in page.text and "<b>$title</b> & more" in page.text
@@ -106,7 +115,7 @@ def test_markdown_keeps_its_shape(awkward, protocol):
     assert text.startswith("# \\# \\*Title\\*\n")
     lines = text.splitlines()
     columns = [len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")]
-    assert len(columns) == 2 + len(awkward) and set(columns) == {11}
+    assert len(columns) == 2 + len(awkward) and set(columns) == {13}
     start = next(i for i, line in enumerate(lines) if line.startswith("`````text"))
     assert "`````" in lines[start + 1 :], "a fence longer than any run of backticks inside, and closed"
     outside = re.sub(r"(?ms)^(`{3,})text\n.*?^\1$", "", text)
@@ -122,16 +131,16 @@ def test_json_is_strict_and_complete(awkward, protocol):
     text.encode("utf-8", "replace")
     report = json.loads(text, parse_constant=refuse)
     models = {model["name"]: model for model in report["models"]}
-    assert models["broken"]["bits_per_byte"]["value"] is None and models["counted"]["perplexity"] is None
+    assert models["broken"]["quality"]["bits_per_byte"]["value"] is None and models["counted"]["quality"] == {}
     int8 = models["int8"]
     assert int8["against_reference"]["outcomes"] == {"size": 1, "speed": 1, "latency": 1, "quality": -1}
     assert len(int8["measurements"]["timing"]["batch"]["seconds"]) == 15
     assert int8["tokens_per_second"]["low"] < int8["tokens_per_second"]["median"] < int8["tokens_per_second"]["high"]
-    assert models["teacher"]["against_reference"] is None and report["protocol"]["stride"] == 128
+    assert models["teacher"]["against_reference"] is None and report["protocol"]["tokens"] == 36_000
 
 
 def test_a_single_model_makes_a_report_without_recommendations(rows, protocol):
-    html = to_html(rows[:1], protocol, "T", 0.05, PICTURE)
+    html = to_html(rows[:1], protocol, "T", 0.05, PICTURE, "")
     assert 'class="pick"' not in html and "nothing to compare it with" in html
 
 
@@ -143,3 +152,15 @@ def test_the_console_table_fits_and_is_not_markup(awkward, width):
     assert max(map(len, text.splitlines())) <= width and "…" not in text
     assert "▲ 5.91×" in text and "▼ 0.67×" in text and "NaN" in text and "\x1b" not in text
     assert "79.0%" in text
+
+
+def test_a_report_of_classifiers_is_in_percent_and_points(classifiers, protocol):
+    text = Page(to_html(classifiers, protocol, "T", 0.05, PICTURE, "")).text
+    assert "Accuracy" in text and "Macro F1" in text and "Matthews correlation" in text
+    assert re.search(r"−\d\.\d ± \d\.\d points", text) and "bits" not in text
+    assert "Keeping at least 95% of the accuracy of teacher: " in text
+
+
+def test_without_layers_there_is_no_picture_of_them(make, protocol, tmp_path):
+    write(tmp_path, [make.row("a", 5, 0.3, 1.6)], protocol)
+    assert not (tmp_path / "layers.png").exists() and "layers.png" not in (tmp_path / "report.md").read_text()

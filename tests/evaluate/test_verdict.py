@@ -1,10 +1,12 @@
 import dataclasses
 import math
+import re
 
 import pytest
 
 from jaxlm.evaluate.row import by_name
-from jaxlm.evaluate.verdict import chips, described, picks, sentence, verdict
+from jaxlm.evaluate.verdict import chips, described, near_enough, picks, sentence, verdict, won_nothing
+from jaxlm.tasks.measure import accuracy, bits_per_byte, pearson
 
 
 def test_the_sentence_says_what_was_won_and_where_nothing_was(rows):
@@ -77,3 +79,37 @@ def test_models_that_are_not_faster_are_never_the_fastest(make, seconds):
     rows = [make.row("teacher", 25, 0.41, 1.6), make.row("int8", 6, seconds, 1.6, reference="teacher")]
     assert "Fastest" not in [pick.wish for pick in picks(rows, 0.05)]
     assert "nothing is faster." in verdict(rows, 0.05)
+
+
+def test_more_is_better_where_it_is(classifiers):
+    named = by_name(classifiers)
+    text = sentence(named["control"], named["teacher"])
+    assert "smaller and faster, but less accurate" in text and re.search(r"\d\.\d ± \d\.\d points less accuracy", text)
+    assert "as accurate" in sentence(named["int8"], named["teacher"])
+    assert "more accurate" in sentence(named["student"], named["control"])
+    assert [(p.wish, p.name) for p in picks(classifiers, 0.03)] == [
+        ("Most accurate", "int8"),  # as accurate as the teacher, smaller and faster
+        ("Smallest", "int8"),
+        ("Fastest", "student"),
+    ]
+    assert picks(classifiers, 0.001)[1].name == "int8" and len(picks(classifiers, 0.0)) >= 1
+    text = verdict(classifiers, 0.03)
+    assert text.startswith("Keeping at least 97% of the accuracy of teacher: for size ship int8 (3.92× smaller, 9")
+    assert "Most accurate: int8 (" in text and "Nothing speaks for teacher: int8 is as accurate" in text
+    assert "Nothing speaks for control: student is as small, as fast and more accurate." in text
+
+
+@pytest.mark.parametrize("measure", [bits_per_byte, accuracy, pearson])
+def test_what_is_near_enough_lies_on_the_good_side_or_within_the_tolerance(measure):
+    better, worse = (2.2, 1.8) if measure.higher else (1.8, 2.2)
+    assert near_enough(better, 2.0, measure, 0.0)
+    assert near_enough(worse, 2.0, measure, 0.11) and not near_enough(worse, 2.0, measure, 0.09)
+
+
+def test_where_nothing_was_won_it_is_said(rows):
+    named = by_name(rows)
+    assert won_nothing(named["int8"], named["teacher"]) == "Nothing won in quality."
+    assert won_nothing(named["int8"], named["prune"]) == (
+        "Nothing won in speed in batches, latency at batch 1 and quality."
+    )
+    assert "Nothing won in quality." in described(named["int8"], named)

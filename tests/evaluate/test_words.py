@@ -2,9 +2,10 @@ import math
 
 import pytest
 
-from jaxlm.evaluate.row import Estimate
+from jaxlm.evaluate.held_out import Estimate
 from jaxlm.evaluate.timing import Ratio
-from jaxlm.evaluate.words import estimate, one_line, percent, plain, printable, scaled, spread, times
+from jaxlm.evaluate.words import estimate, one_line, plain, printable, scaled, spread, times
+from jaxlm.tasks.measure import accuracy
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,9 @@ def test_ratios_and_intervals():
     assert estimate(Estimate(-0.0123, 0.0004), signed=True) == "−0.0123 ± 0.0004"
     assert estimate(Estimate(0.12, None), signed=True) == "+0.120"
     assert estimate(Estimate(math.nan, None)) == "NaN" and estimate(None) == "—"
-    assert percent(Estimate(0.8731, 0.0061)) == "87.3 ± 0.6%"
+    assert estimate(Estimate(0.8731, 0.0061), accuracy) == "87.3 ± 0.6%"
+    assert estimate(Estimate(-0.0131, 0.0061), accuracy, signed=True) == "−1.3 ± 0.6 points"
+    assert estimate(Estimate(23.456, 0.31)) == "23.5 ± 0.3" and estimate(Estimate(6996.2, 31.0)) == "6,996 ± 31.0"
 
 
 def test_text_of_a_model_cannot_move_the_cursor_or_turn_the_line():
