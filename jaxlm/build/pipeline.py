@@ -162,9 +162,9 @@ def measured_rows(
             reference=entry.get("reference"),
             beside=tuple(entry.get("beside", ())),
             train_tokens=result["tokens"] or None,
-            facts=facts(own, result),
+            facts=facts(result),
         )
-        for entry, own, path, result in compared
+        for entry, _, path, result in compared
     ]
     settings = ReportSettings(**config.report)
     trial = Trial(config.task, DataSettings(**config.data), settings)
@@ -176,6 +176,15 @@ def measured_rows(
     return rows
 
 
-def facts(config: ConfigDict, result: Mapping[str, Any]) -> dict[str, str]:
-    """What the report says of a stage beyond what can be measured of its model."""
-    return {name: str(fact) for name, fact in result.get("facts", {}).items()}
+def facts(result: Mapping[str, Any]) -> dict[str, str]:
+    """What the report says of a stage beyond what can be measured of its model: what it was calibrated on, and what
+    the answers of its teachers take on disk."""
+    found: dict[str, str] = {}
+    if read := result["data"].get("calibration"):
+        found["Calibrated on"] = f"{read['samples']:,} rows, {read['tokens']:,} tokens of {read['source']}"
+    if caches := result.get("teacher_caches"):
+        sizes = ", ".join(f"{each['bytes_per_token']:.1f}" for each in caches)
+        found["Teacher's answers on disk"] = f"{sizes} bytes per token"
+    if result["steps"]:
+        found["Trained"] = f"{result['steps']:,} steps in {result['train_seconds']:.0f} s"
+    return found

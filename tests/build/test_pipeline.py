@@ -7,8 +7,8 @@ import pytest
 
 import jaxlm
 from jaxlm.build import registry
-from jaxlm.build.config import default_config
-from jaxlm.build.pipeline import run, stage_config
+from jaxlm.build.config import default_config, overlay
+from jaxlm.build.pipeline import fingerprint, run, stage_config
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +122,93 @@ def test_a_pipeline_that_could_not_be_reported_is_refused_before_it_runs(corpus,
     with pytest.raises(ValueError, match=message):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# Every task ----------------------------------------------------------------------------------------------------------
+
+WORDS = ("cat", "sat", "mat", "dog", "ran", "hill", "we", "saw", "red", "bird", "sing", "tree", "water", "Anna", "Rome")
+FAMILY = {"causal": "gpt2", "seq2seq": "t5", "denoising": "t5"}
+FORMAT = {"sequence": "jsonl", "regression": "jsonl", "seq2seq": "jsonl", "token": "conll"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Data of every task; 19 rows to evaluate on, so that the last batch is ragged."""
+    folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(1)
+    text = lambda: " ".join(draw.choices(WORDS, k=draw.randint(2, 9)))  # noqa: E731
+    tag = lambda word: "B-PER" if word == "Anna" else "B-LOC" if word == "Rome" else "O"  # noqa: E731
+    for split, rows in (("train", 40), ("eval", 19)):
+        (folder / f"{split}.text").write_text("\n".join(f"{text()}. {text()}. {text()}." for _ in range(rows)))
+        records = [{"text": text(), "label": draw.choice("ab"), "rating": draw.random()} for _ in range(rows)]
+        records = [r | {"source": r["text"], "target": " ".join(r["text"].split()[::-1])} for r in records]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (folder / f"{split}.conll").write_text(
+            "\n".join("".join(f"{word} {tag(word)}\n" for word in text().split()) for _ in range(rows))
+        )
+    return folder
+
+
+def recipe_of(task, files):
+    config, kind = default_config(), FORMAT.get(task, "text")
+    config.task = task
+    config.data.update(format=kind, train=str(files / f"train.{kind}"), eval=str(files / f"eval.{kind}"))
+    config.data.update(max_length=32, bucket=16, documents="line" if kind == "text" else "file")
+    if kind == "jsonl":
+        columns = {"sequence": ("text", "label"), "regression": ("text", "rating"), "seq2seq": ("source", "target")}
+        config.data.columns = {"label" if name == "rating" else name: name for name in columns[task]}
+    config.data.tokenizer = "bpe:380" if FAMILY.get(task) else "wordpiece:120"
+    config.model.update(family=FAMILY.get(task, "bert"), hidden_size=16, num_layers=2, num_heads=2)
+    if task not in ("seq2seq", "denoising"):
+        config.model.max_positions = 32
+    config.train.update(batch_size=8, learning_rate=0.01)
+    config.report.update(corpus="words", prompt="we saw" * (task == "seq2seq"), rounds=3, seconds=0.1, batch_size=8)
+    config.stages = (
+        {"name": "teacher", "description": "as drawn"},
+        {
+            "name": "small",
+            "description": "half of the heads and FFN units, in int8",
+            "after": "teacher",
+            "reference": "teacher",
+            "surgery": ({"name": "prune", "heads": 0.5, "ffn": 0.5}, {"name": "quantize"}),
+        },
+    )
+    return config
+
+
+@pytest.mark.parametrize("task", ["masked", "seq2seq", "sequence", "regression", "token"])
+def test_every_task_is_compared(task, files, tmp_path):
+    teacher, small = run(recipe_of(task, files), tmp_path)
+    stored = json.loads((tmp_path / "teacher" / "result.json").read_text())["metrics"]["eval"]
+    for measure in teacher.held_out.measures:
+        name = {"entity_f1": "f1", "word_accuracy": "accuracy"}.get(measure.name, measure.name)
+        value = teacher.held_out.estimate(measure).value
+        if name != "bits_per_byte":  # there the task counts every byte, the report those of predicted tokens
+            assert value == pytest.approx(stored[name], rel=1e-4, abs=1e-6), name
+    assert small.held_out.agreement is not None and teacher.held_out.agreement is None
+    assert small.layers[0].heads == 1 and teacher.layers[0].heads == 2 and small.layers[0].bits < 20
+    assert small.flops_per_token < teacher.flops_per_token and small.peak_bytes > 0
+    assert small.compile_seconds > 0 and (small.sample is None) == (task != "seq2seq")
+    assert "layers.png" in (tmp_path / "report.md").read_text()
+
+
+def test_the_mesh_is_no_input_of_a_stage(files, tmp_path):
+    one, two = (stage_config(recipe_of("sequence", files), {"name": "teacher"}, {}) for _ in range(2))
+    overlay(two, {"mesh": {"fsdp": 2}, "sharding": {"embed": "tensor"}}, "config")
+    assert fingerprint(one, {}, "code") == fingerprint(two, {}, "code")
+    two.seed = 1
+    assert fingerprint(one, {}, "code") != fingerprint(two, {}, "code")
+
+
+def test_what_cannot_be_compared_is_refused_before_it_runs(files, tmp_path):
+    config = recipe_of("sequence", files)
+    stages = config.stages
+    config.stages = ({"name": "body", "description": "pre-trained", "task": "masked"}, *stages)
+    with pytest.raises(ValueError, match=r"stage body has the task 'masked', the report is about 'sequence'.*compare"):
+        run(config, tmp_path)
+    config.stages = ({"name": "body", "description": "pre-trained", "task": "masked", "compare": False}, *stages)
+    config.report.split = "test"
+    with pytest.raises(ValueError, match=r"config.data.test is empty; the report measures on it"):
+        run(config, tmp_path)
+    config.report.split = "dev"
+    with pytest.raises(ValueError, match=r"config.report.split = 'dev': eval or test"):
+        run(config, tmp_path)

@@ -92,7 +92,6 @@ def test_more_is_better_where_it_is(classifiers):
         ("Smallest", "int8"),
         ("Fastest", "student"),
     ]
-    assert picks(classifiers, 0.001)[1].name == "int8" and len(picks(classifiers, 0.0)) >= 1
     text = verdict(classifiers, 0.03)
     assert text.startswith("Keeping at least 97% of the accuracy of teacher: for size ship int8 (3.92× smaller, 9")
     assert "Most accurate: int8 (" in text and "Nothing speaks for teacher: int8 is as accurate" in text
