@@ -186,5 +186,5 @@ def facts(result: Mapping[str, Any]) -> dict[str, str]:
         sizes = ", ".join(f"{each['bytes_per_token']:.1f}" for each in caches)
         found["Teacher's answers on disk"] = f"{sizes} bytes per token"
     if result["steps"]:
-        found["Trained"] = f"{result['steps']:,} steps in {result['train_seconds']:.0f} s"
+        found["Training"] = f"{result['steps']:,} steps in {result['train_seconds']:.0f} s"
     return found

@@ -77,7 +77,7 @@ def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: 
 
 
 def _panel(axes: Any, panel: Panel, rows: Sequence[Row], names: list[str], theme: Theme) -> None:
-    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+    from matplotlib.colors import LinearSegmentedColormap
 
     table = np.full((len(rows), len(names)), np.nan)
     for i, row in enumerate(rows):
@@ -102,8 +102,7 @@ def _panel(axes: Any, panel: Panel, rows: Sequence[Row], names: list[str], theme
     for (i, j), value in np.ndenumerate(table):
         if np.isnan(value):
             continue
-        color = colors(shares[i, j])[:3]
-        light = np.dot(to_rgb(color), (0.299, 0.587, 0.114)) > 0.55
+        light = np.dot(colors(shares[i, j])[:3], (0.299, 0.587, 0.114)) > 0.55
         ink = "#1b1f24" if light else "#ffffff"
         axes.text(j, i, panel.written(value), ha="center", va="center", fontsize=8, color=ink)
 

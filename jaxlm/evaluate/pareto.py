@@ -112,8 +112,9 @@ def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: 
     measure = _measure(rows)
     _panel(size_axes, sizes, theme, measure, smaller_is_better=True)
     _panel(speed_axes, speeds, theme, measure, smaller_is_better=False)
+    ringed = any(axes.findobj(lambda artist: artist.get_gid() == "knee") for axes in (size_axes, speed_axes))
     figure.supxlabel(
-        fill(_legend(absent), 64 if stacked else 195),
+        fill(_legend(absent, ringed), 64 if stacked else 195),
         fontsize=7.5 if stacked else 8,
         color=theme.faint,
         parse_math=False,
@@ -127,11 +128,11 @@ def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: 
     picture.quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
 
 
-def _legend(absent: Sequence[str]) -> str:
+def _legend(absent: Sequence[str], ringed: bool) -> str:
     return (
         "Filled: on the Pareto front. Hollow: another model is at least as good on both axes. "
-        "Ring: the knee of the front, where giving up more quality begins to save little. "
-        "Bars: difference from the reference ± 2 standard errors; middle half of the timed rounds. "
+        + ("Ring: the knee of the front, beyond which giving up quality saves little. " if ringed else "")
+        + "Bars: difference from the reference ± 2 standard errors; middle half of the timed rounds. "
     ) + (f"Not drawn, without quality: {', '.join(absent)}." if absent else "")
 
 
@@ -222,7 +223,7 @@ def _panel(axes: Any, points: Sequence[Point], theme: Theme, measure: Measure | 
         face = p.color if i in on_front else theme.paper
         axes.plot(p.x, p.y, p.marker, ms=9, mfc=face, mec=p.color, mew=1.8, zorder=4)
         if i == bend:
-            axes.plot(p.x, p.y, "o", ms=17, mfc="none", mec=theme.ink, mew=1.2, zorder=3)
+            axes.plot(p.x, p.y, "o", ms=17, mfc="none", mec=theme.ink, mew=1.2, zorder=3, gid="knee")
 
 
 def _what(measure: Measure | None) -> str:

@@ -105,9 +105,11 @@ def cells(row: Row, rows: Mapping[str, Row]) -> list[Cell]:
             "Latency at batch 1", f"{plain(slow.median)} ms" if slow else NOT_MEASURED, latency, outcome.get("latency")
         ),
         *_quality_cells(row, rows, outcome.get("quality")),
-        Cell("Peak memory", scaled(row.peak_bytes, "B")),
-        Cell("Compiled in", NOT_MEASURED if row.compile_seconds is None else f"{plain(row.compile_seconds)} s"),
-        Cell("Training tokens", scaled(row.train_tokens)),
+        Cell(
+            "Peak memory",
+            scaled(row.peak_bytes, "B"),
+            "" if row.compile_seconds is None else f"compiled in {plain(row.compile_seconds)} s",
+        ),
     ]
 
 
@@ -271,6 +273,7 @@ def _md(text: str) -> str:
 def _stored(row: Row) -> list[str]:
     parts = [f"{scaled(size, 'B')} {dtype}" for dtype, size in row.bytes_by_dtype.items()]
     facts = [f"{name}: {fact}." for name, fact in row.facts.items()]
+    facts += [f"Trained on {scaled(row.train_tokens)} tokens."] if row.train_tokens else []
     return [*([f"Stored as {', '.join(parts)}."] if parts else []), *facts]
 
 
