@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench plan-env python reference clean
+.PHONY: help demo evidence test test-full bench plan-env python reference clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ test: $(VENV)/.installed-dev reference  ## lint, formatting, types and tests
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n 2 --dist worksteal
+
+test-full: $(VENV)/.installed-dev reference  ## the tests, with every pair of methods and not a sample of them
+	JAXLM_FULL=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+evidence: $(VENV)/.installed  ## the measurements of docs/results.md: 90 minutes on 2 cores, finished ones are skipped
+	$(RUN) experiments/evidence.py --data=$(DATA) --encoder=$(ENCODER) --workdir=runs/evidence
 
 bench: $(VENV)/.installed-dev reference  ## jaxlm beside torch + transformers, in turn on the same cores
 	$(RUN) bench/run.py

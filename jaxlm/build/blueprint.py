@@ -54,7 +54,7 @@ class Blueprint(NamedTuple):
     trained: frozenset[str]
 
 
-def abstract_adapted(method: Method, key: jax.Array, model: Model, axes: Mapping[str, Axes]) -> Adapted:
+def abstract_adapted(method: Method, key: jax.Array, model: Model, params: Tree, axes: Mapping[str, Axes]) -> Adapted:
     """`method.init` on shapes: ShapeDtypeStructs with their axis names."""
     names: dict[str, Axes] = {}
 
@@ -63,7 +63,7 @@ def abstract_adapted(method: Method, key: jax.Array, model: Model, axes: Mapping
         names.update(adapted.axes)
         return adapted.params, adapted.constants, adapted.state
 
-    params, constants, state = jax.eval_shape(init, model.abstract())
+    params, constants, state = jax.eval_shape(init, params)
     return Adapted(params, names, constants, state)
 
 

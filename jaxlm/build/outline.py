@@ -1,13 +1,18 @@
 """A config without its data and without memory: the model's shapes, its methods and the batch that a step would get."""
 
+import inspect
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.build import registry
 from jaxlm.build.blueprint import Blueprint, abstract_adapted, blueprint
 from jaxlm.build.config import plain, set_fields
-from jaxlm.core import Adapted, chain, lookup
+from jaxlm.core import Adapted, Axes, Tree, arrays, chain, flatten, lookup, unflatten, with_arrays
 from jaxlm.data.settings import DataSettings
 from jaxlm.io.directory import open_model
 from jaxlm.io.model import find, retarget
@@ -41,25 +46,85 @@ class Outline(NamedTuple):
 
 
 def outline(config: Any, mesh: jax.sharding.Mesh) -> Outline:
-    """The shapes of a config on a mesh. Surgery and teachers need parameters and are refused.
+    """The shapes of a config on a mesh.
 
     Raises:
-      ValueError: for a config with surgery or losses, or a fresh model whose vocabulary is not known.
+      ValueError: for surgery whose shapes depend on the parameters' values or on calibration data, or a fresh model
+        whose vocabulary is not known.
     """
     values = plain(config)
-    for section in ("surgery", "losses"):
-        if values[section]:
-            raise ValueError(f"config.{section} needs parameters; shapes alone tell nothing of it. Leave it out here")
     task = lookup(TASKS, config.task, "task")
     training, data = TrainSettings(**config.train), DataSettings(**config.data)
-    model = Model(structure(config, task))
-    axes = model.axes()
+    model, params, axes = start(config, task)
+    for entry in values["surgery"]:
+        model, params, axes = operated(entry, model, params, axes)
     rules = make_rules(config.sharding, axes, mesh)
     method = chain([registry.method(entry) for entry in values["methods"]])
-    adapted = abstract_adapted(method, jax.random.key(0), model, axes)
+    adapted = abstract_adapted(method, jax.random.key(0), model, params, axes)
     drawn = blueprint(model, method, adapted, task, training, mesh, rules, NOMINAL_STEPS)
     batch = batch_shapes(task, training.batch_size, data.max_length, mesh, rules)
     return Outline(model, adapted, drawn, rules, batch)
+
+
+def start(config: Any, task: Task) -> tuple[Model, Tree, dict[str, Axes]]:
+    """The model that a config starts from, as shapes: a stored one with its Weights and sites, or a fresh one."""
+    model = Model(structure(config, task))
+    params, axes = flatten(model.abstract()), model.axes()
+    if config.model.init:
+        stored = open_model(find(config.model.init), task.structure["head"])
+        shapes = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in arrays(stored.params).items()}
+        params |= {
+            path: leaf
+            for path, leaf in flatten(with_arrays(stored.params, shapes)).items()
+            if path in stored.axes or (path in params and tuple(leaf.shape) == params[path].shape)
+        }
+        axes |= stored.axes
+    return model, unflatten(params), axes
+
+
+LARGEST = 4 * 2**30
+"""Bytes of parameters that surgery is tried on where shapes do not tell its result."""
+
+
+def operated(
+    entry: Mapping[str, Any], model: Model, params: Tree, axes: Mapping[str, Axes]
+) -> tuple[Model, Tree, dict[str, Axes]]:
+    """A model after one entry of `config.surgery`, as shapes.
+
+    Surgery that looks at values (which heads are the weakest) is tried on two models of these shapes, one of zeros and
+    one drawn at random; where both come out alike, the values do not matter.
+
+    Raises:
+      ValueError: where they do, or where surgery reads calibration data.
+    """
+    what = f"config.surgery: {entry['name']}" if "name" in entry else "config.surgery"
+    found: dict[str, Any] = {}
+
+    def run(values: Tree) -> Tree:
+        found["model"], result, found["axes"] = registry.make(
+            registry.SURGERY, entry, "surgery", model=model, params=values, axes=dict(axes)
+        )
+        return result
+
+    function: Any = registry.SURGERY.get(entry.get("name", ""))
+    if function is not None and "calibration" in inspect.signature(function).parameters:
+        raise ValueError(f"{what} reads calibration data, and shapes have none; leave it out here")
+    try:
+        shapes = jax.eval_shape(run, params)
+        return found["model"], shapes, found["axes"]
+    except jax.errors.JAXTypeError:  # it looks at values
+        pass
+    flat = arrays(params)
+    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in flat.values())
+    if size > LARGEST:
+        raise ValueError(f"{what} looks at the parameters' values, and {size / 1e9:.1f} GB are too many to make up")
+    draw, outcomes = np.random.default_rng(0), []
+    for make in (np.zeros, lambda shape: draw.normal(size=shape)):
+        result = run(with_arrays(params, {name: jnp.asarray(make(a.shape), a.dtype) for name, a in flat.items()}))
+        outcomes.append((found["model"], jax.eval_shape(lambda tree: tree, result), found["axes"]))
+    if outcomes[0] != outcomes[1]:
+        raise ValueError(f"{what}: what is left depends on the parameters' values; leave it out here")
+    return outcomes[0]
 
 
 def structure(config: Any, task: Any) -> Any:

@@ -1,0 +1,245 @@
+"""Every pair of what a config can name: together they train, resume bit for bit and bake equal, or are refused.
+
+Pairs come from the registry, so that a new method is here as soon as it has its line there. `make test` takes one pair
+of every two kinds, another one every day (JAXLM_SAMPLE=739947 takes that day's); `make test-full` takes all.
+"""
+
+import datetime
+import functools
+import inspect
+import itertools
+import os
+import re
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.build import registry
+from jaxlm.build.blueprint import blueprint
+from jaxlm.core import Adapted, Gate, Method, arrays, chain, flatten, map_leaves, materialize
+from jaxlm.losses.distillation import Teacher
+from jaxlm.models import model_config
+from jaxlm.models.model import Model
+from jaxlm.nn.stack import canonical_view
+from jaxlm.parallel import make_mesh, make_rules
+from jaxlm.tasks import TASKS
+from jaxlm.train.settings import TrainSettings
+from jaxlm.train.step import TrainState, dropout_key
+
+# Compiling takes most of the time here, so it is told not to optimize.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick = functools.partial(jax.jit, compiler_options=QUICK)
+SIZES = {"vocab_size": 19, "hidden_size": 16, "num_heads": 4, "ffn_size": 16, "max_positions": 8, "dropout": 0.1}
+TRAINING = TrainSettings(steps=2, learning_rate=0.02, schedule="constant", weight_decay=0.1, grad_accum=2)
+
+# Strong enough that two steps show, by the name of the option: most methods need no line of their own.
+TYPICAL: dict[str, Any] = {
+    "alpha": 0.7,
+    "begin": 0,
+    "dynamic": False,
+    "end": 2,
+    "every": 1,
+    "ffn": 0.25,
+    "heads": 0.5,
+    "hidden": 1.0,
+    "keep": (0, 2),
+    "rank": 2,
+    "sparsity": 0.5,
+}
+OWN: dict[tuple[str, str], dict[str, Any]] = {}
+"""Options of an entry that cannot do with the typical ones, by table and name."""
+
+TABLES = {"surgery": registry.SURGERY, "methods": registry.METHODS, "losses": registry.LOSSES}
+GIVEN = {"model", "params", "axes", "calibration", "teacher"}
+
+
+class Entry(NamedTuple):
+    """A line of the registry: the section of a config that it stands in, and its name."""
+
+    section: str
+    name: str
+
+    @property
+    def function(self) -> Any:
+        return TABLES[self.section][self.name]
+
+    @property
+    def kind(self) -> str:
+        """What is alike: surgery, losses, and methods by their package."""
+        return self.function.__module__.split(".")[1] if self.section == "methods" else self.section
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        if (self.section, self.name) in OWN:
+            return OWN[self.section, self.name]
+        options = {n: p for n, p in inspect.signature(self.function).parameters.items() if n not in GIVEN}
+        missing = [n for n, p in options.items() if p.default is p.empty and n not in TYPICAL]
+        assert not missing, f"config.{self.section}: {self.name} needs {missing}; give typical values in TYPICAL or OWN"
+        return {name: TYPICAL[name] for name in options if name in TYPICAL}
+
+
+ENTRIES = [Entry(section, name) for section, table in TABLES.items() for name in table]
+
+
+def pairs() -> list[tuple[Entry, Entry]]:
+    """All ordered pairs; surgery comes before methods, and these before losses, as in a run."""
+    order = list(TABLES)
+    later = lambda a, b: order.index(a.section) <= order.index(b.section)  # noqa: E731
+    return [(a, b) for a, b in itertools.product(ENTRIES, repeat=2) if later(a, b)]
+
+
+def sample(every: list[tuple[Entry, Entry]], day: int) -> list[tuple[Entry, Entry]]:
+    """One pair of every two kinds, another one every day."""
+    kinds: dict[frozenset, list[tuple[Entry, Entry]]] = {}
+    for pair in every:
+        kinds.setdefault(frozenset(entry.kind for entry in pair), []).append(pair)
+    return [group[day % len(group)] for group in kinds.values()]
+
+
+def chosen() -> list[tuple[Entry, Entry]]:
+    if os.environ.get("JAXLM_FULL"):
+        return pairs()
+    return sample(pairs(), int(os.environ.get("JAXLM_SAMPLE") or datetime.date.today().toordinal()))
+
+
+def noisy(model: Model, seed: int) -> dict[str, Any]:
+    """Fresh parameters whose biases and norms are random too."""
+    noise = lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
+    return map_leaves(noise, model.init(jax.random.key(seed)))
+
+
+@functools.cache
+def model_of() -> tuple[Model, dict]:
+    model = Model(model_config("gpt2", **SIZES, num_layers=3))
+    return model, noisy(model, 0)
+
+
+@functools.cache
+def teacher() -> Teacher:
+    """Deeper and wider than the student."""
+    model = Model(model_config("gpt2", **{**SIZES, "hidden_size": 24}, num_layers=4))
+    forward = lambda params, batch, taps: model.forward(params, batch, taps=taps)  # noqa: E731
+    return Teacher(forward, model.run_view(noisy(model, 1)), 4, 24)
+
+
+def batch_of() -> dict[str, np.ndarray]:
+    """Rows of unequal length, and labels of unequal number: the two microbatches differ in weight."""
+    rng = np.random.default_rng(0)
+    mask = (np.arange(6) < np.array([[6], [2], [5], [3]])).astype(np.int32)
+    ids = rng.integers(1, 19, (4, 6)).astype(np.int32) * mask
+    labels = np.where(mask & (rng.random((4, 6)) < 0.8), rng.integers(0, 19, (4, 6)), -100).astype(np.int32)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+BATCH = batch_of()
+
+
+class Begun(NamedTuple):
+    """A run before its first step, everything in it made anew."""
+
+    model: Model
+    method: Method
+    adapted: Adapted
+    plan: Any
+    state: TrainState
+
+
+def begin(pair: tuple[Entry, Entry]) -> Begun:
+    model, params = model_of()
+    axes = model.axes()
+    methods: list[tuple[str, Method]] = []
+    for entry in pair:
+        described = {"name": entry.name, **entry.arguments}
+        if entry.section == "surgery":
+            given = (
+                {"calibration": calibration()} if "calibration" in inspect.signature(entry.function).parameters else {}
+            )
+            model, params, axes = registry.make(
+                TABLES[entry.section], described, entry.section, model=model, params=params, axes=axes, **given
+            )
+        else:
+            given = {"teacher": teacher()} if entry.section == "losses" else {}
+            methods.append((entry.name, registry.make(TABLES[entry.section], described, entry.section, **given)))
+    method = chain(methods)
+    adapted = method.init(jax.random.key(2), model, params, axes)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    rules = make_rules({}, adapted.axes, mesh)
+    plan = blueprint(model, method, adapted, TASKS["causal"], TRAINING, mesh, rules, 2)
+    return Begun(model, method, adapted, plan, quick(plan.create)(dropout_key(0), plan.params, adapted.state))
+
+
+def calibration() -> Any:
+    from jaxlm.compress.calibrate import Calibration
+
+    return Calibration((BATCH,), "made up")
+
+
+@functools.cache
+def forward_of(config) -> Any:
+    return quick(Model(config).forward)
+
+
+def logits(model: Model, params) -> np.ndarray:
+    batch = {name: value for name, value in BATCH.items() if name != "labels"}
+    return np.asarray(forward_of(model.config)(params, batch)["logits"])[BATCH["attention_mask"] > 0]
+
+
+def stored(state: TrainState) -> list[np.ndarray]:
+    """What a checkpoint holds of a state."""
+    return [np.array(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def restored(fresh: TrainState, leaves: list[np.ndarray]) -> TrainState:
+    return jax.tree.unflatten(jax.tree.structure(fresh), [jnp.asarray(leaf) for leaf in leaves])
+
+
+@pytest.mark.parametrize("pair", chosen(), ids=lambda pair: "-".join(f"{e.section}.{e.name}" for e in pair))
+def test_pair(pair):
+    try:
+        run = begin(pair)
+    except ValueError as refusal:  # says of what, and what to do instead
+        said = str(refusal)
+        assert re.search(r"layers_\d|embed/|nothing trains", said) or all(entry.name in said for entry in pair), said
+        assert re.search(r"[;:] |claim", said), said
+        return
+    step = quick(run.plan.step)
+    first, log = step(run.state, run.adapted.constants, BATCH)
+    saved = stored(first)
+    whole, second_log = step(first, run.adapted.constants, BATCH)
+    assert int(log["nonfinite"]) == int(second_log["nonfinite"]) == 0
+    assert any(not np.array_equal(a, b) for a, b in zip(stored(run.state), stored(whole), strict=True))
+
+    again = begin(pair)
+    resumed, _ = quick(again.plan.step)(restored(again.state, saved), again.adapted.constants, BATCH)
+    for before, after in zip(stored(whole), stored(resumed), strict=True):
+        assert before.dtype == after.dtype and np.array_equal(before, after)
+
+    evaluated = run.method.eval_params(whole.params, whole.method)
+    expected = logits(run.model, evaluated)
+    assert np.isfinite(expected).all()
+    model, params, axes = run.method.bake(run.model, canonical_view(evaluated), run.adapted.axes, whole.method)
+    flat = flatten(params)
+    assert flat.keys() == axes.keys() and flatten(model.abstract()).keys() <= flat.keys()
+    assert np.abs(logits(model, params) - expected).max() <= 2e-5 * max(np.abs(expected).max(), 1)
+    shapes = {path: leaf.shape for path, leaf in flatten(model.abstract()).items()}
+    assert {path: jnp.shape(materialize(flat[path])) for path in shapes} == shapes
+    assert not any(isinstance(leaf, Gate) for leaf in flat.values())
+    twice = run.method.bake(model, params, axes, whole.method)
+    assert twice[0] == model and all(np.array_equal(arrays(twice[1])[n], a) for n, a in arrays(params).items())
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.section}.{entry.name}")
+def test_every_line_of_the_registry_has_arguments(entry):
+    assert entry.arguments.keys() <= inspect.signature(entry.function).parameters.keys()
+
+
+def test_the_sample_has_a_pair_of_every_two_kinds_and_takes_its_turn():
+    every = pairs()
+    kinds = {frozenset(entry.kind for entry in pair) for pair in every}
+    days = [sample(every, day) for day in range(len(every))]
+    assert all({frozenset(e.kind for e in pair) for pair in day} == kinds for day in days[:3])
+    assert {pair for day in days for pair in day} == set(every)
