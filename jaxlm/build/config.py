@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxlm.core import nearest
 from jaxlm.data.settings import DataSettings
-from jaxlm.evaluate.settings import ReportSettings
+from jaxlm.evaluate.settings import ReportSettings, SearchSettings
 from jaxlm.models.config import ModelConfig
 from jaxlm.train.settings import TrainSettings
 
@@ -35,7 +35,7 @@ def default_config() -> ConfigDict:
 
     `model` holds `init` (a model directory, a hub id, or "" for a fresh model) and every hyper-parameter, `None` where
     the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`;
-    `stages` and `report` are read by a pipeline.
+    `stages` and `report` are read by a pipeline, `search` by a search over one.
     """
     sections = {
         "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),
@@ -44,6 +44,7 @@ def default_config() -> ConfigDict:
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "sharding": {},
         "report": _defaults(ReportSettings),
+        "search": _defaults(SearchSettings),
     }
     config = Config(
         {"seed": 0, "task": "causal", "surgery": (), "methods": (), "losses": (), "bake": True, "stages": ()}

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ def stage_config(config: ConfigDict, entry: Mapping[str, Any], done: Mapping[str
     `teacher` may be the name of a stage too.
     """
     own = default_config()
-    overlay(own, {k: v for k, v in plain(config).items() if k not in ("stages", "report")}, "config")
+    overlay(own, {k: v for k, v in plain(config).items() if k not in ("stages", "report", "search")}, "config")
     if entry.get("after"):
         own.model = default_config().model
         own.model.init = str(lookup(done, entry["after"], "stage (stages come in order)") / "model")
@@ -113,12 +113,12 @@ def check_stages(config: ConfigDict) -> None:
 
 
 class Finished(NamedTuple):
-    """A stage that is done: its entry in the config, its own config, where it lies, and its result."""
+    """A stage that is done: its entry in the config, where it lies, its result, and the hash of its inputs."""
 
     entry: dict[str, Any]
-    config: ConfigDict
     workdir: Path
     result: dict[str, Any]
+    inputs: str
 
 
 def run(config: ConfigDict, workdir: Path) -> list[Row]:
@@ -128,22 +128,41 @@ def run(config: ConfigDict, workdir: Path) -> list[Row]:
       the rows of the report, which lies in `workdir/report.html`, `.md`, `.json` and `pareto.png`.
     """
     check_stages(config)
-    console, workdir, code = Console(stderr=True), workdir.resolve(), code_version()
+    console, workdir = Console(stderr=True), workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
-    done: dict[str, Path] = {}
-    stages: list[Finished] = []
-    inputs: list[str] = [digest(plain(config.report))]
-    for entry in plain(config.stages):
-        name = entry["name"]
-        own = stage_config(config, entry, done)
-        inputs.append(fingerprint(own, done, code))
-        result = run_stage(own, workdir / name, name, inputs[-1], console)
-        done[name] = workdir / name
-        stages.append(Finished(entry, own, workdir / name, result))
-    rows = measured_rows(config, workdir, stages, digest(inputs), console)
+    stages = run_stages(config, lambda name, inputs: workdir / name, console)
+    inputs = digest([plain(config.report), *(stage.inputs for stage in stages)])
+    rows = measured_rows(config, workdir, stages, inputs, console)
     console.print(report.table(rows))
     console.print(f"report: {workdir / 'report.html'}")
     return rows
+
+
+def run_stages(config: ConfigDict, place: Callable[[str, str], Path], console: Console) -> list[Finished]:
+    """Every stage of `config.stages` in order; `place(name, hash of its inputs)` is where a stage lies."""
+    code = code_version()
+    done: dict[str, Path] = {}
+    stages: list[Finished] = []
+    for entry in plain(config.stages):
+        name = entry["name"]
+        own = stage_config(config, entry, done)
+        inputs = fingerprint(own, done, code)
+        done[name] = place(name, inputs)
+        stages.append(Finished(entry, done[name], run_stage(own, done[name], name, inputs, console), inputs))
+    return stages
+
+
+def candidate(stage: Finished) -> Candidate:
+    """The model of a stage, as the report presents it."""
+    return Candidate(
+        stage.entry["name"],
+        stage.entry["description"],
+        stage.workdir / "model",
+        reference=stage.entry.get("reference"),
+        beside=tuple(stage.entry.get("beside", ())),
+        train_tokens=stage.result["tokens"] or None,
+        facts=facts(stage.result),
+    )
 
 
 def measured_rows(
@@ -153,26 +172,20 @@ def measured_rows(
     record = workdir / "report.inputs.json"
     if record.exists() and json.loads(record.read_text())["sha256"] == inputs:
         return report.read(workdir / "report.json")
-    compared = [stage for stage in stages if stage.entry.get("compare", True)]
-    candidates = [
-        Candidate(
-            entry["name"],
-            entry["description"],
-            path / "model",
-            reference=entry.get("reference"),
-            beside=tuple(entry.get("beside", ())),
-            train_tokens=result["tokens"] or None,
-            facts=facts(result),
-        )
-        for entry, _, path, result in compared
-    ]
+    candidates = [candidate(stage) for stage in stages if stage.entry.get("compare", True)]
+    rows = write_report(config, workdir, candidates, console)
+    stage.write_json(record, {"sha256": inputs})
+    return rows
+
+
+def write_report(config: ConfigDict, workdir: Path, candidates: Sequence[Candidate], console: Console) -> list[Row]:
+    """Measures models beside each other as `config.report` says, and writes the report."""
     settings = ReportSettings(**config.report)
     trial = Trial(config.task, DataSettings(**config.data), settings)
     rows = compare_models(candidates, trial, console.print)
     tokenizer = load(candidates[0].directory).tokenizer
     said = protocol(trial, rows, tokenizer, config.seed)
     report.write(workdir, rows, said, title=settings.title or "Which model to ship", tolerance=settings.tolerance)
-    stage.write_json(record, {"sha256": inputs})
     return rows
 
 

@@ -140,7 +140,7 @@ def evaluate(config: Any, directory: str, workdir: Path) -> dict[str, Any]:
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     own = default_config()
-    overlay(own, {k: v for k, v in plain(config).items() if k not in ("stages", "report", "model")}, "config")
+    overlay(own, {k: v for k, v in plain(config).items() if k not in ("stages", "report", "search", "model")}, "config")
     own.model.init, own.data.tokenizer, own.data.train = str(directory), "", ""
     setting = set_up(own, splits=("eval", "test"))
     if not setting.splits:

@@ -1,6 +1,8 @@
-"""`config.report`: every field is a field here."""
+"""`config.report` and `config.search`: every field is a field here."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,46 @@ class ReportSettings:
             )
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"config.report.tolerance = {self.tolerance}: a fraction in [0, 1)")
+
+
+COSTS = {"size": "minimize", "flops": "minimize", "speed": "maximize", "latency": "maximize"}
+"""What quality may be weighed against: bytes on disk, FLOPs per token, times as fast as the reference."""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What `experiments/search.py` varies, and what for.
+
+    Attributes:
+      vary: the strengths, `{"stage": name, "field": place, "low": a, "high": b}` each, with `"log": True` for a
+        logarithmic range, or with `"values": (…)` in the place of `low` and `high`. A place is a path in the stage
+        (`surgery.0.ffn`, `methods.0.rank`, `train.steps`), or several that get the same value. Whole bounds mean
+        whole numbers.
+      stage: the stage whose model counts, "" for the last; its `reference` is what it is compared with.
+      cost: `size`, `flops`, `speed` or `latency`.
+      trials: how many to try. A single strength is swept evenly, a finite set of all combinations tried whole where
+        it fits; otherwise a sampler looks for the front.
+    """
+
+    vary: Any = ()
+    stage: str = ""
+    cost: str = "size"
+    trials: int = 12
+
+    def __post_init__(self):
+        if self.cost not in COSTS:
+            raise ValueError(f"config.search.cost = {self.cost!r}; known: {', '.join(COSTS)}")
+        if self.trials < 1:
+            raise ValueError(f"config.search.trials = {self.trials}: at least 1")
+        strengths: Sequence[Mapping[str, Any]] = self.vary
+        for strength in strengths:
+            known = {"stage", "field", "values"} if "values" in strength else {"stage", "field", "low", "high", "log"}
+            if wrong := (strength.keys() - known) | (known - {"log"} - strength.keys()):
+                raise ValueError(
+                    f"config.search.vary: an entry has stage, field, and either values or low and high; "
+                    f"{', '.join(sorted(wrong))} in {dict(strength)}"
+                )
+            if "values" in strength and not strength["values"]:
+                raise ValueError(f"config.search.vary: no values in {dict(strength)}")
+            if "low" in strength and not strength["low"] < strength["high"]:
+                raise ValueError(f"config.search.vary: low must be below high in {dict(strength)}")

@@ -85,7 +85,8 @@ def stages(config: ConfigDict, place: Callable[[str], Path]) -> Iterator[tuple[s
 def test_opens_with_its_command_and_hardware(recipe: Recipe):
     text = module(recipe.path).__doc__ or ""
     name = recipe.path.relative_to(CONFIGS.parent)
-    program = "pipeline" if recipe.config().stages else "train"
+    config = recipe.config()
+    program = "search" if config.search.vary else "pipeline" if config.stages else "train"
     assert f"python experiments/{program}.py --config={name}" in text
     assert "Hardware" in text or "CPU cores" in text
     assert "RESULT" not in text
@@ -238,8 +239,8 @@ def tiny(config: ConfigDict, place: Path) -> ConfigDict:
     train.steps, train.epochs, train.checkpoint_every = 2, 0.0, 1
     for entry in config.stages:
         if "train" in entry:
-            steps = min(entry["train"]["steps"], 2)
-            entry["train"] = {**entry["train"], "steps": steps, "checkpoint_every": 1}
+            steps = min(entry["train"].get("steps", 2), 2)
+            entry["train"] = {**entry["train"], "steps": steps, "epochs": 0.0, "checkpoint_every": 1}
     return config
 
 

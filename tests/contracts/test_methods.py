@@ -1,4 +1,4 @@
-"""What every Method promises, checked over the registry on three families, and what pairs of the first four leave behind."""
+"""What every Method promises, checked over the registry on three families; what pairs of four leave behind."""
 
 import functools
 import itertools
