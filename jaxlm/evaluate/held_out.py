@@ -1,9 +1,9 @@
 """What a model did on held-out data, piece by piece, and how sure one can be of what follows from it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -124,3 +124,24 @@ def _same(a: HeldOut, b: HeldOut, name: str) -> bool:
     if a.columns[name] == b.columns[name]:
         return True
     return name == "bytes" and math.isclose(sum(a.columns[name]), sum(b.columns[name]), rel_tol=0.01)
+
+
+def combine(function: Callable[..., Any], *held_out: HeldOut, measure: Measure | None = None) -> Estimate:
+    """A function of several models' measures, with the error of leaving the same piece out of all of them.
+
+    What is asked of compression is often a ratio: the share of a teacher's score, the part of a loss that was won back.
+
+    Args:
+      function: of numpy arrays, one a model.
+      measure: the quality by default.
+    """
+    first = held_out[0]
+    measure = measure or first.measures[0]
+    for other in held_out[1:]:
+        difference(first, other, measure)  # refuses models that did not read the same
+    sums = [each.sums(measure) for each in held_out]
+    value = float(function(*(measure.value(each.sum(axis=0)) for each in sums)))
+    same = TASKS[first.task].quality.same
+    if any(each.columns[same] != first.columns[same] for each in held_out):
+        return Estimate(value, None)
+    return _estimate(value, np.asarray(function(*(left_out(measure, each) for each in sums))))

@@ -1,0 +1,88 @@
+"""Evidence on WNUT-17: a fine-tuned encoder that finds entities, its three-layer student, and the whole chain.
+
+    python experiments/pipeline.py --config=configs/evidence/wnut.py --workdir=runs/evidence/wnut \\
+        --config.model.init=ENCODER --config.data.train=DATA/wnut17/wnut17train.conll \\
+        --config.data.eval=DATA/wnut17/emerging.dev.conll --config.data.test=DATA/wnut17/emerging.test.annotated
+
+`make evidence` runs this and its neighbours. ENCODER is the directory of all-MiniLM-L6-v2, 6 layers and 22.7 million
+parameters. Hardware: two CPU cores.
+Not measured yet.
+"""
+
+from jaxlm.build.config import default_config
+from jaxlm.evaluate.claims import Claim, Evidence, at_least, at_most, positive
+
+LEARN = {"name": "distill", "teacher": "teacher", "alpha": 0.7, "temperature": 2.0, "hidden": 1.0}
+THREE = ({"name": "keep_layers", "keep": (0, 2, 5)},)
+
+
+def get_config():
+    config = default_config()
+    config.task = "token"
+    config.model.init = "ENCODER"
+
+    config.data.format = "conll"
+    config.data.train = "DATA/wnut17/wnut17train.conll"
+    config.data.eval = "DATA/wnut17/emerging.dev.conll"
+    config.data.test = "DATA/wnut17/emerging.test.annotated"
+    config.data.max_length = 128
+
+    config.train.batch_size = 32
+    config.train.learning_rate = 1e-4
+    config.train.schedule = "linear"
+    config.train.warmup = 0.06
+    config.train.weight_decay = 0.01
+    config.train.clip = 1.0
+
+    after = {"after": "teacher", "reference": "teacher"}
+    config.stages = (
+        {"name": "teacher", "description": "the encoder, fine-tuned", "train": {"epochs": 4.0}},
+        {
+            **after,
+            "name": "student",
+            "description": "three of six layers, distilled",
+            "beside": ("student-alone",),
+            "surgery": THREE,
+            "losses": (LEARN,),
+            "train": {"epochs": 5.0},
+        },
+        {
+            **after,
+            "name": "student-alone",
+            "description": "the same three layers, the same steps, without the teacher",
+            "surgery": THREE,
+            "train": {"epochs": 5.0},
+        },
+        {
+            **after,
+            "name": "chain-pruned",
+            "description": "three layers with a third of heads and FFN units cut out, distilled",
+            "surgery": (*THREE, {"name": "prune", "heads": 1 / 3, "ffn": 1 / 3}),
+            "losses": (LEARN,),
+            "train": {"epochs": 6.0},
+        },
+        {
+            "name": "chain",
+            "description": "the same in int8",
+            "after": "chain-pruned",
+            "reference": "teacher",
+            "beside": ("chain-pruned",),
+            "surgery": ({"name": "quantize", "dynamic": True},),
+        },
+    )
+    config.report.title = "WNUT-17"
+    config.report.corpus = "WNUT-17, the annotated emerging test set"
+    config.report.split = "test"
+    config.report.tolerance = 0.03
+    return config
+
+
+def claims(found: Evidence) -> list[Claim]:
+    return [
+        positive("three layers: distilled minus undistilled", found.gain("student", "student-alone"), "points"),
+        at_least("three layers: share of the teacher's score", found.share("student", "teacher"), 0.96, "%"),
+        at_most("three layers: non-embedding parameters", found.parameters("student", "teacher"), 0.505, "%"),
+        at_least("chain: times smaller", 1 / found.bytes("chain", "teacher"), 3.0, "×"),
+        at_least("chain: times as fast", found.speed("chain", "teacher"), 2.5, "×"),
+        at_least("chain: share of the teacher's score", found.share("chain", "teacher"), 0.97, "%"),
+    ]

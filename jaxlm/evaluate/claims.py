@@ -1,0 +1,121 @@
+"""Claims: what was asked of compression, what was measured, and whether that is enough."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxlm.core import lookup
+from jaxlm.evaluate.held_out import Estimate, HeldOut, combine
+from jaxlm.evaluate.row import Row, by_name, compare
+from jaxlm.evaluate.timing import Ratio
+from jaxlm.evaluate.words import spread, times
+
+Value = Estimate | Ratio | float
+
+
+class Claim(NamedTuple):
+    """One line of a table: what, how much, how much was wanted, and whether that was reached."""
+
+    what: str
+    measured: str
+    wanted: str
+    reached: bool
+
+
+def at_least(what: str, value: Value, bar: float, unit: str = "") -> Claim:
+    """A claim that a value is large enough.
+
+    >>> at_least("agreement", Estimate(0.994, 0.003), 0.99, "%")
+    Claim(what='agreement', measured='99.4 ± 0.3%', wanted='≥ 99%', reached=True)
+    """
+    return Claim(what, written(value, unit), f"≥ {_bar(bar, unit)}", _middle(value) >= bar)
+
+
+def at_most(what: str, value: Value, bar: float, unit: str = "") -> Claim:
+    """A claim that a value is small enough."""
+    return Claim(what, written(value, unit), f"≤ {_bar(bar, unit)}", _middle(value) <= bar)
+
+
+def positive(what: str, value: Estimate, unit: str = "") -> Claim:
+    """A claim that a difference lies above zero with its whole interval."""
+    return Claim(what, written(value, unit), "interval above 0", value.value > (value.error or 0.0))
+
+
+def written(value: Value, unit: str) -> str:
+    """A value with its interval; `%` shows fractions in percent, `points` differences of such, `×` ratios."""
+    if isinstance(value, Ratio):
+        return f"{times(value.median)} ({spread(value)})"
+    number, error = (value.value, value.error) if isinstance(value, Estimate) else (value, None)
+    if unit == "×":
+        return times(number)
+    scale, decimals, end = (100, 1, "%" if unit == "%" else " points") if unit in ("%", "points") else (1, 3, "")
+    text = f"{scale * number:{'+' if unit == 'points' else ''}.{decimals}f}".replace("-", "−")
+    return f"{text}{'' if error is None else f' ± {scale * error:.{decimals}f}'}{end}"
+
+
+def _bar(bar: float, unit: str) -> str:
+    return f"{100 * bar:g}{'%' if unit == '%' else ' points'}" if unit in ("%", "points") else f"{bar:g}{unit}"
+
+
+def _middle(value: Value) -> float:
+    if isinstance(value, float | int):
+        return float(value)
+    return value.median if isinstance(value, Ratio) else value.value
+
+
+class Evidence:
+    """The models of a report by name, and what one may ask of them."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = by_name(rows)
+
+    def row(self, name: str) -> Row:
+        return lookup(self.rows, name, "model in the report:")
+
+    def held_out(self, name: str) -> HeldOut:
+        found = self.row(name).held_out
+        if found is None:
+            raise ValueError(f"the quality of {name} was not measured")
+        return found
+
+    def agreement(self, name: str) -> Estimate:
+        """How far its predictions are the first model's."""
+        found = self.held_out(name).agreement
+        if found is None:
+            raise ValueError(f"{name} was not compared with the first model's predictions")
+        return found
+
+    def share(self, name: str, of: str) -> Estimate:
+        """Its quality divided by another's."""
+        return combine(lambda a, b: a / b, self.held_out(name), self.held_out(of))
+
+    def gain(self, name: str, over: str) -> Estimate:
+        """How much better its quality is than another's; above 0 is better, whichever way the measure runs."""
+        sign = 1 if self.held_out(name).measures[0].higher else -1
+        return combine(lambda a, b: sign * (a - b), self.held_out(name), self.held_out(over))
+
+    def rise(self, name: str, over: str, measure: str) -> Estimate:
+        """How much larger one of its measures is than another model's, as a fraction of that."""
+        known = {each.name: each for each in self.held_out(name).measures}
+        chosen = lookup(known, measure, "measure")
+        return combine(lambda a, b: a / b - 1, self.held_out(name), self.held_out(over), measure=chosen)
+
+    def recovered(self, name: str, control: str, of: str) -> Estimate:
+        """`(q - q_control) / (q_of - q_control)`: how much of what the control lost is won back."""
+        models = (self.held_out(each) for each in (name, control, of))
+        return combine(lambda a, b, c: (a - b) / (c - b), *models)
+
+    def speed(self, name: str, over: str) -> Ratio:
+        """Times as fast in batches."""
+        found = compare(self.row(name), self.row(over)).speed
+        if found is None:
+            raise ValueError(f"{name} and {over} were not timed")
+        return found
+
+    def bytes(self, name: str, of: str) -> float:
+        """Its size on disk, as a fraction of another's."""
+        return self.row(name).bytes_on_disk / self.row(of).bytes_on_disk
+
+    def parameters(self, name: str, of: str, embeddings: bool = False) -> float:
+        """Its parameters as a fraction of another's, without embeddings unless asked for."""
+        counts = [(row.parameters if embeddings else row.parameters_non_embedding) for row in map(self.row, (name, of))]
+        return counts[0] / counts[1]
