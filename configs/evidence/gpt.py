@@ -52,8 +52,6 @@ def get_config():
     config.train.b2 = 0.99
     config.train.clip = 1.0
 
-    config.calibration.samples = 256
-
     config.stages = (
         {"name": "dense", "description": "GPT of 4 layers, from scratch", "train": {"steps": 6000}},
         sparse("magnitude", "magnitude", "half of the weights, the smallest", sparsity=0.5),

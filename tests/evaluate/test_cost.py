@@ -7,7 +7,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxlm.core import Gate, LowRank, Masked, Quantized
-from jaxlm.evaluate.cost import bytes_by_dtype, bytes_on_disk, flops_per_token, parameters
+from jaxlm.evaluate.cost import (
+    bytes_by_dtype,
+    bytes_on_disk,
+    flops_per_token,
+    flops_per_token_of_pairs,
+    parameters,
+)
 
 HIDDEN, FFN, VOCAB, POSITIONS, T = 8, 32, 50, 16, 16
 
@@ -93,6 +99,29 @@ def test_flops_are_those_that_the_compiler_counts_for_the_products():
     counted = jax.jit(forward).lower(tree, jnp.ones((T, HIDDEN))).compile().cost_analysis()["flops"]
     ours = flops_per_token(tree, context=T, heads=(2, 2), head_dim=4, causal=False, tied_head=True)
     assert counted == pytest.approx(ours * T, rel=0.01)
+
+
+def test_a_classifier_of_texts_is_applied_once_a_row():
+    tree = model(tied=False)
+    counts = {"context": T, "heads": (2, 2), "head_dim": 4, "causal": False, "tied_head": False}
+    every, once = flops_per_token(tree, **counts), flops_per_token(tree, **counts, once=r"head/.*")
+    assert every - once == 2 * HIDDEN * VOCAB - 2 * HIDDEN * VOCAB // T
+
+
+def test_flops_of_a_pair_are_those_of_its_parts():
+    """Source tokens pass the encoder and the keys and values across, target tokens the rest."""
+    one = {name: {"kernel": jnp.ones((HIDDEN, 8))} for name in ("query", "key", "value")}
+    attention = {**one, "output": {"kernel": jnp.ones((8, HIDDEN))}}
+    tree = {
+        "embed": {"tokens": {"embedding": jnp.ones((VOCAB, HIDDEN))}},
+        "encoder": {"layers_0": {"attention": attention}},
+        "decoder": {"layers_0": {"attention": attention, "cross_attention": attention}},
+    }
+    s, t, matrix = 6, 4, HIDDEN * 8
+    found = flops_per_token_of_pairs(tree, lengths=(s, t), heads=((2,), (2,), (2,)), head_dim=4, tied_head=True)
+    source, target = (4 + 2) * matrix, (4 + 2) * matrix + HIDDEN * VOCAB
+    scores = 4 * 4 * (2 * s * s + 2 * t * t // 2 + 2 * s * t)
+    assert found == (2 * (source * s + target * t) + scores) // (s + t)
 
 
 def test_what_would_be_counted_wrongly_is_refused():

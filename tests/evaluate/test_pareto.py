@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxlm.evaluate.pareto import COLORS, draw, front
+from jaxlm.evaluate.pareto import COLORS, draw, front, knee
 
 
 def test_the_front_is_what_no_point_beats():
@@ -48,3 +48,16 @@ def test_models_without_quality_or_speed_do_not_spoil_the_picture(awkward, make,
 
 def test_equal_models_are_drawn(make, tmp_path):
     draw([make.row(name, 5, 0.3, 1.6) for name in ("a", "b")], tmp_path / "equal.png")
+
+
+def test_the_knee_is_where_more_cost_begins_to_buy_little():
+    assert knee([(1.0, 9.0), (2.0, 4.0), (5.0, 3.0), (9.0, 2.5)]) == 1
+    assert knee([(x, 1 / x) for x in (0.1, 0.3, 1.0, 3.0, 10.0)]) == 2
+    assert knee([(1.0, 2.0), (2.0, 1.0)]) is None
+    assert knee([(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]) is None, "a straight front has none"
+    assert knee([(1.0, 3.0), (1.5, 2.9), (3.0, 1.0)]) is None, "one that bends outwards neither"
+
+
+def test_classifiers_are_drawn_with_the_good_side_up(classifiers, tmp_path):
+    draw(classifiers, tmp_path / "p.png")
+    assert all(near(tmp_path / "p.png", color) for color in COLORS[: len(classifiers)])
