@@ -55,16 +55,25 @@ class Blueprint(NamedTuple):
 
 
 def abstract_adapted(method: Method, key: jax.Array, model: Model, params: Tree, axes: Mapping[str, Axes]) -> Adapted:
-    """`method.init` on shapes: ShapeDtypeStructs with their axis names."""
-    names: dict[str, Axes] = {}
+    """`method.init` on shapes: ShapeDtypeStructs with their axis names.
 
-    def init(params: Tree) -> tuple[Tree, dict, dict]:
+    Constants that are shapes already (a teacher's, with their places on a mesh) stay what they are.
+    """
+    names: dict[str, Axes] = {}
+    constants: list[Any] = []
+
+    def init(params: Tree) -> tuple[Tree, list, dict]:
         adapted = method.init(key, model, params, dict(axes))
         names.update(adapted.axes)
-        return adapted.params, adapted.constants, adapted.state
+        leaves, structure = jax.tree.flatten(adapted.constants)
+        constants[:] = [leaves, structure]
+        return adapted.params, [a for a in leaves if not isinstance(a, jax.ShapeDtypeStruct)], adapted.state
 
-    params, constants, state = jax.eval_shape(init, params)
-    return Adapted(params, names, constants, state)
+    params, traced, state = jax.eval_shape(init, params)
+    leaves, structure = constants
+    rest = iter(traced)
+    known = [a if isinstance(a, jax.ShapeDtypeStruct) else next(rest) for a in leaves]
+    return Adapted(params, names, jax.tree.unflatten(structure, known), state)
 
 
 def blueprint(

@@ -12,13 +12,14 @@ import numpy as np
 from jaxlm.build import registry
 from jaxlm.build.blueprint import Blueprint, abstract_adapted, blueprint
 from jaxlm.build.config import plain, set_fields
-from jaxlm.core import Adapted, Axes, Tree, arrays, chain, flatten, lookup, unflatten, with_arrays
+from jaxlm.core import Adapted, Axes, Context, Method, Tree, arrays, chain, flatten, lookup, unflatten, with_arrays
 from jaxlm.data.settings import DataSettings
 from jaxlm.io.directory import open_model
 from jaxlm.io.model import find, retarget
+from jaxlm.losses.distillation import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
-from jaxlm.parallel import make_rules, spec_of
+from jaxlm.parallel import make_rules, pad_vocab, place, shardings, spec_of, ways
 from jaxlm.tasks import TASKS, Task
 from jaxlm.tasks.task import Column
 from jaxlm.train.settings import TrainSettings
@@ -46,7 +47,7 @@ class Outline(NamedTuple):
 
 
 def outline(config: Any, mesh: jax.sharding.Mesh) -> Outline:
-    """The shapes of a config on a mesh.
+    """The shapes of a config on a mesh. Of the models that it starts or learns from, only shapes are read.
 
     Raises:
       ValueError: for surgery whose shapes depend on the parameters' values or on calibration data, or a fresh model
@@ -59,7 +60,8 @@ def outline(config: Any, mesh: jax.sharding.Mesh) -> Outline:
     for entry in values["surgery"]:
         model, params, axes = operated(entry, model, params, axes)
     rules = make_rules(config.sharding, axes, mesh)
-    method = chain([registry.method(entry) for entry in values["methods"]])
+    taught = [lesson(entry, mesh, rules, training) for entry in values["losses"]]
+    method = chain([*(registry.method(entry) for entry in values["methods"]), *taught])
     adapted = abstract_adapted(method, jax.random.key(0), model, params, axes)
     drawn = blueprint(model, method, adapted, task, training, mesh, rules, NOMINAL_STEPS)
     batch = batch_shapes(task, training.batch_size, data.max_length, mesh, rules)
@@ -80,6 +82,31 @@ def start(config: Any, task: Task) -> tuple[Model, Tree, dict[str, Axes]]:
         }
         axes |= stored.axes
     return model, unflatten(params), axes
+
+
+def lesson(
+    entry: Mapping[str, Any], mesh: jax.sharding.Mesh, rules: Mapping[str, Any], training: TrainSettings
+) -> tuple[str, Method]:
+    """An entry of `config.losses` as a method; of its teacher only the directory's shapes are read."""
+    given = {"teacher": abstract_teacher(entry["teacher"], mesh, rules, training)} if "teacher" in entry else {}
+    rest = {key: value for key, value in entry.items() if key != "teacher"}
+    return entry.get("name", ""), registry.make(registry.LOSSES, rest, "losses", **given)
+
+
+def abstract_teacher(
+    directory: str, mesh: jax.sharding.Mesh, rules: Mapping[str, Any], training: TrainSettings
+) -> Teacher:
+    """A model directory as a teacher without values: the run view's shapes, each with its place on the mesh."""
+    stored = open_model(find(directory))
+    model, axes = Model(stored.config), {**Model(stored.config).axes(), **stored.axes}
+    shapes = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in arrays(stored.params).items()}
+    view = lambda tree: pad_vocab(model.run_view(tree), axes, ways("vocab", mesh, rules))  # noqa: E731
+    params = jax.eval_shape(view, with_arrays(stored.params, shapes))
+    where = shardings(params, axes, mesh, rules, model.sizes())
+    placed = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where[n]) for n, a in arrays(params).items()}
+    ctx, dtype = Context(place=place(mesh, rules)), jnp.dtype(training.dtype)
+    forward = lambda params, batch, taps: model.forward(params, batch, ctx=ctx, taps=taps, dtype=dtype)  # noqa: E731
+    return Teacher(forward, with_arrays(params, placed), stored.config.num_layers, stored.config.hidden_size)
 
 
 LARGEST = 4 * 2**30
@@ -165,4 +192,5 @@ def lower_step(config: Any, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     step, placement = found.blueprint.step, found.blueprint.placement
     state = jax.eval_shape(found.blueprint.create, dropout_key(0), found.blueprint.params, found.adapted.state)
     placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, placement)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placement, None)).lower(placed, {}, found.batch)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(placement, None))
+    return compiled.lower(placed, found.adapted.constants, found.batch)
