@@ -8,7 +8,7 @@ from jaxlm.compress.magnitude import magnitude
 from jaxlm.compress.quantize import qat, quantize
 from jaxlm.compress.structured import keep_layers, prune, structured
 from jaxlm.core import Method, call, lookup
-from jaxlm.losses.distillation import distill
+from jaxlm.losses.distill import distill
 from jaxlm.peft.lora import lora
 
 METHODS = {

@@ -78,7 +78,7 @@ def learn(setting: Setting, workdir: Path, journal: Journal) -> tuple[Trained, d
     remember(setting.config, workdir)  # not before: a config that does not work leaves nothing behind
     with contextlib.closing(ready.run.stores):
         state, progress = train(ready.run, ready.state)
-        return finish(setting, ready, state), told(progress)
+        return finish(setting, ready, state), told(progress) | ready.facts
 
 
 def told(progress: Progress) -> dict[str, Any]:

@@ -114,13 +114,16 @@ def test_taps_are_the_same_in_both_views(family):
     sides = ("", "encoder_") if family == "t5" else ("",)
     layers = model.config.num_layers
     wanted = frozenset(Tap(f"{side}hidden", i) for side in sides for i in range(layers + 1))
-    wanted |= {Tap(f"{side}attention", i) for side in sides for i in range(layers)}
+    sites = ("attention", "scores", "query", "key", "value")
+    wanted |= {Tap(f"{side}{site}", i) for side in sides for site in sites for i in range(layers)}
     one, many = (outputs(model, p, batch, taps=wanted)["taps"] for p in (params, model.run_view(params)))
     assert one.keys() == many.keys() == wanted
     for tap in wanted:
         close(many[tap], one[tap])
         if tap.site.endswith("attention"):
             assert np.allclose(one[tap].sum(-1), 1, atol=1e-5) and one[tap].shape[1] == 4
+            scores = one[tap._replace(site=tap.site.replace("attention", "scores"))]
+            assert np.allclose(jax.nn.softmax(scores), one[tap], atol=1e-6)
     few = frozenset({Tap("hidden", 1), Tap("attention", layers - 1)})
     for view in (model.run_view(params, breaks={1}), model.run_view(params)):
         found = outputs(model, view, batch, taps=few)["taps"]

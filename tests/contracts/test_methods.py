@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.build import registry
+from jaxlm.build.teachers import distillation
 from jaxlm.core import (
     Context,
     Loss,
@@ -30,7 +31,7 @@ from jaxlm.core import (
     with_arrays,
 )
 from jaxlm.losses.cross_entropy import cross_entropy
-from jaxlm.losses.distillation import Teacher, distill
+from jaxlm.losses.teacher import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view
@@ -54,7 +55,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "magnitude": {"sparsity": 0.5, "end": 2, "every": 1},
     "qat": {"dynamic": False},
     "structured": {"heads": 0.5, "ffn": 0.25, "end": 2, "every": 1},
-    "distill": {"alpha": 0.7, "hidden": 1.0},
+    "distill": {"alpha": 0.7, "hidden": 1.0, "attention": 1.0, "relations": 1.0},
 }
 # At zero strength a method changes nothing. Rounding has no such setting.
 ZERO: dict[str, dict[str, Any]] = {
@@ -87,7 +88,7 @@ def teacher() -> Teacher:
 
 def method_of(name: str, arguments: dict[str, Any]) -> Method:
     if name == "distill":
-        return distill(teacher(), **arguments)
+        return distillation({"name": name, "teacher": "deeper", **arguments}, lambda *_: teacher())
     return registry.make(registry.METHODS, {"name": name, **arguments}, "methods")
 
 
@@ -250,7 +251,7 @@ def test_distillation_learns_through_its_projection():
     """Also where a method freezes everything else."""
     for name in ("distill", "all on bert"):
         first, last = (flatten(trained(name).states[i].params) for i in (0, -1))
-        path = "distill/projection/kernel"
+        path = "distill/teacher_0/projection/kernel"
         assert first[path].shape == (16, 24) and not np.array_equal(first[path], last[path])
         assert path not in flatten(baked(trained(name))[1])
 
