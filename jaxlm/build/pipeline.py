@@ -13,7 +13,7 @@ from rich.console import Console
 from jaxlm.build import stage
 from jaxlm.build.comparison import Candidate, Trial, compare_models, protocol
 from jaxlm.build.config import code_version, default_config, digest, overlay, plain
-from jaxlm.build.teachers import teacher_places
+from jaxlm.build.teachers import teacher_places, teachers_in
 from jaxlm.core import lookup
 from jaxlm.evaluate import report
 from jaxlm.evaluate.row import Row
@@ -41,8 +41,7 @@ def stage_config(config: ConfigDict, entry: Mapping[str, Any], done: Mapping[str
 def fingerprint(config: ConfigDict, done: Mapping[str, Path], code: str) -> str:
     """sha256 of a stage's inputs: its config, the code, and the parameters of the models that it reads."""
     values = plain(config)
-    read = [values["model"]["init"]]
-    teacher_places(values["losses"], lambda place: read.append(place) or place)
+    read = [values["model"]["init"], *teachers_in(values["losses"])]
     hashes = [
         json.loads((path / "result.json").read_text())["params_sha256"]
         for path in done.values()

@@ -32,6 +32,7 @@ OF_A_TEACHER = {field.name for field in dataclasses.fields(Lesson)} | {"cache"}
 """Options of one teacher; beside `teachers` they are the defaults of all."""
 OF_ITSELF = {"teacher", "cache", "weight"}
 """Those of them that no two teachers share."""
+TEMPERATURE: float = inspect.signature(Lesson).parameters["temperature"].default
 
 
 class Taught(NamedTuple):
@@ -74,16 +75,28 @@ def distillation(
     """
     what = f"config.losses: {entry['name']}"
     own, each = split(entry, what)
+    _check(own, each, what)
     lessons = []
     for options in each:
         rest = {key: value for key, value in options.items() if key not in ("teacher", "cache")}
-        temperature = rest.get("temperature", inspect.signature(Lesson).parameters["temperature"].default)
-        found = teacher(options.get("teacher"), options.get("cache"), temperature)
+        found = teacher(options.get("teacher"), options.get("cache"), rest.get("temperature", TEMPERATURE))
         lessons.append(place(call(Lesson, rest, what, teacher=found)))
     if own.get("on_policy") is not None:
         assert writing is not None
         own["on_policy"] = call(writing, own["on_policy"], f"{what}: on_policy")
     return call(distill, own, what, lessons=lessons)
+
+
+def _check(own: Mapping[str, Any], each: Sequence[Mapping[str, Any]], what: str) -> None:
+    """Says what is wrong with the options before a teacher is loaded, or asked for a cache."""
+    lessons = []
+    for options in each:
+        rest = {key: value for key, value in options.items() if key not in ("teacher", "cache")}
+        nobody: Teacher | CachedTeacher = Teacher(lambda *_: {}, {}, 1, 1)
+        if options.get("cache") is not None:
+            nobody = CachedTeacher("", (1.0, rest.get("temperature", TEMPERATURE)), 1)
+        lessons.append(call(Lesson, rest, what, teacher=nobody))
+    call(distill, own, what, lessons=lessons)
 
 
 def split(entry: Mapping[str, Any], what: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -302,6 +315,14 @@ def fingerprint(setting: Setting, lm: LM | None) -> dict[str, Any]:
         "labels": list(setting.model.config.labels),
     }
     return found if lm is None else found | {"teacher": params_sha256(lm.params)}
+
+
+def teachers_in(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every teacher's place in entries of `config.losses`."""
+    found: list[str] = []
+    for entry in entries:
+        found += [entry["teacher"]] if entry.get("teacher") else teachers_in(entry.get("teachers", ()))
+    return found
 
 
 def teacher_places(entries: Sequence[Mapping[str, Any]], change: Callable[[str], str]) -> tuple[dict[str, Any], ...]:

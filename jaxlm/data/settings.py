@@ -15,7 +15,7 @@ class DataSettings:
       format: `tfds`, `jsonl`, `csv`, `tsv`, `conll`, `text` or `python`.
       train, eval, test: path, glob or split, with an optional slice (`corpus.txt[:90%]`); "" where there is none.
       columns: names by position, or `{ours: the file's}`; ours are `text`, `text_pair`, `label`, `tokens`, `tags`,
-        `source`, `target`.
+        `source`, `target`, and `weight` (of a sample, for distillation).
       documents: what one document of the text format is: `file`, `line` or `paragraph`.
       bad_rows: `stop` or `skip` (and count).
       tokenizer: directory or hub id, `bpe:SIZE`, `wordpiece:SIZE` or `character` to train one, "" for the model's own.

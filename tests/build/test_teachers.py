@@ -53,7 +53,7 @@ def close(a, b, tolerance):
 
 
 def test_a_cached_teacher_is_the_live_one_and_resumes_bit_for_bit(student, teacher, tmp_path, cut_at, capsys):
-    """k = vocabulary: the same model but for rounding; cut off and resumed: the same bits, the teacher not asked again."""
+    """k = vocabulary: the same model but for rounding; cut off and resumed: the same bits, nobody asked again."""
     live = stage.run(student({"alpha": 0.8}), tmp_path / "live")
     cache = {"directory": str(tmp_path / "cache"), "top_k": 1000, "dtype": "float32"}
     cached = stage.run(student({"alpha": 0.8, "cache": cache}), tmp_path / "cached")
@@ -151,6 +151,40 @@ def test_the_student_writes_and_the_teacher_judges(student, tmp_path, cut_at):
     assert stage.run(config, tmp_path / "run")["params_sha256"] == whole["params_sha256"]
 
 
+def test_a_classifier_learns_from_a_cache_by_weighed_samples(recipe, tmp_path):
+    """One answer a text, over all its classes; the file's weights reach the lesson: 0 everywhere teaches nothing."""
+    lines = [
+        {"text": f"{'good' if i % 2 else 'bad'} film {i}", "label": str(i % 2), "weight": float(i % 3)}
+        for i in range(24)
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+
+    def config(**train):
+        config = recipe(steps=3, checkpoint_every=0, **train)
+        config.task = "sequence"
+        config.data.update(format="jsonl", train=str(path), eval=str(path), documents="file")
+        return config
+
+    stage.run(config(), tmp_path / "teacher")
+    learn = {
+        "name": "distill",
+        "teacher": str(tmp_path / "teacher" / "model"),
+        "alpha": 1.0,
+        "sample_weight": "weight",
+        "cache": {"directory": str(tmp_path / "cache"), "dtype": "float32"},
+    }
+    own = config()
+    own.losses = (learn,)
+    result = stage.run(own, tmp_path / "student")
+    assert result["metrics"]["train"]["response"] > 0
+    assert json.loads((tmp_path / "cache/cache.json").read_text())["layout"]["top_k"] == 2
+    (tmp_path / "nothing.jsonl").write_text("\n".join(json.dumps(line | {"weight": 0}) for line in lines))
+    learn.pop("cache")
+    own.losses, own.data.train = (learn,), str(tmp_path / "nothing.jsonl")
+    assert stage.run(own, tmp_path / "nothing")["metrics"]["train"]["response"] == 0
+
+
 # The entry -----------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +211,8 @@ def test_options_of_the_entry_are_defaults_of_its_teachers():
         ({"teacher": "a", "teachers": [{"teacher": "b"}]}, "teacher beside teachers"),
         ({}, "needs a teacher"),
         ({"teachers": [{"weight": 1.0}]}, "needs a teacher"),
+        ({"teacher": "a", "cache": {"directory": "x"}, "hidden": 1.0}, "a cache holds a teacher's answers only"),
+        ({"teacher": "a", "cache": {"directory": "x"}, "on_policy": {"prompt": 3}}, "not to what the student writes"),
     ],
 )
 def test_wrong_entries_are_refused(entry, message):
@@ -187,7 +223,7 @@ def test_wrong_entries_are_refused(entry, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache": {"dir": "x"}}, "config.losses: cache has no option 'dir'; did you mean 'directory'"),
+        ({"cache": {"dir": "x"}}, "config.losses: cache has no option 'dir'; known: directory"),
         ({"on_policy": {"lenght": 3}}, "on_policy has no option 'lenght'"),
         ({"on_policy": {"temperature": -1.0}}, "temperature -1.0 is negative"),
         ({"teacher": "", "cache": {"directory": "nowhere"}}, "nowhere holds no teacher's answers"),
