@@ -1,6 +1,5 @@
 """Methods, loss, gradient, optimizer and data of a setting, joined into a run that can start."""
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from jaxlm.build import registry
 from jaxlm.build.blueprint import Blueprint, blueprint
 from jaxlm.build.data import batch_shapes, to_devices
 from jaxlm.build.setting import Setting, split_evaluator
-from jaxlm.build.teachers import losses_of
+from jaxlm.build.teachers import losses_of, training_batches
 from jaxlm.core import (
     Adapted,
     Axes,
@@ -43,10 +42,7 @@ def assemble(setting: Setting, workdir: Path, journal: Journal) -> Ready:
     """Methods, loss, gradient, optimizer and data of `setting`, joined into a Run."""
     training, model = setting.training, setting.model
     check_splits(setting)
-    batches = setting.task.batches(
-        setting.splits["train"], setting.tokenizer, setting.data, training.batch_size, setting.config["seed"]
-    )
-    steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch))
+    batches, steps = training_batches(setting)
     if training.profile_steps and training.profile_from > steps:
         raise ValueError(f"config.train.profile_from = {training.profile_from}: the run has only {steps} steps")
     methods = [registry.method(entry) for entry in setting.config["methods"]]

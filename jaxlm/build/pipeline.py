@@ -13,7 +13,7 @@ from rich.console import Console
 from jaxlm.build import stage
 from jaxlm.build.comparison import Candidate, Trial, compare_models, protocol
 from jaxlm.build.config import code_version, default_config, digest, overlay, plain
-from jaxlm.build.teachers import teacher_places, teachers_in
+from jaxlm.build.lessons import teacher_places, teachers_in
 from jaxlm.core import lookup
 from jaxlm.evaluate import report
 from jaxlm.evaluate.row import Row

@@ -7,7 +7,8 @@ import pytest
 
 import jaxlm
 from jaxlm.build import stage
-from jaxlm.build.teachers import distillation, split
+from jaxlm.build.lessons import distillation, split
+from jaxlm.build.teachers import cache_teachers
 from jaxlm.core import arrays
 
 STEPS = 6
@@ -79,9 +80,14 @@ def test_a_cached_teacher_is_the_live_one_and_resumes_bit_for_bit(student, teach
 def test_few_answers_teach_too_and_another_teacher_is_refused(student, teacher, tmp_path):
     cache = {"directory": str(tmp_path / "cache"), "top_k": 4}
     options = {"alpha": 0.8, "cache": cache, "divergence": "jsd", "beta": 0.3}
+    written = cache_teachers(student(options))
     first = stage.run(student(options), tmp_path / "few")
     (about,) = first["teacher_caches"]
-    assert about["bytes"] > 0 and json.loads((tmp_path / "cache/cache.json").read_text())["layout"]["top_k"] == 4
+    assert (
+        written == [about]
+        and about["bytes"] > 0
+        and json.loads((tmp_path / "cache/cache.json").read_text())["layout"]["top_k"] == 4
+    )
     for change, message in (
         ({"temperature": 3.0}, "at the temperatures 1.0, 2.0, not 3.0"),
         ({"cache": cache | {"top_k": 8}}, "holds 4 answers a position in float16, the config asks for 8"),
@@ -232,6 +238,11 @@ def test_wrong_entries_are_refused(entry, message):
 def test_wrong_sections_are_refused(student, tmp_path, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         stage.run(student(options), tmp_path / "refused")
+
+
+def test_there_is_nothing_to_write_without_a_cache(student):
+    with pytest.raises(ValueError, match=r"no teacher in config.losses has a cache"):
+        cache_teachers(student({}))
 
 
 def test_a_teacher_of_shorter_rows_is_refused(student, tmp_path):

@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 
 from jaxlm.build import registry, stage
 from jaxlm.build.config import default_config, plain
+from jaxlm.build.lessons import distillation
 from jaxlm.build.pipeline import stage_config
 from jaxlm.build.setting import fresh_config
-from jaxlm.build.teachers import distillation
 from jaxlm.core import arrays, chain, with_arrays
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer

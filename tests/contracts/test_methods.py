@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.build import registry
-from jaxlm.build.teachers import distillation
+from jaxlm.build.lessons import distillation
 from jaxlm.core import (
     Context,
     Loss,
