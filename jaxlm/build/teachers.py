@@ -94,7 +94,7 @@ class School:
         if cache is not None:
             settings = call(CacheSettings, cache, "config.losses: cache")
             return self.cached(directory, settings, temperature)
-        assert directory is not None
+        assert directory, "an entry without a cache names a teacher"
         lm = self.model(directory)
         return Teacher(
             forward_of(lm, self.setting),
@@ -124,7 +124,7 @@ class School:
     def cached(self, directory: str | None, settings: CacheSettings, temperature: float) -> CachedTeacher:
         """The cache of a teacher's answers, written if there is none; its columns join the batches."""
         place, setting = Path(settings.directory), self.setting
-        lm = None if directory is None else self.model(directory)
+        lm = self.model(directory) if directory else None
         made_of = fingerprint(setting, lm)
         if lm is not None and not (place / "cache.json").exists():
             classes = lm.config.num_labels or shared_classes(lm, setting) or lm.config.vocab_size

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,14 @@ from jaxlm.build.teachers import cache_teachers
 from jaxlm.core import arrays
 
 STEPS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """A few steps of tiny models: what counts is the time of compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +151,21 @@ def test_a_teacher_of_another_width_depth_and_family(student, tmp_path):
     assert {"response", "hidden", "attention", "query", "key", "value"} <= kinds
     assert all(np.isfinite(value) for value in result["metrics"]["train"].values())
     assert "distill/teacher_0/projection/kernel" not in parameters(tmp_path / "llama")
+
+
+def test_on_a_mesh_as_on_one_device(student, teacher, devices, tmp_path):
+    """A live teacher looked into and a cached one, over a vocabulary that does not divide."""
+    cached = {"teacher": teacher, "cache": {"directory": str(tmp_path / "cache"), "top_k": 5}}
+    both = {"teachers": ({"teacher": teacher, "hidden": 1.0, "attention": 1.0, "relations": 1.0}, cached)}
+    found = []
+    for count, mesh in ((1, {}), (4, {"data": 2, "tensor": 2})):
+        devices(count)
+        config = student(both, {"dropout": 0.0}, steps=1)
+        config.mesh.update(mesh)
+        found.append(stage.run(config, tmp_path / str(count))["metrics"]["train"])
+    assert len(found[0]) > 10
+    for name in found[0].keys() - {"tokens_per_second"}:
+        assert np.isclose(found[1][name], found[0][name], rtol=1e-3, atol=1e-6), name
 
 
 def test_the_student_writes_and_the_teacher_judges(student, tmp_path, cut_at):
