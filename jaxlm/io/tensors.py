@@ -2,11 +2,15 @@
 
 A file is eight bytes (the length of the header, little endian), a JSON header `{name: {dtype, shape, data_offsets}}`
 and the data. Files are read with plain reads and not mapped: mapped pages would count as this program's memory.
+
+safetensors has no integers of four bits. They are stored as U8, two to a byte along the last dimension, the first in
+the lower half, and the header's `__metadata__` says what they are: `{name: "int4[192,768]"}`.
 """
 
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +38,8 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PACKED = {"int4": np.dtype(ml_dtypes.int4), "uint4": np.dtype(ml_dtypes.uint4)}
+"""Dtypes that are stored two to a byte, by the name that the header's metadata give."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 MAX_HEADER = 100 << 20
@@ -46,7 +52,7 @@ class Tensor(NamedTuple):
     """A tensor that is read when it is asked for.
 
     Attributes:
-      shape, dtype: what `read()` gives.
+      shape, dtype: what `read()` gives; nbytes: what it takes in a file.
       read: gives the numpy array, by `read(dtype)` converted to another float dtype on the way; nothing is kept.
       place: where it comes from, for messages.
     """
@@ -58,7 +64,7 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(packed_shape(self.shape, self.dtype)) * self.dtype.itemsize
 
     @classmethod
     def of(cls, array: Any, name: str) -> "Tensor":
@@ -101,6 +107,39 @@ def is_float(dtype: Any) -> bool:
     """Whether a dtype holds floating-point numbers, those of ml_dtypes included."""
     dtype = np.dtype(dtype)
     return dtype.kind == "f" or dtype in (DTYPES["BF16"], DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
+
+
+def packed_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """The shape as stored: two entries of the last dimension to a byte, where the dtype has four bits.
+
+    >>> packed_shape((3, 5), PACKED["int4"]), packed_shape((3, 5), np.dtype(np.int8))
+    ((3, 3), (3, 5))
+    """
+    return (*shape[:-1], (shape[-1] + 1) // 2) if dtype in PACKED.values() else shape
+
+
+def pack(array: np.ndarray) -> np.ndarray:
+    """Four-bit integers `[…, n]` as bytes `[…, ceil(n/2)]`, the first of two in the lower half.
+
+    >>> pack(np.array([1, -1, 2], PACKED["int4"])).tolist()
+    [241, 2]
+    """
+    halves = array.astype(np.int8).view(np.uint8) & 15
+    if halves.shape[-1] % 2:
+        halves = np.pad(halves, [(0, 0)] * (halves.ndim - 1) + [(0, 1)])
+    return halves[..., ::2] | halves[..., 1::2] << 4
+
+
+def unpack(packed: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The inverse of `pack`."""
+    halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., : shape[-1]]
+    return (halves.view(np.int8) if dtype == PACKED["uint4"] else (halves.view(np.int8) ^ 8) - 8).astype(dtype)
+
+
+def packed_as(metadata: Any, name: str) -> tuple[np.dtype, tuple[int, ...]] | None:
+    """Dtype and shape that a header's metadata give a packed tensor; `None` for any other."""
+    found = re.fullmatch(r"(u?int4)\[(\d+(?:,\d+)*)\]", str(metadata.get(name))) if isinstance(metadata, dict) else None
+    return None if found is None else (PACKED[found[1]], tuple(map(int, found[2].split(","))))
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -171,7 +210,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no safetensors file{_guess(start)}: its header is no JSON ({error})") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is no table of tensors")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     tensors: dict[str, Tensor] = {}
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
@@ -188,9 +227,20 @@ def open_file(path: Path) -> dict[str, Tensor]:
                 f"{path} is truncated in tensor {name!r}: {size} bytes, its header needs {8 + length + end} or more"
             )
         tensors[name] = Tensor(shape, dtype, _reader(path, name, 8 + length + first, shape, dtype), str(path))
+        if (packed := packed_as(metadata, name)) is not None:
+            tensors[name] = _unpacked(path, name, tensors[name], *packed)
     if 8 + length + end != size:
         raise ValueError(f"{path} has {size} bytes, its header describes {8 + length + end}")
     return tensors
+
+
+def _unpacked(path: Path, name: str, stored: Tensor, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
+    if stored.dtype != DTYPES["U8"] or stored.shape != packed_shape(shape, dtype):
+        raise ValueError(
+            f"{path}: tensor {name!r} should hold {dtype} {list(shape)} packed, but is {stored.dtype} "
+            f"{list(stored.shape)}"
+        )
+    return Tensor(shape, dtype, lambda wanted=None: unpack(stored.read(), shape, dtype), str(path))
 
 
 def _guess(start: bytes) -> str:
@@ -300,11 +350,14 @@ def write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
+        packed = tensor.dtype in PACKED.values()
+        if tensor.dtype not in NAMES and not packed:
             raise ValueError(f"{name!r} has the dtype {tensor.dtype}, which safetensors does not have")
+        if packed:
+            header["__metadata__"][name] = f"{tensor.dtype}[{','.join(map(str, tensor.shape))}]"
         header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": "U8" if packed else NAMES[tensor.dtype],
+            "shape": list(packed_shape(tensor.shape, tensor.dtype)),
             "data_offsets": [end, end + tensor.nbytes],
         }
         end += tensor.nbytes
@@ -319,6 +372,7 @@ def write_file(
                 raise ValueError(
                     f"{name!r} was announced as {tensor.dtype} {tensor.shape}, is {array.dtype} {array.shape}"
                 )
+            array = pack(array) if tensor.dtype in PACKED.values() else array
             yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             del array
             progress(tensor.nbytes)
