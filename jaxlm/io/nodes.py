@@ -15,7 +15,7 @@ def describe_node(node: Node) -> dict[str, Any]:
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if not field.metadata.get("pytree_node", True):
-            description[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            description[field.name] = dataclasses.asdict(value) if isinstance(value, Scheme) else value
         elif value is None:
             description[field.name] = None
         elif isinstance(value, Node):

@@ -48,21 +48,23 @@ def test_lsq_gradients_of_its_smooth_parts_by_finite_differences():
     factor = 1 / np.sqrt(scheme.largest)
     for w in (9.0, -9.0):  # outside: the straight-through part is zero, the difference is the derivative
         slope = (value(w, step + 1e-2) - value(w, step - 1e-2)) / 2e-2
-        assert jax.grad(value, 1)(w, step) == pytest.approx(slope * factor, rel=1e-4)
-    for w in (0.5, -1.2):  # inside: the difference sees q, the estimator also what rounding took away
+        assert jax.grad(value, 1)(w, step) == pytest.approx(float(slope * factor), rel=1e-4)
+    for w in (0.5, -1.1):  # inside: the difference sees q, the estimator also what rounding took away
         slope = (value(w, step + 1e-3) - value(w, step - 1e-3)) / 2e-3
-        assert jax.grad(value, 1)(w, step) == pytest.approx((slope - w / step) * factor, rel=1e-3)
+        assert jax.grad(value, 1)(w, step) == pytest.approx(float((slope - w / step) * factor), rel=1e-3)
 
 
 def test_lsq_begins_at_the_papers_step_and_learns_a_better_one():
     w = normal(0, 64, 3) * jnp.array([1.0, 10.0, 0.0])
     own = LSQ.of(w, Scheme("int4"))
     assert np.allclose(own.scale[0, :2], 2 * np.abs(w).mean(0)[:2] / np.sqrt(7), rtol=1e-5) and own.scale[0, 2] == 1
-    start = step = LSQ.of(w, Scheme("int3")).scale * 3
-    error = jax.jit(lambda s: jnp.mean((learned_step(w, s, Scheme("int3")) - w)[:, :2] ** 2 / jnp.array([1, 100])))
+    w, scheme = w[:, :1], Scheme("int3")
+    start = step = LSQ.of(w, scheme).scale * 3
+    error = jax.jit(lambda s: jnp.mean((learned_step(w, s, scheme) - w) ** 2))
     for _ in range(60):
-        step = step - 0.5 * jax.grad(error)(step)
-    assert error(step) < 0.5 * error(start)
+        step = step - 3 * jax.grad(error)(step)
+    best = min(error(jnp.full((1, 1), s)) for s in np.linspace(0.1, 2, 96))
+    assert error(step) < 1.2 * best < 0.3 * error(start)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.25, 1e-30])
@@ -84,7 +86,7 @@ def test_learned_ranges_are_scales():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_pact_values_and_gradients(symmetric):
     scheme, alpha = Scheme("int4", "tensor", symmetric), 2.0
-    x = jnp.array([[-5.0, -2.0, -1.0, -0.1, 0.0, 0.3, 1.1, 1.99, 2.0, 3.0]])
+    x = jnp.array([[-5.0, -2.0, -0.9, -0.1, 0.0, 0.3, 1.1, 1.99, 2.0, 3.0]])
     steps, low = (7, -alpha) if symmetric else (15, 0.0)
     exact = np.rint(np.clip(np.asarray(x), low, alpha) * steps / alpha) * alpha / steps
     assert np.allclose(learned_clip(x, alpha, scheme), exact, atol=1e-6)

@@ -1,5 +1,7 @@
 """FakeQuant: quantization-aware training with a straight-through estimator."""
 
+from typing import Self
+
 import jax
 from flax import struct
 
@@ -37,7 +39,7 @@ class FakeQuant(Weight):
         dynamic: bool = False,
         activations: Scheme | None = None,
         channel: int = -1,
-    ) -> "FakeQuant":
+    ) -> Self:
         """A weight in training, with the arguments of `Quantized.of`.
 
         Raises:

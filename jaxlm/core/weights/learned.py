@@ -1,9 +1,11 @@
 """Quantization whose ranges are learned: LSQ the weight's step, PACT the clipping of its inputs."""
 
 import math
+from typing import Self
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxlm.core.weight import Axes, Component, Weight, materialize
 from jaxlm.core.weights.fake_quant import FakeQuant
@@ -31,15 +33,15 @@ def learned_step(w: jax.Array, step: jax.Array, scheme: Scheme, axis: int = -2) 
     >>> [round(ds(jnp.array([[w]])) * 7**0.5, 3) for w in (0.6, 9.0)]  # round(1.2) - 1.2, and Q
     [-0.2, 7.0]
     """
-    w_wide, largest = w.astype(jnp.float32), scheme.largest
+    largest = scheme.largest
     shared = w.shape[-2] * w.shape[-1] / (step.shape[-2] * step.shape[-1])
     step = positive(scale_gradient(step, 1 / math.sqrt(shared * largest)))
     wide = spread(step, w.shape[axis], scheme, axis)
-    steps = w_wide / wide
-    inside = jnp.where(jnp.abs(steps) <= largest, steps, largest * jnp.sign(steps))
-    smooth = wide * exactly(jnp.clip(jnp.round(steps), -largest, largest), inside)
-    codes = to_codes(w, step, None, scheme, axis)
-    return exactly(from_codes(codes, step, None, scheme, axis).astype(w.dtype), smooth.astype(w.dtype))
+    steps = w.astype(jnp.float32) / wide
+    inside = jnp.abs(steps) <= largest
+    slope = jax.lax.stop_gradient(jnp.where(inside, jnp.round(steps) - steps, largest * jnp.sign(steps)))
+    value = from_codes(to_codes(w, step, None, scheme, axis), step, None, scheme, axis)
+    return exactly(value.astype(w.dtype), jnp.where(inside, w, 0) + (slope * wide).astype(w.dtype))
 
 
 def positive(scale: jax.Array) -> jax.Array:
@@ -70,6 +72,10 @@ def clip_grid(clip: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array | N
     return grid(jnp.stack([jnp.zeros_like(clip), clip]).astype(jnp.float32)[None], scheme)
 
 
+STATIC = Scheme("int8", "tensor")
+"""Inputs in int8, all on one grid."""
+
+
 class LSQ(FakeQuant):
     """`W = s · clip(round(base/s), ±Q)` with a learned step `s` for every channel, group or tensor (`learned_step`).
 
@@ -77,7 +83,7 @@ class LSQ(FakeQuant):
       scale: the steps, shaped as in `scheme`.
     """
 
-    scale: jax.Array | None = None
+    scale: jax.Array = struct.field(default=None)
 
     @classmethod
     def of(
@@ -88,7 +94,7 @@ class LSQ(FakeQuant):
         dynamic: bool = False,
         activations: Scheme | None = None,
         channel: int = -1,
-    ) -> "LSQ":
+    ) -> Self:
         """A weight in training, its steps at `2 mean|w| / sqrt(Q)`, as in the paper."""
         if scheme.bits not in INTEGERS or not scheme.symmetric:
             raise ValueError(f"LSQ learns the step of symmetric integers, not of {scheme}")
@@ -113,10 +119,12 @@ class PACT(FakeQuant):
     """A FakeQuant whose inputs are clipped at a learned bound and rounded, all on one grid (`learned_clip`).
 
     Attributes:
+      activations: integers with the group `"tensor"`. Static.
       clip: the bound `α []`.
     """
 
-    clip: jax.Array | None = None
+    activations: Scheme = struct.field(pytree_node=False, default=STATIC)
+    clip: jax.Array = struct.field(default=None)
 
     @classmethod
     def of(
@@ -128,11 +136,11 @@ class PACT(FakeQuant):
         activations: Scheme | None = None,
         channel: int = -1,
         clip: float = 8.0,
-    ) -> "PACT":
+    ) -> Self:
         """A weight in training, its inputs (int8 unless `activations` says otherwise) clipped at `clip` at first."""
         if dynamic:
             raise ValueError("PACT learns one range for all inputs; FakeQuant rounds them a token at a time")
-        activations = Scheme("int8", "tensor") if activations is None else activations
+        activations = STATIC if activations is None else activations
         if scheme.bits not in INTEGERS or activations.bits not in INTEGERS or activations.group != "tensor":
             raise ValueError(f"PACT rounds to integers, with one range for all inputs; not {scheme}, {activations}")
         if not clip > 0:

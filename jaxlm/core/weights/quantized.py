@@ -169,6 +169,7 @@ def check_activations(scheme: Scheme, activations: Scheme | None) -> None:
 
 def round_inputs(x: jax.Array, w: Quantized) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Codes of inputs `[rows, in]`, with their scale and zero point: `[rows, 1]`, or `[1, 1]` if static."""
+    assert w.activations is not None
     scale, zero = input_grid(x, w)
     codes = to_codes(x, scale, zero, w.activations, -1)
     return codes if w.scheme.bits in FLOATS else codes.astype(jnp.int8), scale, zero
@@ -176,6 +177,7 @@ def round_inputs(x: jax.Array, w: Quantized) -> tuple[jax.Array, jax.Array, jax.
 
 def input_grid(x: jax.Array, w: Quantized) -> tuple[jax.Array, jax.Array | None]:
     """The grid of inputs `[rows, in]`: each row's own, or the one that was measured."""
+    assert w.activations is not None
     if w.input_scale is None:
         return grid(x, w.activations, -1)
     return w.input_scale.reshape(1, 1), None if w.input_zero is None else w.input_zero.reshape(1, 1)
