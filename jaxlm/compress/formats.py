@@ -74,7 +74,7 @@ def stored_bytes(leaf: Any) -> int:
     """
 
     def size(array: Any) -> int:
-        if array.dtype in (jnp.int4, jnp.uint4):
+        if array.dtype == jnp.int4:
             return math.prod(array.shape[:-1]) * math.ceil(array.shape[-1] / 2)
         return array.size * array.dtype.itemsize
 

@@ -4,9 +4,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.compress.formats import TARGETS, channel_of, check_targets, formats, trains_rounded
-from jaxlm.core import LSQ, PACT, Adapted, FakeQuant, Method, Scheme, Tree, flatten, map_leaves, matches
+from jaxlm.core import (
+    LSQ,
+    PACT,
+    Adapted,
+    Axes,
+    FakeQuant,
+    Gate,
+    LowRank,
+    Method,
+    Scheme,
+    Tree,
+    flatten,
+    map_leaves,
+    matches,
+)
 
 
 def qat(
@@ -33,7 +48,7 @@ def qat(
     if inputs is not None and inputs.group == "tensor":
         raise ValueError("qat: inputs are rounded a token at a time; the method pact learns one range for all of them")
     wrap = lambda leaf, channel: FakeQuant.of(leaf, scheme, activations=inputs, channel=channel)  # noqa: E731
-    return _rounding("qat", wrap, targets)
+    return _rounding("qat", wrap, scheme, targets)
 
 
 def lsq(
@@ -62,7 +77,8 @@ def lsq(
     if inputs is not None and inputs.group == "tensor":
         raise ValueError("lsq: inputs are rounded a token at a time; the method pact learns one range for all of them")
     wrap = lambda leaf, channel: LSQ.of(leaf, scheme, activations=inputs, channel=channel)  # noqa: E731
-    return _rounding("lsq", wrap, targets)
+    _try("lsq", wrap)
+    return _rounding("lsq", wrap, scheme, targets)
 
 
 def pact(
@@ -88,14 +104,30 @@ def pact(
       clip: α at first: no smaller than most inputs.
       targets: regex over paths.
     """
-    scheme, _ = formats("pact", bits, group, symmetric, False, None)
-    inputs = Scheme(input_bits, "tensor", signed)
+    scheme, inputs = formats(
+        "pact", bits, group, symmetric, None, {"bits": input_bits, "group": "tensor", "symmetric": signed}
+    )
     wrap = lambda leaf, channel: PACT.of(leaf, scheme, activations=inputs, channel=channel, clip=clip)  # noqa: E731
-    wrap(jax.numpy.zeros((1, 1)), -1)  # says now what is wrong with the arguments
-    return _rounding("pact", wrap, targets)
+    _try("pact", wrap)
+    method = _rounding("pact", wrap, scheme, targets)
+
+    def claims(params: Tree) -> set[tuple[str, str]]:
+        # An update that is added later would read inputs that are not clipped, and could not be merged into W.
+        plain = {path for path, leaf in flatten(params).items() if not isinstance(leaf, LowRank)}
+        return method.claims(params) | {(path, "update") for path in plain if matches(targets, path)}
+
+    return method._replace(claims=claims)
 
 
-def _rounding(name: str, wrap: Callable[[Any, int], FakeQuant], targets: str) -> Method:
+def _try(name: str, wrap: Callable[[Any, int], FakeQuant]) -> None:
+    """Raises ValueError for arguments that no leaf could be wrapped with."""
+    try:
+        wrap(jnp.ones((1, 1)), -1)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _rounding(name: str, wrap: Callable[[Any, int], FakeQuant], scheme: Scheme, targets: str) -> Method:
     """The Method that wraps its targets, and bakes to codes."""
 
     def fake(path: str, leaf: Any) -> Any:
@@ -107,6 +139,8 @@ def _rounding(name: str, wrap: Callable[[Any, int], FakeQuant], targets: str) ->
 
     def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
         check_targets(params, targets, name)
+        if isinstance(scheme.group, int):
+            _refuse_gated_groups(name, params, axes, targets)
         return Adapted(map_leaves(fake, params), axes)
 
     def bake(model: Any, params: Tree, axes: dict, state: dict):
@@ -117,3 +151,21 @@ def _rounding(name: str, wrap: Callable[[Any, int], FakeQuant], targets: str) ->
         return {(path, "bits") for path in flatten(params) if matches(targets, path)}
 
     return Method(init=init, bake=bake, claims=claims)
+
+
+def _refuse_gated_groups(name: str, params: Tree, axes: Mapping[str, Axes], targets: str) -> None:
+    """Raises ValueError where a gate will remove single inputs of a target, whose groups would fall apart."""
+    flat = flatten(params)
+    for gate in [path for path, leaf in flat.items() if isinstance(leaf, Gate)]:
+        module, cut = gate.rpartition("/")[0], set(_names(axes[gate]))
+        for path in flat:
+            inputs = axes[path][-3 - channel_of(path)] if matches(targets, path) else None
+            if path.startswith(module) and cut & set(_names((inputs,))):
+                raise ValueError(
+                    f"{name}: {gate} will remove inputs of {path}, whose groups would fall apart: give it group=None, "
+                    f"or prune in a stage before"
+                )
+
+
+def _names(axes: Axes) -> list[str]:
+    return [n for entry in axes for n in (entry if isinstance(entry, tuple) else (entry,)) if n is not None]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.core import SEGMENT, Tree, Weight, components, flatten
 from jaxlm.core.paths import field_of
-from jaxlm.io.tensors import packed_as
+from jaxlm.io.tensors import packed_shape
 
 DTYPES = {
     "F64": "float64",
@@ -93,8 +93,8 @@ def bytes_by_dtype(directory: str | Path) -> dict[str, int]:
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                packed = packed_as(header.get("__metadata__"), name)
-                dtype = str(packed[0]) if packed else DTYPES.get(entry["dtype"], entry["dtype"])
+                packed = packed_shape(header.get("__metadata__"), name) is not None
+                dtype = "int4" if packed else DTYPES.get(entry["dtype"], entry["dtype"])
                 found[dtype] = found.get(dtype, 0) + end - start
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 

@@ -38,8 +38,7 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PACKED = {"int4": np.dtype(ml_dtypes.int4), "uint4": np.dtype(ml_dtypes.uint4)}
-"""Dtypes that are stored two to a byte, by the name that the header's metadata give."""
+INT4 = np.dtype(ml_dtypes.int4)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 MAX_HEADER = 100 << 20
@@ -64,7 +63,7 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(packed_shape(self.shape, self.dtype)) * self.dtype.itemsize
+        return math.prod(stored_shape(self.shape, self.dtype)) * self.dtype.itemsize
 
     @classmethod
     def of(cls, array: Any, name: str) -> "Tensor":
@@ -109,19 +108,19 @@ def is_float(dtype: Any) -> bool:
     return dtype.kind == "f" or dtype in (DTYPES["BF16"], DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
 
 
-def packed_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
-    """The shape as stored: two entries of the last dimension to a byte, where the dtype has four bits.
+def stored_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """The shape in a file: two entries of the last dimension to a byte, where the dtype has four bits.
 
-    >>> packed_shape((3, 5), PACKED["int4"]), packed_shape((3, 5), np.dtype(np.int8))
+    >>> stored_shape((3, 5), INT4), stored_shape((3, 5), np.dtype(np.int8))
     ((3, 3), (3, 5))
     """
-    return (*shape[:-1], (shape[-1] + 1) // 2) if dtype in PACKED.values() else shape
+    return (*shape[:-1], (shape[-1] + 1) // 2) if dtype == INT4 else shape
 
 
 def pack(array: np.ndarray) -> np.ndarray:
     """Four-bit integers `[…, n]` as bytes `[…, ceil(n/2)]`, the first of two in the lower half.
 
-    >>> pack(np.array([1, -1, 2], PACKED["int4"])).tolist()
+    >>> pack(np.array([1, -1, 2], INT4)).tolist()
     [241, 2]
     """
     halves = array.astype(np.int8).view(np.uint8) & 15
@@ -130,16 +129,20 @@ def pack(array: np.ndarray) -> np.ndarray:
     return halves[..., ::2] | halves[..., 1::2] << 4
 
 
-def unpack(packed: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The inverse of `pack`."""
-    halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., : shape[-1]]
-    return (halves.view(np.int8) if dtype == PACKED["uint4"] else (halves.view(np.int8) ^ 8) - 8).astype(dtype)
+def unpack(packed: np.ndarray, length: int) -> np.ndarray:
+    """The inverse of `pack`, for a last dimension of `length`.
+
+    >>> unpack(np.array([241, 2], np.uint8), 3).astype(int).tolist()
+    [1, -1, 2]
+    """
+    halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :length]
+    return ((halves.view(np.int8) ^ 8) - 8).astype(INT4)
 
 
-def packed_as(metadata: Any, name: str) -> tuple[np.dtype, tuple[int, ...]] | None:
-    """Dtype and shape that a header's metadata give a packed tensor; `None` for any other."""
-    found = re.fullmatch(r"(u?int4)\[(\d+(?:,\d+)*)\]", str(metadata.get(name))) if isinstance(metadata, dict) else None
-    return None if found is None else (PACKED[found[1]], tuple(map(int, found[2].split(","))))
+def packed_shape(metadata: Any, name: str) -> tuple[int, ...] | None:
+    """Shape that a header's metadata give a tensor of four-bit integers; `None` for any other tensor."""
+    found = re.fullmatch(r"int4\[(\d+(?:,\d+)*)\]", str(metadata.get(name))) if isinstance(metadata, dict) else None
+    return None if found is None else tuple(map(int, found[1].split(",")))
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -227,20 +230,19 @@ def open_file(path: Path) -> dict[str, Tensor]:
                 f"{path} is truncated in tensor {name!r}: {size} bytes, its header needs {8 + length + end} or more"
             )
         tensors[name] = Tensor(shape, dtype, _reader(path, name, 8 + length + first, shape, dtype), str(path))
-        if (packed := packed_as(metadata, name)) is not None:
-            tensors[name] = _unpacked(path, name, tensors[name], *packed)
+        if (whole := packed_shape(metadata, name)) is not None:
+            tensors[name] = _unpacked(path, name, tensors[name], whole)
     if 8 + length + end != size:
         raise ValueError(f"{path} has {size} bytes, its header describes {8 + length + end}")
     return tensors
 
 
-def _unpacked(path: Path, name: str, stored: Tensor, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
-    if stored.dtype != DTYPES["U8"] or stored.shape != packed_shape(shape, dtype):
+def _unpacked(path: Path, name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if stored.dtype != DTYPES["U8"] or stored.shape != stored_shape(shape, INT4):
         raise ValueError(
-            f"{path}: tensor {name!r} should hold {dtype} {list(shape)} packed, but is {stored.dtype} "
-            f"{list(stored.shape)}"
+            f"{path}: tensor {name!r} should hold int4 {list(shape)} packed, but is {stored.dtype} {list(stored.shape)}"
         )
-    return Tensor(shape, dtype, lambda wanted=None: unpack(stored.read(), shape, dtype), str(path))
+    return Tensor(shape, INT4, lambda wanted=None: unpack(stored.read(), shape[-1]), str(path))
 
 
 def _guess(start: bytes) -> str:
@@ -350,14 +352,13 @@ def write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        packed = tensor.dtype in PACKED.values()
-        if tensor.dtype not in NAMES and not packed:
+        if tensor.dtype not in NAMES and tensor.dtype != INT4:
             raise ValueError(f"{name!r} has the dtype {tensor.dtype}, which safetensors does not have")
-        if packed:
-            header["__metadata__"][name] = f"{tensor.dtype}[{','.join(map(str, tensor.shape))}]"
+        if tensor.dtype == INT4:
+            header["__metadata__"][name] = f"int4[{','.join(map(str, tensor.shape))}]"
         header[name] = {
-            "dtype": "U8" if packed else NAMES[tensor.dtype],
-            "shape": list(packed_shape(tensor.shape, tensor.dtype)),
+            "dtype": NAMES.get(tensor.dtype, "U8"),
+            "shape": list(stored_shape(tensor.shape, tensor.dtype)),
             "data_offsets": [end, end + tensor.nbytes],
         }
         end += tensor.nbytes
@@ -372,7 +373,7 @@ def write_file(
                 raise ValueError(
                     f"{name!r} was announced as {tensor.dtype} {tensor.shape}, is {array.dtype} {array.shape}"
                 )
-            array = pack(array) if tensor.dtype in PACKED.values() else array
+            array = pack(array) if tensor.dtype == INT4 else array
             yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             del array
             progress(tensor.nbytes)

@@ -78,7 +78,7 @@ def test_a_step_may_cross_zero(scale):
 
 def test_learned_ranges_are_scales():
     axes = ("embed", "ffn")
-    assert components(LSQ.of(normal(0, 8, 4), Scheme("int4", 2)), axes)["scale"] == ((None, "ffn"), "scale")
+    assert components(LSQ.of(normal(0, 8, 4), Scheme("int4", 2)), axes)["scale"] == (axes, "scale")
     assert components(LSQ.of(normal(0, 8, 4), channel=-2), axes)["scale"] == (("embed", None), "scale")
     assert components(PACT.of(normal(0, 8, 4)), axes)["clip"] == ((), "scale")
 

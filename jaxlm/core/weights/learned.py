@@ -111,7 +111,7 @@ class LSQ(FakeQuant):
         return learned_step(materialize(self.base), self.scale, self.scheme, self.axis)
 
     def components(self, axes: Axes) -> dict[str, Component]:
-        shared = scale_axes(axes, self.scheme, self.axis, self.shape)
+        shared = scale_axes(axes, self.scheme, self.axis)
         return super().components(axes) | {"scale": Component(shared, "scale")}
 
 

@@ -34,7 +34,7 @@ class Quantized(Weight):
     straight through, so that what lies below can be trained.
 
     Attributes:
-      codes: `[in, out]` in `scheme.dtype`; int4 and uint4 take half a byte an entry, in memory and on disk.
+      codes: `[in, out]` in `scheme.dtype`; int4 takes half a byte an entry, in memory and on disk.
       scale: float32, shaped as in `scheme`.
       zero: int8 like `scale`, `None` in a symmetric scheme.
       input_scale: float32 `[]`, where inputs have one grid; input_zero: int8 `[]`, where that is asymmetric.
@@ -130,7 +130,7 @@ class Quantized(Weight):
         return rows.astype(self.dtype).reshape(*ids.shape, -1)
 
     def components(self, axes: Axes) -> dict[str, Component]:
-        shared = scale_axes(axes, self.scheme, self.axis, self.shape)
+        shared = scale_axes(axes, self.scheme, self.axis)
         parts = {"codes": Component(axes, "codes"), "scale": Component(shared, "buffer")}
         if self.zero is not None:
             parts["zero"] = Component(shared, "buffer")
@@ -140,11 +140,11 @@ class Quantized(Weight):
         return parts
 
 
-def scale_axes(axes: Axes, scheme: Scheme, axis: int, shape: tuple[int, ...]) -> Axes:
-    """Axis names of scales: several groups lie along the inputs' own axis, which then cannot be cut without them."""
+def scale_axes(axes: Axes, scheme: Scheme, axis: int) -> Axes:
+    """Axis names of scales: groups lie along the inputs' own axis, which then cannot be cut without them."""
     if scheme.group == "tensor":
         return (None, None)
-    along = axes[axis] if scheme.groups(shape[axis]) > 1 else None
+    along = axes[axis] if isinstance(scheme.group, int) else None
     return (along, axes[1]) if axis == -2 else (axes[0], along)
 
 

@@ -72,9 +72,7 @@ class Scheme:
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the codes. Formats of 4 bits and fewer are `int4` (`uint4` for nf4): XLA lays two in a byte."""
-        if self.bits == "nf4":
-            return jnp.dtype(jnp.uint4)
+        """Dtype of the codes. Formats of four bits and fewer are `int4`, which XLA keeps two to a byte in memory."""
         if self.bits in FLOATS:
             return jnp.dtype(FLOATS[self.bits])
         return jnp.dtype(jnp.int4 if self.width <= 4 else jnp.int8)
@@ -167,8 +165,8 @@ def spread(scale: jax.Array, inputs: int, scheme: Scheme, axis: int = -2) -> jax
 def to_codes(w: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme, axis: int = -2) -> jax.Array:
     """The nearest code of every entry, clipped to the format's range; half is rounded to even.
 
-    Integers `clip(round(w/s) + z)`, floats `w/s` in their own rounding, nf4 the index of the nearest value (of two
-    equally near the smaller). A scale of 0 (a padded channel) counts as 1.
+    Integers `clip(round(w/s) + z)`, floats `w/s` in their own rounding, nf4 the place of the nearest value in the table
+    (of two equally near the smaller) less 8. A scale of 0 (a padded channel) counts as 1.
 
     >>> to_codes(jnp.array([[0.7], [0.8], [99.0]]), jnp.array([[0.5]]), None, Scheme("int8")).ravel().tolist()
     [1, 2, 127]
@@ -178,7 +176,7 @@ def to_codes(w: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Sch
     if scheme.bits == "nf4":
         # Fifteen comparisons: XLA runs them three times as fast as a binary search, which is a loop of gathers.
         above = [(steps > border).astype(jnp.int8) for border in (NF4[1:] + NF4[:-1]) / 2]
-        return sum(above[1:], above[0]).astype(scheme.dtype)
+        return (sum(above[1:], above[0]) - 8).astype(scheme.dtype)
     if scheme.bits in FLOATS:
         return jnp.clip(steps, -scheme.largest, scheme.largest).astype(scheme.dtype)
     steps = jnp.round(steps)
@@ -188,7 +186,7 @@ def to_codes(w: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Sch
 
 
 def from_codes(codes: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme, axis: int = -2) -> jax.Array:
-    """What codes stand for: `(codes - z) · s`, of nf4 `table[codes] · s`; float32.
+    """What codes stand for: `(codes - z) · s`, of nf4 `table[codes + 8] · s`; float32.
 
     >>> from_codes(jnp.array([[2], [-3]], jnp.int8), jnp.array([[0.5]]), None, Scheme("int8")).ravel().tolist()
     [1.0, -1.5]
@@ -199,7 +197,7 @@ def from_codes(codes: jax.Array, scale: jax.Array, zero: jax.Array | None, schem
 def steps_of(codes: jax.Array, zero: jax.Array | None, scheme: Scheme, axis: int = -2) -> jax.Array:
     """What codes stand for in units of their scale, float32: `codes - z`, of nf4 the value in the table."""
     if scheme.bits == "nf4":
-        return jnp.take(NF4, codes.astype(jnp.int32), axis=0)
+        return jnp.take(NF4, codes.astype(jnp.int32) + 8, axis=0)
     steps = codes.astype(jnp.float32)
     return steps if zero is None else steps - spread(zero, codes.shape[axis], scheme, axis).astype(jnp.float32)
 
