@@ -13,6 +13,7 @@ import jaxlm
 from jaxlm.build import registry
 from jaxlm.compress.formats import stored_bytes
 from jaxlm.compress.mixed_precision import Choice, allocate
+from jaxlm.compress.structured import open_gates
 from jaxlm.core import LSQ, Quantized, Scheme, arrays, flatten, map_leaves, materialize
 from jaxlm.evaluate.cost import bytes_by_dtype, bytes_on_disk
 from jaxlm.models import model_config
@@ -101,6 +102,18 @@ def test_what_is_stored_as_codes_stays():
     both = flatten(operate("quantize", model, first, bits="int4", group=8))
     assert both["embed/tokens/embedding"].scheme == Scheme("int8")
     assert both["layers_0/mlp/up/kernel"].scheme == Scheme("int4", 8)
+
+
+def test_channels_may_be_pruned_and_groups_may_not_fall_apart():
+    model, params = model_of()
+    pruned = operate("prune", model, operate("quantize", model, params, bits="int4"), ffn=0.5)
+    assert flatten(pruned)["layers_0/mlp/down/kernel"].shape == (24, 32)
+    with pytest.raises(ValueError):
+        operate("prune", model, operate("quantize", model, params, bits="int4", group=16), ffn=0.5)
+    gated, axes = open_gates(params, model.axes(), model.sizes(), False, True)
+    method = registry.make(registry.METHODS, {"name": "lsq", "group": 16}, "methods")
+    with pytest.raises(ValueError, match=r"layers_0/mlp/gate will remove inputs of layers_0/mlp/down/kernel"):
+        method.init(jax.random.key(0), model, gated, axes)
 
 
 @pytest.mark.parametrize(
