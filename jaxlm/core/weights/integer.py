@@ -29,8 +29,8 @@ def scaled_product(
 
         Σ_g s_g [ Σ_k x_k c_k  -  z_g Σ_k x_k  -  z_x (Σ_k c_k - n_g z_g) ]
 
-    Groups on a CPU are the exception: there the product of the inputs' codes with the weight in float32 is up to ten
-    times as fast as partial sums, which XLA runs as slow batched products; it differs by float32's rounding.
+    Groups on a CPU are the exception: there partial sums, which XLA runs as batched products, take up to nine times
+    as long as the product of the inputs' codes with the weight in float32, which differs by float32's rounding.
 
     Args:
       x: codes of the inputs `[rows, in]`, int8 or a float8; x_zero: their zero points, `[rows, 1]` or `[1, 1]`.
