@@ -5,7 +5,9 @@ from typing import Any
 
 from jaxlm.compress.bake import bake
 from jaxlm.compress.magnitude import magnitude
-from jaxlm.compress.quantize import qat, quantize
+from jaxlm.compress.mixed_precision import mixed_precision, mixed_precision_weights
+from jaxlm.compress.qat import lsq, pact, qat
+from jaxlm.compress.quantize import quantize
 from jaxlm.compress.structured import keep_layers, prune, structured
 from jaxlm.core import Method, call, lookup
 from jaxlm.losses.distill import distill
@@ -13,7 +15,9 @@ from jaxlm.peft.lora import lora
 
 METHODS = {
     "lora": lora,
+    "lsq": lsq,
     "magnitude": magnitude,
+    "pact": pact,
     "qat": qat,
     "structured": structured,
 }
@@ -21,6 +25,8 @@ LOSSES = {"distill": distill}
 SURGERY = {
     "bake": bake,
     "keep_layers": keep_layers,
+    "mixed_precision": mixed_precision,
+    "mixed_precision_weights": mixed_precision_weights,
     "prune": prune,
     "quantize": quantize,
 }

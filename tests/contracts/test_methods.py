@@ -54,6 +54,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "alpha": 8.0},
     "magnitude": {"sparsity": 0.5, "end": 2, "every": 1},
     "qat": {"dynamic": False},
+    "lsq": {"bits": "int4", "group": 8},
+    "pact": {"clip": 0.05},
     "structured": {"heads": 0.5, "ffn": 0.25, "end": 2, "every": 1},
     "distill": {"alpha": 0.7, "hidden": 1.0, "attention": 1.0, "relations": 1.0},
 }
@@ -258,8 +260,13 @@ def test_distillation_learns_through_its_projection():
 
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
-REFUSED = {("qat", "structured")}
-"""Scales of a rounding span what pruning removes; the other order is fine."""
+ROUNDING = ("qat", "lsq", "pact")
+REFUSED = {(name, "structured"): "layers_0/.*prune first" for name in ROUNDING} | {
+    ("structured", "lsq"): "groups would fall apart",
+    ("pact", "lora"): "both claim the update",
+}
+"""Scales of a rounding span what pruning removes (the other order is fine, without groups); an update beside clipped
+inputs cannot be merged."""
 
 
 def perturbed(params, verdicts, seed):
@@ -274,7 +281,11 @@ def perturbed(params, verdicts, seed):
 def test_pairs_compose_or_are_refused(first, second):
     """Each has its effect whatever the order, and the baked model is the evaluated one."""
     if (first, second) in REFUSED:
-        with pytest.raises(ValueError, match=r"layers_0/.*prune first"):
+        with pytest.raises(ValueError, match=REFUSED[first, second]):
+            prepared("gpt2", (first, second))
+        return
+    if first in ROUNDING and second in ROUNDING:
+        with pytest.raises(ValueError, match=rf"{second} and {first} both claim the bits of embed/tokens/embedding"):
             prepared("gpt2", (first, second))
         return
     model, _ = model_of("gpt2")
@@ -296,7 +307,7 @@ def test_pairs_compose_or_are_refused(first, second):
     if "magnitude" in (first, second):
         assert masks and all(np.mean(mask) == 0.5 for mask in masks)
         assert "structured" in (first, second) or np.mean(materialize(up) == 0) >= 0.5
-    assert isinstance(up, Quantized) == ("qat" in (first, second))
+    assert isinstance(up, Quantized) == (first in ROUNDING or second in ROUNDING)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -327,7 +338,14 @@ def test_claims_of_a_chain_are_those_of_its_methods():
         ({"name": "structured", "ffn": 1.0, "end": 5}, "share of ffn"),
         ({"name": "lora", "rnak": 4}, "did you mean 'rank'"),
         ({"name": "lora", "rank": 0}, "rank must be at least 1"),
-        ({"name": "qat", "bits": 4}, "no option 'bits'"),
+        ({"name": "qat", "bits": "in4"}, "qat: unknown number format 'in4'; did you mean 'int4'"),
+        ({"name": "qat", "bits": "nf4", "symmetric": False}, "qat: nf4 is symmetric by construction"),
+        ({"name": "qat", "bits": "nf4", "dynamic": True}, "qat: nf4 codes are places in a table"),
+        ({"name": "qat", "activations": {"group": "tensor"}}, "pact learns one range"),
+        ({"name": "lsq", "activations": {"bit": "int8"}}, "did you mean 'bits'"),
+        ({"name": "lsq", "bits": "fp8_e4m3"}, "lsq: LSQ learns the step of symmetric integers"),
+        ({"name": "pact", "clip": -1.0}, "pact: PACT: the bound of the inputs must be positive"),
+        ({"name": "pact", "input_bits": "fp8_e4m3"}, "pact: inputs in fp8_e4m3 do not go with a weight in int8"),
     ],
 )
 def test_wrong_entries_say_what_is_wrong(entry, message):
@@ -340,11 +358,11 @@ def test_an_entry_needs_a_name():
         registry.make(registry.METHODS, {"rank": 4}, "methods")
 
 
-@pytest.mark.parametrize("name", ["lora", "magnitude", "qat"])
+@pytest.mark.parametrize("name", ["lora", "magnitude", *ROUNDING])
 def test_targets_that_match_nothing_are_refused(name):
     model, params = model_of("gpt2")
     method = method_of(name, {**ARGUMENTS[name], "targets": r".*/kernal"})
-    with pytest.raises(ValueError, match=rf"{name}: targets .*kernal.* match no parameter"):
+    with pytest.raises(ValueError, match=rf"{name}: targets.* .*kernal.* match(es)? no parameter"):
         method.init(jax.random.key(0), model, params, model.axes())
 
 
