@@ -6,7 +6,8 @@ from typing import Any
 from jaxlm.compress.bake import bake
 from jaxlm.compress.magnitude import magnitude
 from jaxlm.compress.quantize import qat, quantize
-from jaxlm.compress.structured import keep_layers, prune, structured
+from jaxlm.compress.structured.gates import prune, structured
+from jaxlm.compress.structured.layers import drop_layers, keep_layers
 from jaxlm.core import Method, call, lookup
 from jaxlm.losses.distillation import distill
 from jaxlm.peft.lora import lora
@@ -20,6 +21,7 @@ METHODS = {
 LOSSES = {"distill": distill}
 SURGERY = {
     "bake": bake,
+    "drop_layers": drop_layers,
     "keep_layers": keep_layers,
     "prune": prune,
     "quantize": quantize,
