@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.compress.structured.cut import cut
-from jaxlm.compress.structured.scores import Calibration, block_influence, need, taylor_of
+from jaxlm.compress.structured.scores import Calibration, Loss, block_influence, need, taylor_of
 from jaxlm.core import Axes, Gate, Tree, flatten, lookup, unflatten
 
 COUNTS = {"": "num_layers", "encoder/": "num_layers", "decoder/": "num_decoder_layers"}
@@ -87,19 +87,21 @@ def drop_layers(
     axes: dict[str, Axes],
     *,
     calibration: Calibration | None = None,
+    loss: Loss | None = None,
     share: float,
     score: str = "block_influence",
 ):
     """Surgery: removes the `share` of the layers of each stack with the smallest scores, at least one stays.
 
     Args:
+      calibration, loss: data, and the task's loss, which only `taylor` reads.
       share: of the layers, in [0, 1).
       score: `block_influence`, how much a layer turns the residual stream, or `taylor`, how much the loss would change.
     """
     if not 0 <= share < 1:
         raise ValueError(f"drop_layers: share must be in [0, 1), not {share}")
     data = need(calibration, lookup({"block_influence": "block_influence", "taylor": "taylor"}, score, "score"))
-    scores = block_influence(model, params, data) if score == "block_influence" else _taylor(model, params, data)
+    scores = block_influence(model, params, data) if score == "block_influence" else _taylor(model, params, data, loss)
     gone: set[str] = set()
     for stack in stacks(model.config):
         own = [f"{stack}layers_{i}" for i in range(getattr(model.config, COUNTS[stack]))]
@@ -108,11 +110,11 @@ def drop_layers(
     return without_layers(model, params, axes, gone)
 
 
-def _taylor(model: Any, params: Tree, calibration: Calibration) -> dict[str, Any]:
+def _taylor(model: Any, params: Tree, calibration: Calibration, loss: Loss | None) -> dict[str, Any]:
     gates = {
         f"{stack}layers_{i}/gate": Gate(jnp.ones(()))
         for stack in stacks(model.config)
         for i in range(getattr(model.config, COUNTS[stack]))
     }
-    scores = taylor_of(model, unflatten(flatten(params) | gates), calibration)
+    scores = taylor_of(model, unflatten(flatten(params) | gates), calibration, loss)
     return {path.removesuffix("/gate"): scores[path] for path in gates}

@@ -31,28 +31,38 @@ from jaxlm.core import (
     unflatten,
 )
 
+Loss = Callable[[Mapping[str, Any], Mapping[str, Any]], Terms]
+"""The task's: `(outputs, batch) -> terms`."""
+
 
 class Calibration(Protocol):
-    """What scores read: batches (numpy dicts), and the task's loss `(outputs, batch) -> terms`."""
+    """What scores read: numpy batches as the task makes them, with labels."""
 
     @property
     def batches(self) -> Iterable[Mapping[str, np.ndarray]]: ...
 
-    @property
-    def loss(self) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Terms]: ...
-
 
 def scores_of(
-    score: str, model: Any, params: Tree, axes: Mapping[str, Axes], calibration: Calibration | None
+    score: str,
+    model: Any,
+    params: Tree,
+    axes: Mapping[str, Axes],
+    calibration: Calibration | None,
+    loss: Loss | None,
 ) -> dict[str, jax.Array]:
     """Scores of every open gate of a model, by path; canonical view.
+
+    Args:
+      score: `magnitude`, `activation` or `taylor`.
 
     Raises:
       ValueError: an unknown score, or one that reads data without calibration.
     """
-    if lookup(dict.fromkeys(("magnitude", *FROM_DATA), 0), score, "score") or score == "magnitude":
+    kind = lookup({name: name for name in ("magnitude", "activation", "taylor")}, score, "score")
+    if kind == "magnitude":
         return magnitude_of(params, axes)
-    return FROM_DATA[score](model, params, need(calibration, score))
+    data = need(calibration, kind)
+    return activation_of(model, params, data) if kind == "activation" else taylor_of(model, params, data, loss)
 
 
 def need(calibration: Calibration | None, score: str) -> Calibration:
@@ -229,25 +239,27 @@ def activation_of(model: Any, params: Tree, calibration: Calibration) -> dict[st
     return each_layer(scores)
 
 
-def taylor_of(model: Any, params: Tree, calibration: Calibration) -> dict[str, jax.Array]:
+def taylor_of(model: Any, params: Tree, calibration: Calibration, loss: Loss | None) -> dict[str, jax.Array]:
     """How much the loss changes when a gate closes, to first order: `E |∂L/∂g|` over the rows of the batches.
 
     `L(g) - L(0) ≈ g ∂L/∂g` at g = 1. The absolute value is taken of every row, so that rows do not cancel.
     Sources: Molchanov et al. 2017, arXiv:1611.06440; Michel et al. 2019, arXiv:1905.10650.
     """
+    if loss is None:
+        raise ValueError("the score 'taylor' reads the task's loss: give loss=(outputs, batch) -> terms")
     run = model.run_view(params)
     gates = {path: leaf.value for path, leaf in flatten(run).items() if isinstance(leaf, Gate)}
 
     @jax.jit
     def read(run: Tree, batch: Mapping[str, jax.Array]):
-        def loss(values: Mapping[str, jax.Array], row: Mapping[str, jax.Array]):
+        def objective(values: Mapping[str, jax.Array], row: Mapping[str, jax.Array]):
             row = {name: value[None] for name, value in row.items()}
             gated = unflatten(flatten(run) | {path: Gate(value) for path, value in values.items()})
-            terms = calibration.loss(model.forward(gated, row), row)
+            terms = loss(model.forward(gated, row), row)
             weights = {name: jax.lax.stop_gradient(term.weight) for name, term in terms.items()}
             return total(terms, weights), sum(weights.values())
 
-        changes, weights = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0))(gates, batch)
+        changes, weights = jax.vmap(jax.grad(objective, has_aux=True), in_axes=(None, 0))(gates, batch)
         return jax.tree.map(lambda g: jnp.sum(jnp.abs(g), axis=0), changes), jnp.sum(weights > 0)
 
     changes, rows = add_up(read(run, arrays_of(batch)) for batch in calibration.batches)
@@ -280,9 +292,6 @@ def block_influence(model: Any, params: Tree, calibration: Calibration) -> dict[
 
     turned, tokens = add_up(read(run, arrays_of(batch)) for batch in calibration.batches)
     return {path: turned[path] / tokens[path] for path in turned}
-
-
-FROM_DATA = {"activation": activation_of, "taylor": taylor_of}
 
 
 def sides(config: Any) -> tuple[str, ...]:

@@ -147,9 +147,7 @@ def test_the_columns_of_t5_that_nobody_reads_go_too(tools):
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "path", "size"), [("layers", "layers_1/gate", ()), ("hidden", "hidden", (16,))]
-)
+@pytest.mark.parametrize(("kind", "path", "size"), [("layers", "layers_1/gate", ()), ("hidden", "hidden", (16,))])
 def test_half_closed_gates_are_refused_where_nothing_can_take_the_factor(kind, path, size, tools):
     model, params = tools.model_of("MHA")
     params, axes = open_gates(model, params, model.axes(), (kind,))
