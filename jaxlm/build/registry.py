@@ -10,6 +10,7 @@ from jaxlm.compress.quantize import qat, quantize
 from jaxlm.compress.structured.gates import prune, structured
 from jaxlm.compress.structured.l0 import l0
 from jaxlm.compress.structured.layers import drop_layers, keep_layers
+from jaxlm.compress.vocabulary import trim_vocabulary
 from jaxlm.core import Method, call, lookup
 from jaxlm.losses.distillation import distill
 from jaxlm.peft.lora import lora
@@ -28,6 +29,7 @@ SURGERY = {
     "keep_layers": keep_layers,
     "prune": prune,
     "quantize": quantize,
+    "trim_vocabulary": trim_vocabulary,
 }
 
 

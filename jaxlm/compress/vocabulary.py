@@ -128,21 +128,21 @@ def trimmed(state: Mapping[str, Any], used: Collection[int], alphabet: bool) -> 
     kept = sorted(keep)
     numbers = {old: new for new, old in enumerate(kept)}
 
-    state = copy.deepcopy(dict(state))
+    new = copy.deepcopy(dict(state))
     own = {pieces[i] for i in kept if i in pieces}
     if kind == "Unigram":
-        state["model"]["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in numbers]
+        new["model"]["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in numbers]
         if model.get("unk_id") is not None:
-            state["model"]["unk_id"] = numbers[model["unk_id"]]
+            new["model"]["unk_id"] = numbers[model["unk_id"]]
     else:
-        state["model"]["vocab"] = {pieces[i]: numbers[i] for i in kept if i in pieces}
+        new["model"]["vocab"] = {pieces[i]: numbers[i] for i in kept if i in pieces}
     if kind == "BPE":
         halves = [pair(merge) for merge in model["merges"]]
-        state["model"]["merges"] = [[a, b] for a, b in halves if own.issuperset((a, b, a + b))]
-    for token in state["added_tokens"]:
+        new["model"]["merges"] = [[a, b] for a, b in halves if own.issuperset((a, b, a + b))]
+    for token in new["added_tokens"]:
         token["id"] = numbers[token["id"]]
-    _renumber(state["post_processor"], numbers)
-    return kept, state
+    _renumber(new["post_processor"], numbers)
+    return kept, new
 
 
 def _word_pieces(model: Mapping[str, Any], pieces: Mapping[int, str], keep: Collection[int]) -> set[int]:
@@ -201,7 +201,8 @@ def merges_of(piece: str, ranks: Mapping[tuple[str, str], int]) -> list[tuple[st
     >>> merges_of("abab", {("a", "b"): 0, ("ab", "ab"): 1})
     [('a', 'b'), ('a', 'b'), ('ab', 'ab')]
     """
-    parts, done = list(piece), []
+    parts = list(piece)
+    done: list[tuple[str, str]] = []
     while True:
         pairs = list(pairwise(parts))
         ranked = [(ranks[both], i) for i, both in enumerate(pairs) if both in ranks]

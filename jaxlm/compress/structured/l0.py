@@ -35,6 +35,9 @@ MULTIPLIERS, TARGET = "l0/multipliers", "l0/target"
 START = 2.5
 """`log α` at first: a deterministic pass has every gate fully open, a random one 98% of them."""
 
+LARGEST = math.log(100.0)
+"""Bound of `|log α|`: beyond it a gate hardly has a gradient, and would not find its way back."""
+
 Expected = Callable[[Mapping[str, jax.Array]], jax.Array]
 """From the expected open share of every gate (canonical path) to the size, or the latency."""
 
@@ -121,7 +124,11 @@ def l0(
 
     def update(step: Step, grads: dict, constants: dict, number: jax.Array) -> Step:
         target = 1 - (1 - final) * jnp.clip((number - begin) / (end - begin), 0.0, 1.0)
-        return step._replace(params={**step.params, "l0": {**step.params["l0"], "target": target.astype(jnp.float32)}})
+        flat = flatten(step.params)
+        for path, _, gate in switches(step.params):
+            if isinstance(gate, HardConcrete):
+                flat[path] = gate.replace(score=jnp.clip(gate.score, -LARGEST / speed, LARGEST / speed))
+        return step._replace(params=unflatten(flat | {TARGET: target.astype(jnp.float32)}))
 
     def eval_params(params: Tree, state: dict) -> Tree:
         return settle(params)

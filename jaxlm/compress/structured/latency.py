@@ -17,17 +17,19 @@ DEPTH = 4
 
 
 class Curve(NamedTuple):
-    """Seconds by count; between the counts a straight line.
+    """Seconds by count; a straight line between the counts, and on below the first, so that it always has a slope.
 
-    >>> float(Curve((1, 3), (0.0, 4.0))(jnp.float32(2.0)))
-    2.0
+    >>> [float(Curve((1, 3), (0.0, 4.0))(jnp.float32(count))) for count in (0.5, 2.0, 3.0)]
+    [-1.0, 2.0, 4.0]
     """
 
     counts: tuple[int, ...]
     seconds: tuple[float, ...]
 
     def __call__(self, count: jax.Array) -> jax.Array:
-        return jnp.interp(count, jnp.array(self.counts, jnp.float32), jnp.array(self.seconds, jnp.float32))
+        counts, seconds = jnp.array(self.counts, jnp.float32), jnp.array(self.seconds, jnp.float32)
+        slope = (seconds[1] - seconds[0]) / (counts[1] - counts[0]) if len(self.counts) > 1 else 0.0
+        return jnp.interp(count, counts, seconds) + slope * jnp.minimum(count - counts[0], 0.0)
 
 
 class Table(NamedTuple):

@@ -139,10 +139,8 @@ def train(tools, method, steps, learning_rate=0.01):
         logs.append({name: float(term[0]) for name, term in log["terms"].items()})
     return model, adapted.axes, state, logs
 
-
-    _, _, state, logs = train(tools, method, 240)
     method = l0(size=0.5, end=60, speed=10.0, targets=("heads", "ffn"))
-    model, axes, state, logs = train(tools, method, 240)
+    _, _, state, logs = train(tools, method, 240)
     assert logs[0]["l0_left"] > 0.95
     assert abs(np.mean([log["l0_left"] for log in logs[-20:]]) - 0.5) < 0.03
     left = [leaf for leaf in flatten(method.eval_params(state.params, {})).values() if isinstance(leaf, Gate)]
@@ -172,8 +170,8 @@ def test_what_costs_more_time_is_closed_first(tools, tmp_path, monkeypatch):
     """Units that cost nothing stay; heads carry the whole target."""
     table = table_of((0.0, 1.0, 3.0), (0.0, 0.0, 0.0))
     monkeypatch.setattr(latency, "measure", lambda model, b, t: table._replace(of=latency.describe(model, b, t)))
-    method = l0(latency=0.6, table=str(tmp_path / "t.json"), length=8, end=40, speed=10.0)
-    _, _, state, logs = train(tools, method, 200)
+    method = l0(latency=0.6, table=str(tmp_path / "t.json"), length=8, end=80, speed=10.0)
+    _, _, state, logs = train(tools, method, 300)
     assert abs(np.mean([log["l0_left"] for log in logs[-20:]]) - 0.6) < 0.04
     shares = open_shares(state.params)
     heads, units = (np.mean([s for path, s in shares.items() if kind in path]) for kind in ("attention", "mlp"))
