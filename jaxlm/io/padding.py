@@ -37,7 +37,7 @@ def pad_model(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConf
             reasons.append(str(error))
             continue
         return target, unflatten({path: _padded(config, target, path, leaf) for path, leaf in flat.items()})
-    raise NotExpressible(f"{reasons[0]}; {_no_room(config)}" if len(reasons) == 1 else reasons[-1])
+    raise NotExpressible(f"{reasons[0]}; {_no_room(config)}")
 
 
 def larger(config: ModelConfig) -> Iterator[ModelConfig]:
@@ -47,10 +47,11 @@ def larger(config: ModelConfig) -> Iterator[ModelConfig]:
         groups = max((groups, *(column + 1 for row in table or () for column in row)))
     each = max(h // max(kv, 1) for h, kv in zip(config.num_heads, config.num_kv_heads, strict=True))
     units = max((*config.ffn_size, *(config.decoder_ffn_size or ())))
-    shapes = [(groups, head_width(config))]
-    if config.rotary is None and each == 1:
-        divisors = (n for n in range(groups, config.hidden_size + 1) if config.hidden_size % n == 0)
-        shapes += [(n, config.hidden_size // n) for n in divisors if config.hidden_size // n >= head_width(config)]
+    width, hidden = head_width(config), config.hidden_size
+    divisors = [n for n in range(groups, hidden // each + 1) if hidden % (n * each) == 0]
+    shapes = [(groups, width), *((n, width) for n in divisors)]
+    if config.rotary is None:  # the pairs that rotary positions turn depend on the width
+        shapes += [(n, hidden // (n * each)) for n in divisors if hidden // (n * each) >= width]
     for heads, width in shapes:
         decoder: dict[str, Any] = {}
         if config.encoder_decoder:
@@ -74,9 +75,9 @@ def head_width(config: ModelConfig) -> int:
 
 def _no_room(config: ModelConfig) -> str:
     return (
-        f"transformers derives the width of a head as hidden_size / num_heads, but no number of heads from "
-        f"{max(config.num_heads)} on divides hidden_size {config.hidden_size} into heads of {config.head_dim} or more; "
-        f"prune fewer hidden dimensions or more heads, or in a multiple"
+        f"transformers wants hidden_size {config.hidden_size} divided by the number of heads, and no number from "
+        f"{max(config.num_heads)} on leaves room for heads of {config.head_dim}: prune fewer hidden dimensions, more "
+        f"heads, or in a multiple"
     )
 
 
