@@ -50,6 +50,7 @@ FAMILIES = {
 }
 # One line enrols a new method: arguments strong enough that two steps show.
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "l0": {"size": 0.5, "end": 2, "speed": 50.0},
     "lora": {"rank": 2, "alpha": 8.0},
     "magnitude": {"sparsity": 0.5, "end": 2, "every": 1},
     "qat": {"dynamic": False},
@@ -180,6 +181,7 @@ def equal(a, b) -> bool:
 RUNS: dict[str, tuple] = {name: ("gpt2", (name,)) for name in ARGUMENTS} | {
     "all on llama": ("llama", ("structured", "magnitude", "qat", "distill"), ARGUMENTS, 2),
     "all on bert": ("bert", ("structured", "lora", "distill"), ARGUMENTS, 2),
+    "gates on bert": ("bert", ("lora", "l0", "distill"), ARGUMENTS, 2),
 }
 everywhere = pytest.mark.parametrize("name", RUNS)
 
@@ -191,7 +193,7 @@ def test_what_does_not_train_is_bit_identical(name):
     moved = {n for n in before if not np.array_equal(before[n], after[n])}
     infos = describe(run.states[0].params)
     learns = {n for n, info in infos.items() if trainable(run.verdicts, info)}
-    masks = {n for n, info in infos.items() if info.role == "mask"}
+    masks = {n for n, info in infos.items() if info.role in ("mask", "buffer")}
     assert moved <= learns | masks
     assert learns <= moved, "something that should train did not"
     assert moved & masks or not masks
@@ -257,8 +259,13 @@ def test_distillation_learns_through_its_projection():
 
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
-REFUSED = {("qat", "structured")}
-"""Scales of a rounding span what pruning removes; the other order is fine."""
+REFUSED = {
+    ("qat", "structured"): r"layers_0/.*prune first",
+    ("qat", "l0"): r"layers_0/.*prune first",
+    ("l0", "structured"): "both claim the width of layers_0/",
+    ("structured", "l0"): "both claim the width of layers_0/",
+}
+"""Scales of a rounding span what pruning removes; the other order is fine. A width has one owner."""
 
 
 def perturbed(params, verdicts, seed):
@@ -273,7 +280,7 @@ def perturbed(params, verdicts, seed):
 def test_pairs_compose_or_are_refused(first, second):
     """Each has its effect whatever the order, and the baked model is the evaluated one."""
     if (first, second) in REFUSED:
-        with pytest.raises(ValueError, match=r"layers_0/.*prune first"):
+        with pytest.raises(ValueError, match=REFUSED[first, second]):
             prepared("gpt2", (first, second))
         return
     model, _ = model_of("gpt2")
@@ -294,7 +301,7 @@ def test_pairs_compose_or_are_refused(first, second):
         assert model.config.num_heads == (2, 2) and model.config.ffn_size == (9, 9)
     if "magnitude" in (first, second):
         assert masks and all(np.mean(mask) == 0.5 for mask in masks)
-        assert "structured" in (first, second) or np.mean(materialize(up) == 0) >= 0.5
+        assert {"structured", "l0"} & {first, second} or np.mean(materialize(up) == 0) >= 0.5
     assert isinstance(up, Quantized) == ("qat" in (first, second))
 
 

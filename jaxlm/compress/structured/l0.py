@@ -17,6 +17,7 @@ from jaxlm.core import (
     Adapted,
     ArrayInfo,
     Axes,
+    Component,
     Context,
     Gate,
     HardConcrete,
@@ -100,20 +101,18 @@ def l0(
             expected["of"] = expected_size(params, axes)
         else:
             expected["of"] = expected_latency(params, model.config, table_at(table, model, batch_size, length))
-        new = {MULTIPLIERS: jnp.zeros(2), TARGET: jnp.ones(())}
+        new = {MULTIPLIERS: jnp.zeros(2), TARGET: Target(jnp.ones(()))}
         names: dict[str, Axes] = {MULTIPLIERS: (None,), TARGET: ()}
         return Adapted(unflatten(flatten(params) | new), {**axes, **names})
 
     def trainable(info: ArrayInfo) -> bool | None:
-        if info.path == TARGET:
-            return False
         return True if info.path == MULTIPLIERS or _learned(info) else None
 
     def loss(inner: Loss) -> Loss:
         def fn(params: Tree, constants: dict, batch: dict, ctx: Context):
             terms, outputs = inner.fn(params, constants, batch, ctx)
             left = expected["of"](open_shares(params))
-            excess = left - params["l0"]["target"]
+            excess = left - params["l0"]["target"].value
             multipliers = params["l0"]["multipliers"] * speed
             climbing = 2 * jax.lax.stop_gradient(multipliers) - multipliers  # descent goes up on λ
             penalty = climbing[0] * excess + climbing[1] * jnp.square(excess)
@@ -128,7 +127,7 @@ def l0(
         for path, _, gate in switches(step.params):
             if isinstance(gate, HardConcrete):
                 flat[path] = gate.replace(score=jnp.clip(gate.score, -LARGEST / speed, LARGEST / speed))
-        return step._replace(params=unflatten(flat | {TARGET: target.astype(jnp.float32)}))
+        return step._replace(params=unflatten(flat | {TARGET: Target(target.astype(jnp.float32))}))
 
     def eval_params(params: Tree, state: dict) -> Tree:
         return settle(params)
@@ -144,6 +143,15 @@ def l0(
     return Method(
         init=init, trainable=trainable, loss=loss, update=update, eval_params=eval_params, bake=bake, claims=claims
     )
+
+
+class Target(Site):
+    """Where the constraint stands in this step; no activation passes it."""
+
+    value: jax.Array
+
+    def components(self, axes: Axes) -> dict[str, Component]:
+        return {"value": Component(axes, "buffer")}
 
 
 def _learned(info: ArrayInfo) -> bool:
