@@ -12,7 +12,7 @@ from jaxlm.compress.structured.gates import PLACES, best, open_gates, switches, 
 from jaxlm.compress.structured.hidden import STREAM
 from jaxlm.compress.structured.latency import Table, table_at
 from jaxlm.compress.structured.scores import each_layer
-from jaxlm.compress.structured.shrink import shrink
+from jaxlm.compress.structured.shrink import FOLDED, shrink
 from jaxlm.core import (
     Adapted,
     ArrayInfo,
@@ -27,6 +27,7 @@ from jaxlm.core import (
     Step,
     Term,
     Tree,
+    components,
     flatten,
     nearest,
     unflatten,
@@ -94,6 +95,9 @@ def l0(
     expected: dict[str, Any] = {}
 
     def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
+        for path, leaf in flatten(params).items():
+            if _takes(path, targets) and any(c.role == "codes" for c in components(leaf, (None, None)).values()):
+                raise ValueError(f"l0: {path} holds codes, into which a half-open gate cannot go; prune, then quantize")
         params, axes = open_gates(
             model, params, axes, targets, make=lambda ones: HardConcrete(ones * (START / speed), speed)
         )
@@ -138,11 +142,19 @@ def l0(
         return shrink(model, plain, {path: names for path, names in axes.items() if path not in own})
 
     def claims(params: Tree) -> set[tuple[str, str]]:
-        return widths(params, targets)
+        return widths(params, targets) | {(path, "bits") for path in flatten(params) if _takes(path, targets)}
 
     return Method(
         init=init, trainable=trainable, loss=loss, update=update, eval_params=eval_params, bake=bake, claims=claims
     )
+
+
+def _takes(path: str, targets: Sequence[str]) -> bool:
+    """Whether baking puts half-open gates into a leaf: no rounding may have it before."""
+    found = re.fullmatch(r"(?:.*/)?layers_\d+/(attention|cross_attention|mlp)/(\w+)/kernel", path)
+    if found is None or found[2] != FOLDED[found[1]]:
+        return False
+    return ("ffn" if found[1] == "mlp" else "heads") in targets
 
 
 class Target(Site):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.compress.quantize import quantize
 from jaxlm.compress.structured import latency
 from jaxlm.compress.structured.gates import open_gates
 from jaxlm.compress.structured.l0 import expected_latency, expected_size, l0, open_shares, settle
@@ -221,6 +222,13 @@ def test_grids_end_at_the_ends():
 def test_l0_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         l0(**{"end": 5, **options})
+
+
+def test_codes_are_refused_before_training(tools):
+    model, params = tools.model_of("MHA")
+    _, params, axes = quantize(model, params, model.axes())
+    with pytest.raises(ValueError, match=r"l0: layers_0/attention/output/kernel holds codes.*prune, then quantize"):
+        l0(size=0.5, end=2).init(jax.random.key(0), model, params, axes)
 
 
 def test_gates_that_still_learn_are_not_shrunk(tools):
