@@ -225,7 +225,7 @@ def prune(
     params: Tree,
     axes: dict[str, Axes],
     *,
-    calibration: Calibration | None = None,
+    calibrate: Callable[[], Calibration] | None = None,
     loss: Loss | None = None,
     heads: float | tuple[float, ...] = 0.0,
     queries: float | tuple[float, ...] = 0.0,
@@ -238,7 +238,7 @@ def prune(
     """Surgery: removes the given shares at once.
 
     Args:
-      calibration, loss: data and the task's loss, for scores that read them.
+      calibrate, loss: gives calibration data, and the task's loss; for scores that read them.
       heads: share of the heads of every attention; with grouped queries of its KV groups, each with its queries.
       queries: share of the query heads of every KV group (instead of `heads`).
       ffn: share of the units of every FFN. Shares may be tuples, one a layer, encoder before decoder.
@@ -264,7 +264,7 @@ def prune(
         for each in share if isinstance(share, tuple | list) else (share,):
             check_share(kind, each)
     params, axes = open_gates(model, params, axes, {"queries" if queries and k == "heads" else k for k in shares})
-    scores = scores_of(score, model, params, axes, calibration, loss)
+    scores = scores_of(score, model, params, axes, calibrate, loss)
     return shrink(model, close_gates(params, scores, shares, budget, multiple), axes)
 
 

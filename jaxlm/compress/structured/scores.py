@@ -47,13 +47,14 @@ def scores_of(
     model: Any,
     params: Tree,
     axes: Mapping[str, Axes],
-    calibration: Calibration | None,
+    calibrate: Callable[[], Calibration] | None,
     loss: Loss | None,
 ) -> dict[str, jax.Array]:
     """Scores of every open gate of a model, by path; canonical view.
 
     Args:
       score: `magnitude`, `activation` or `taylor`.
+      calibrate: gives the data; called for scores that read them.
 
     Raises:
       ValueError: an unknown score, or one that reads data without calibration.
@@ -61,7 +62,7 @@ def scores_of(
     kind = lookup({name: name for name in ("magnitude", "activation", "taylor")}, score, "score")
     if kind == "magnitude":
         return magnitude_of(params, axes)
-    data = need(calibration, kind)
+    data = need(calibrate and calibrate(), kind)
     return activation_of(model, params, data) if kind == "activation" else taylor_of(model, params, data, loss)
 
 

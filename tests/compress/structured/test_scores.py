@@ -189,8 +189,9 @@ def test_units_without_effect_go(score, tools):
     quiet = jnp.array([1, 5, 7])
     silence = lambda path, a: a.at[..., quiet].set(0.0) if "/mlp/up/" in path else a  # noqa: E731
     params = map_leaves(silence, params)
+    data = tools.calibration_of(model)
     small, little, _ = prune(
-        model, params, model.axes(), calibration=tools.calibration_of(model), ffn=0.25, score=score, loss=tools.squares
+        model, params, model.axes(), calibrate=lambda: data, loss=tools.squares, ffn=0.25, score=score
     )
     assert set(small.config.ffn_size) == {9}
     assert np.abs(tools.logits(small, little) - tools.logits(model, params)).max() <= 1e-5
