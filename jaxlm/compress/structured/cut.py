@@ -39,7 +39,7 @@ def cut(leaf: Any, axes: Axes, sizes: tuple[tuple[int, ...], ...] | None, kept: 
             names = _names(entry)
             if not kept.keys() & set(names):
                 continue
-            shape = [factors[name] for name in names] if len(names) > 1 else [array.shape[dimension]]
+            shape = [factors[name] if len(names) > 1 else factors.get(name, array.shape[dimension]) for name in names]
             if int(np.prod(shape)) != array.shape[dimension]:
                 raise ValueError(
                     f"{path}: {type(leaf).__name__} stores {array.shape[dimension]} entries along "

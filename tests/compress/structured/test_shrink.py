@@ -184,6 +184,8 @@ def test_closing_every_layer_is_refused(tools):
 def test_storage_that_does_not_follow_the_axis_is_refused():
     with pytest.raises(ValueError, match="here: ArrayImpl stores 3 entries along a x b, which are 6"):
         cut(jnp.ones((3, 2)), (("a", "b"), None), ((2, 3), (2,)), {"b": np.array([0])}, "here")
+    with pytest.raises(ValueError, match="here: ArrayImpl stores 3 entries along a, which are 6"):
+        cut(jnp.ones((3, 2)), ("a", None), ((6,), (2,)), {"a": np.array([0])}, "here")
 
 
 def test_quantized_after_pruning_is_pruned_before_quantizing(tools):
