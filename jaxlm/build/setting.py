@@ -1,8 +1,9 @@
 """What a stage works on before any method: model, parameters, tokenizer, data and mesh of a config."""
 
 import dataclasses
+import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 
 from jaxlm.build import registry
 from jaxlm.build.config import plain, set_fields
-from jaxlm.build.data import prepare, to_devices, tokenizer_for
+from jaxlm.build.data import prepare, texts_of, to_devices, tokenizer_for
 from jaxlm.build.evaluation import evaluator
-from jaxlm.core import Axes, Context, Tree, lookup
+from jaxlm.core import Axes, Context, Operated, Tree, lookup
 from jaxlm.data.settings import DataSettings
 from jaxlm.io.model import LM, load
 from jaxlm.models import model_config
@@ -139,11 +140,22 @@ def fresh_config(config: Any, task: Task, labels: tuple[str, ...], tokenizer: An
 
 
 def operate(setting: Setting) -> Setting:
-    """The setting after `config.surgery`."""
-    model, params, axes = setting.model, setting.params, setting.axes
+    """The setting after `config.surgery`; data are encoded anew where that changed the tokenizer."""
+    now = Operated(setting.model, setting.params, setting.axes, setting.tokenizer)
     for entry in setting.config["surgery"]:
-        model, params, axes = registry.make(registry.SURGERY, entry, "surgery", model=model, params=params, axes=axes)
-    return dataclasses.replace(setting, model=model, params=params, axes=axes)
+        offered: dict[str, Callable[[], Any]] = {
+            "loss": functools.partial(getattr, setting.task, "loss"),
+            "tokenizer": functools.partial(getattr, now, "tokenizer"),
+            "texts": lambda: lambda split: texts_of(setting.data.source(split)),
+        }
+        given = {"model": now.model, "params": now.params, "axes": now.axes}
+        done = Operated(*registry.make(registry.SURGERY, entry, "surgery", offered, **given))
+        now = done if done.tokenizer is not None else done._replace(tokenizer=now.tokenizer)
+    splits = setting.splits
+    if now.tokenizer is not setting.tokenizer:
+        name, labels = setting.config["task"], now.model.config.labels
+        splits = {s: prepare(name, setting.task, now.tokenizer, labels, setting.data, s) for s in splits}
+    return dataclasses.replace(setting, **now._asdict(), splits=splits)
 
 
 def on_mesh(setting: Setting, model: Model, params: Tree, axes: Mapping[str, Axes]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def forward(
 
     Args:
       config: structure.
-      params: canonical or run view.
+      params: canonical or run view; the site `hidden` at their root gates the residual stream everywhere.
       batch: `input_ids` int `[batch, length]`, and optionally `attention_mask` (1 = token) or `segment_ids` (0 =
         padding) with `positions`, `token_type_ids`, and for an encoder-decoder `decoder_input_ids` and
         `decoder_attention_mask`.
@@ -83,6 +83,8 @@ def forward(
       `logits` float32 as the head gives them, `last_hidden`, `taps`, and with a cache `cache`.
     """
     check_length(config, batch["input_ids"].shape[1] if "input_ids" in batch and cache is None else 0)
+    if "hidden" in params:
+        ctx = ctx.replace(hidden=params["hidden"].open(ctx.at("hidden")))
     run = _encoder_decoder if config.encoder_decoder else _single_stack
     x, segments_of_x, outputs = run(
         config, params, batch, ctx=ctx, taps=frozenset(taps), cache=cache, remat=remat, dtype=dtype
@@ -112,7 +114,7 @@ def _single_stack(config, params, batch, *, ctx, taps, cache, remat, dtype):
     own_cache = None if cache is None else cache["layers"]
     x, tapped, own_cache = stack(params, x, config.layers(), around, cache=own_cache, ctx=ctx, taps=taps, remat=remat)
     if config.final_norm:
-        x = norm(config.norm, params["final_norm"], x, config.norm_eps)
+        x = norm(config.norm, params["final_norm"], x, config.norm_eps, ctx.hidden)
     outputs: dict[str, Any] = {"taps": tapped}
     if cache is not None:
         outputs["cache"] = {"layers": own_cache, "segments": keys.segments, "length": start + ids.shape[1]}
@@ -130,7 +132,8 @@ def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
         around = Surroundings(source_tokens, source_tokens, _bias(config, own, source_tokens, source_tokens, False))
         inner = {Tap(t.site.removeprefix("encoder_"), t.depth) for t in taps if t.site.startswith("encoder_")}
         x, found, _ = stack(own, x, config.layers(), around, ctx=own_ctx, taps=inner, remat=remat)
-        source = dropout(norm(config.norm, own["final_norm"], x, config.norm_eps), config.dropout, ctx.at("source"))
+        x = norm(config.norm, own["final_norm"], x, config.norm_eps, ctx.hidden)
+        source = dropout(x, config.dropout, ctx.at("source"))
         tapped = {Tap(f"encoder_{t.site}", t.depth): value for t, value in found.items()}
     else:
         source_tokens = _at(cache["source_segments"])
@@ -143,7 +146,7 @@ def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
     x, found, own_cache = stack(
         own, x, config.decoder_layers(), around, cache=own_cache, ctx=own_ctx, taps=inner, remat=remat
     )
-    x = dropout(norm(config.norm, own["final_norm"], x, config.norm_eps), config.dropout, ctx.at("output"))
+    x = dropout(norm(config.norm, own["final_norm"], x, config.norm_eps, ctx.hidden), config.dropout, ctx.at("output"))
     outputs: dict[str, Any] = {"taps": tapped | found}
     if cache is not None:
         outputs["cache"] = {
@@ -186,8 +189,8 @@ def _embed(config, params, ids, tokens: Tokens, types, ctx: Context, dtype) -> j
     if config.type_vocab_size:
         x = x + embed(params["types"], jnp.zeros_like(ids) if types is None else types, ctx.at("types"))
     if config.embed_norm:
-        x = norm(config.norm, params["norm"], x, config.norm_eps)
-    x = dropout(x.astype(dtype), config.dropout, ctx.at("embed"))
+        x = norm(config.norm, params["norm"], x, config.norm_eps, ctx.hidden)
+    x = ctx.gated(dropout(x.astype(dtype), config.dropout, ctx.at("embed")))
     return ctx.place(x, ("batch", "length", "activation"))
 
 

@@ -93,10 +93,11 @@ def block(
         return visit(params, f"after_{name}", done.output, ctx)
 
     def sublayer(h: jax.Array, name: str, function) -> jax.Array:
-        inputs = norm(layer.norm, params[f"{name}_norm"], h, layer.norm_eps) if layer.pre_norm else h
-        h = h + dropout(function(inputs), layer.dropout, ctx.at(f"{name}_dropout"))
+        normed = lambda x: norm(layer.norm, params[f"{name}_norm"], x, layer.norm_eps, ctx.hidden)  # noqa: E731
+        inputs = normed(h) if layer.pre_norm else h
+        h = h + ctx.gated(dropout(function(inputs), layer.dropout, ctx.at(f"{name}_dropout")))
         h = ctx.place(h, ("batch", "length", "activation"))
-        return h if layer.pre_norm else norm(layer.norm, params[f"{name}_norm"], h, layer.norm_eps)
+        return h if layer.pre_norm else normed(h)
 
     y = sublayer(x, "attention", lambda h: attend_to("attention", h))
     if layer.cross_heads:

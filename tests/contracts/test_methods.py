@@ -51,6 +51,7 @@ FAMILIES = {
 }
 # One line enrols a new method: arguments strong enough that two steps show.
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "l0": {"size": 0.5, "end": 2, "speed": 50.0},
     "lora": {"rank": 2, "alpha": 8.0},
     "magnitude": {"sparsity": 0.5, "end": 2, "every": 1},
     "qat": {"dynamic": False},
@@ -183,6 +184,7 @@ def equal(a, b) -> bool:
 RUNS: dict[str, tuple] = {name: ("gpt2", (name,)) for name in ARGUMENTS} | {
     "all on llama": ("llama", ("structured", "magnitude", "qat", "distill"), ARGUMENTS, 2),
     "all on bert": ("bert", ("structured", "lora", "distill"), ARGUMENTS, 2),
+    "gates on bert": ("bert", ("lora", "l0", "distill"), ARGUMENTS, 2),
 }
 everywhere = pytest.mark.parametrize("name", RUNS)
 
@@ -194,7 +196,7 @@ def test_what_does_not_train_is_bit_identical(name):
     moved = {n for n in before if not np.array_equal(before[n], after[n])}
     infos = describe(run.states[0].params)
     learns = {n for n, info in infos.items() if trainable(run.verdicts, info)}
-    masks = {n for n, info in infos.items() if info.role == "mask"}
+    masks = {n for n, info in infos.items() if info.role in ("mask", "buffer")}
     assert moved <= learns | masks
     assert learns <= moved, "something that should train did not"
     assert moved & masks or not masks
@@ -261,12 +263,17 @@ def test_distillation_learns_through_its_projection():
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
 ROUNDING = ("qat", "lsq", "pact")
-REFUSED = {(name, "structured"): "layers_0/.*prune first" for name in ROUNDING} | {
+REFUSED = {
+    **{(name, "structured"): r"layers_0/.*prune first" for name in ROUNDING},
+    **{(name, "l0"): "both claim the bits of layers_0/attention/output/kernel" for name in ROUNDING},
+    **{("l0", name): "both claim the bits of layers_0/attention/output/kernel" for name in ROUNDING},
+    ("l0", "structured"): "both claim the width of layers_0/",
+    ("structured", "l0"): "both claim the width of layers_0/",
     ("structured", "lsq"): "groups would fall apart",
     ("pact", "lora"): "both claim the update",
 }
 """Scales of a rounding span what pruning removes (the other order is fine, without groups); an update beside clipped
-inputs cannot be merged."""
+inputs cannot be merged. A width has one owner, and gates that may stay half open go into weights that nothing rounds."""
 
 
 def perturbed(params, verdicts, seed):
@@ -306,7 +313,7 @@ def test_pairs_compose_or_are_refused(first, second):
         assert model.config.num_heads == (2, 2) and model.config.ffn_size == (9, 9)
     if "magnitude" in (first, second):
         assert masks and all(np.mean(mask) == 0.5 for mask in masks)
-        assert "structured" in (first, second) or np.mean(materialize(up) == 0) >= 0.5
+        assert {"structured", "l0"} & {first, second} or np.mean(materialize(up) == 0) >= 0.5
     assert isinstance(up, Quantized) == (first in ROUNDING or second in ROUNDING)
 
 
