@@ -273,7 +273,7 @@ REFUSED = {
     ("pact", "lora"): "both claim the update",
 }
 """Scales of a rounding span what pruning removes (the other order is fine, without groups); an update beside clipped
-inputs cannot be merged. A width has one owner, and gates that may stay half open go into weights that nothing rounds."""
+inputs cannot be merged. A width has one owner; gates that may stay half open go into weights that nothing rounds."""
 
 
 def perturbed(params, verdicts, seed):
