@@ -13,7 +13,7 @@ import jaxlm
 from jaxlm.build import registry
 from jaxlm.compress.formats import stored_bytes
 from jaxlm.compress.mixed_precision import Choice, allocate
-from jaxlm.compress.structured import open_gates
+from jaxlm.compress.structured.gates import open_gates
 from jaxlm.core import LSQ, Quantized, Scheme, arrays, flatten, map_leaves, materialize
 from jaxlm.evaluate.cost import bytes_by_dtype, bytes_on_disk
 from jaxlm.models import model_config
@@ -110,7 +110,7 @@ def test_channels_may_be_pruned_and_groups_may_not_fall_apart():
     assert flatten(pruned)["layers_0/mlp/down/kernel"].shape == (24, 32)
     with pytest.raises(ValueError):
         operate("prune", model, operate("quantize", model, params, bits="int4", group=16), ffn=0.5)
-    gated, axes = open_gates(params, model.axes(), model.sizes(), False, True)
+    gated, axes = open_gates(model, params, model.axes(), ["ffn"])
     method = registry.make(registry.METHODS, {"name": "lsq", "group": 16}, "methods")
     with pytest.raises(ValueError, match=r"layers_0/mlp/gate will remove inputs of layers_0/mlp/down/kernel"):
         method.init(jax.random.key(0), model, gated, axes)

@@ -237,11 +237,13 @@ def plain() -> Trained:
 
 
 def test_zero_strength_trains_like_nothing():
+    """But for the biases of keys: their gradient is zero but for rounding, which Adam makes steps of."""
     run = train("gpt2", tuple(ZERO), ZERO)
     model, params, _ = baked(run)
     assert model == plain().model
     for path, leaf in flatten(canonical_view(plain().states[-1].params)).items():
-        assert np.allclose(flatten(params)[path], leaf, rtol=0, atol=1e-6), path
+        atol = 2e-2 if path.endswith("key/bias") else 1e-6  # the learning rate
+        assert np.allclose(flatten(params)[path], leaf, rtol=0, atol=atol), path
 
 
 def test_lora_begins_as_the_identity():
@@ -361,7 +363,7 @@ def test_wrong_entries_say_what_is_wrong(entry, message):
 
 
 def test_an_entry_needs_a_name():
-    with pytest.raises(ValueError, match=r"config\.methods needs a name; known: lora"):
+    with pytest.raises(ValueError, match=r"config\.methods needs a name; known: .*lora"):
         registry.make(registry.METHODS, {"rank": 4}, "methods")
 
 
