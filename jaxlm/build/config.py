@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from jaxlm.core import nearest
-from jaxlm.data.settings import DataSettings
+from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.models.config import ModelConfig
 from jaxlm.train.settings import TrainSettings
 
@@ -40,6 +40,7 @@ def default_config() -> ConfigDict:
         "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),
         "data": _defaults(DataSettings),
         "train": _defaults(TrainSettings),
+        "calibration": _defaults(CalibrationSettings),
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "sharding": {},
         "report": {"title": "", "corpus": "", "prompt": "", "batch_size": 16, "rounds": 15, "seconds": 20.0},
