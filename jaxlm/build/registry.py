@@ -9,10 +9,12 @@ from jaxlm.compress.magnitude import magnitude
 from jaxlm.compress.mixed_precision import mixed_precision, mixed_precision_weights
 from jaxlm.compress.qat import lsq, pact, qat
 from jaxlm.compress.quantize import quantize
+from jaxlm.compress.sparsegpt import sparsegpt
 from jaxlm.compress.structured.gates import prune, structured
 from jaxlm.compress.structured.l0 import l0
 from jaxlm.compress.structured.layers import drop_layers, keep_layers
 from jaxlm.compress.vocabulary import trim_vocabulary
+from jaxlm.compress.wanda import wanda
 from jaxlm.core import Method, call, lookup
 from jaxlm.losses.distill import distill
 from jaxlm.peft.lora import lora
@@ -35,7 +37,9 @@ SURGERY = {
     "mixed_precision_weights": mixed_precision_weights,
     "prune": prune,
     "quantize": quantize,
+    "sparsegpt": sparsegpt,
     "trim_vocabulary": trim_vocabulary,
+    "wanda": wanda,
 }
 
 

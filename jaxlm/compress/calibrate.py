@@ -172,6 +172,8 @@ def calibrate(
       ValueError: for targets that match nothing or lie outside the layers, for calibration without a token, and, naming
         the layer, for inputs that are not finite.
     """
+    if not calibration.batches:
+        raise ValueError(f"{who}: the calibration data hold no row; see config.calibration")
     check_rules([(targets, None)], describe(params).values(), f"{who}: targets")
     flat = flatten(params)
     groups = {path: layer_groups(path, flat, targets) for side in model.sides() for path in model.layer_paths(side)}
