@@ -9,10 +9,12 @@ from jaxlm.compress.magnitude import magnitude
 from jaxlm.compress.mixed_precision import mixed_precision, mixed_precision_weights
 from jaxlm.compress.qat import lsq, pact, qat
 from jaxlm.compress.quantize import quantize
+from jaxlm.compress.smoothquant import smoothquant
 from jaxlm.compress.sparsegpt import sparsegpt
 from jaxlm.compress.structured.gates import prune, structured
 from jaxlm.compress.structured.l0 import l0
 from jaxlm.compress.structured.layers import drop_layers, keep_layers
+from jaxlm.compress.svd import activation_svd, svd
 from jaxlm.compress.vocabulary import trim_vocabulary
 from jaxlm.compress.wanda import wanda
 from jaxlm.core import Method, call, lookup
@@ -30,6 +32,7 @@ METHODS = {
 }
 LOSSES = {"distill": distill}
 SURGERY = {
+    "activation_svd": activation_svd,
     "bake": bake,
     "drop_layers": drop_layers,
     "keep_layers": keep_layers,
@@ -37,7 +40,9 @@ SURGERY = {
     "mixed_precision_weights": mixed_precision_weights,
     "prune": prune,
     "quantize": quantize,
+    "smoothquant": smoothquant,
     "sparsegpt": sparsegpt,
+    "svd": svd,
     "trim_vocabulary": trim_vocabulary,
     "wanda": wanda,
 }
