@@ -34,7 +34,7 @@ def default_config() -> ConfigDict:
 
     `model` holds `init` (a model directory, a hub id, or "" for a fresh model) and every hyper-parameter, `None` where
     the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`;
-    `stages` and `report` are read by a pipeline.
+    `calibration` is the text that surgery reads where it must see inputs; `stages` and `report` are read by a pipeline.
     """
     sections = {
         "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),

@@ -4,7 +4,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxlm.compress.awq import awq
 from jaxlm.compress.bake import bake
+from jaxlm.compress.gptq import gptq
 from jaxlm.compress.magnitude import magnitude
 from jaxlm.compress.mixed_precision import mixed_precision, mixed_precision_weights
 from jaxlm.compress.qat import lsq, pact, qat
@@ -33,8 +35,10 @@ METHODS = {
 LOSSES = {"distill": distill}
 SURGERY = {
     "activation_svd": activation_svd,
+    "awq": awq,
     "bake": bake,
     "drop_layers": drop_layers,
+    "gptq": gptq,
     "keep_layers": keep_layers,
     "mixed_precision": mixed_precision,
     "mixed_precision_weights": mixed_precision_weights,

@@ -42,7 +42,7 @@ def sparsegpt_matrix(
     found, share = parse_pattern(pattern), final_sparsity(sparsity, pattern, "sparsegpt")
     group = found.group or block
     begin, whole = mask_of(share, pattern), max(block // group, 1) * group
-    return sweep(w, u, None, begin=begin, settle=settle, group=group, block=whole)
+    return sweep(w, u, begin=begin, settle=settle, group=group, block=whole)
 
 
 def sparsegpt(

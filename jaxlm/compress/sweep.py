@@ -86,7 +86,14 @@ def inverse_factor(moment: Any, damping: float, who: str, path: str) -> jax.Arra
 
 @functools.partial(jax.jit, static_argnames=("begin", "settle", "group", "block"))
 def sweep(
-    w: jax.Array, u: jax.Array, rows: Any, *, begin: Callable, settle: Callable, group: int, block: int = BLOCK
+    w: jax.Array,
+    u: jax.Array,
+    rows: Any = None,
+    *,
+    begin: Callable,
+    settle: Callable,
+    group: int,
+    block: int = BLOCK,
 ) -> tuple[jax.Array, Any]:
     """Settles the rows of `w` in order.
 
@@ -109,7 +116,12 @@ def sweep(
         factor = jax.lax.dynamic_slice_in_dim(u, start, block)
         told = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, block), rows)
         settled, errors, out = _block(
-            own, jax.lax.dynamic_slice_in_dim(factor, start, block, axis=1), told, begin, settle, group
+            own,
+            jax.lax.dynamic_slice_in_dim(factor, start, block, axis=1),
+            told,
+            begin,
+            settle,
+            group,
         )
         later = jnp.where(jnp.arange(inputs) >= start + block, factor, 0)
         w = w - jnp.matmul(later.T, errors, precision=HIGHEST)
