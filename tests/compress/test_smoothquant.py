@@ -116,7 +116,7 @@ def test_the_ranges_are_equal_at_one_half():
 
 def rounded(params):
     """Every kernel and its inputs rounded to int8, below the scaling where there is one."""
-    wrap = lambda leaf: FakeQuant(leaf, dynamic=True)  # noqa: E731
+    wrap = lambda leaf: FakeQuant.of(leaf, dynamic=True)  # noqa: E731
 
     def round_(path, leaf):
         if "layers_" not in path or not path.endswith("kernel"):

@@ -264,7 +264,7 @@ def test_gradients_are_those_of_the_matrix(name):
     ours, theirs = results(name)["gradient"]
     assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(theirs))
     same(ours, theirs)
-    if name != "PACT, unsigned":  # which clips half of the inputs
+    if name not in ("PACT, unsigned", "InputScaled(PACT)"):  # which clip many of the inputs
         same(theirs[1], np.asarray(INPUTS.r) @ results(name)["dense"].T)
 
 
