@@ -13,6 +13,7 @@ from jaxlm.compress.qat import lsq, pact, qat
 from jaxlm.compress.quantize import quantize
 from jaxlm.compress.smoothquant import smoothquant
 from jaxlm.compress.sparsegpt import sparsegpt
+from jaxlm.compress.static import quantize_static
 from jaxlm.compress.structured.gates import prune, structured
 from jaxlm.compress.structured.l0 import l0
 from jaxlm.compress.structured.layers import drop_layers, keep_layers
@@ -44,6 +45,7 @@ SURGERY = {
     "mixed_precision_weights": mixed_precision_weights,
     "prune": prune,
     "quantize": quantize,
+    "quantize_static": quantize_static,
     "smoothquant": smoothquant,
     "sparsegpt": sparsegpt,
     "svd": svd,

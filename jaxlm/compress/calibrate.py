@@ -71,14 +71,15 @@ class Statistics(NamedTuple):
 
     Attributes:
       tokens: how many.
-      square, absolute, largest: `Σ x²`, `Σ|x|` and `max|x|` of every input, `[in]`.
+      square, absolute: `Σ x²` and `Σ|x|` of every input, `[in]`; low, high: its smallest and largest value.
       moment: `XᵀX [in, in]`, where it was asked for.
     """
 
     tokens: jax.Array
     square: jax.Array
     absolute: jax.Array
-    largest: jax.Array
+    low: jax.Array
+    high: jax.Array
     moment: jax.Array | None = None
 
     @classmethod
@@ -90,12 +91,14 @@ class Statistics(NamedTuple):
         >>> found.norm.tolist(), found.mean.tolist(), found.moment.tolist()
         ([3.0, 1.4142135381698608], [1.5, 1.0], [[9.0, -3.0], [-3.0, 2.0]])
         """
-        rows = jnp.where(valid[..., None], x, 0).reshape(-1, x.shape[-1]).astype(jnp.float32)
-        size = jnp.abs(rows)
+        counted = valid.reshape(-1, 1)
+        x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        rows = jnp.where(counted, x, 0)
+        low, high = (jnp.where(counted, x, jnp.inf).min(axis=0), jnp.where(counted, x, -jnp.inf).max(axis=0))
         # The highest precision: elsewhere than on a CPU, float32 products are rounded to fewer bits by default.
         product = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) if moment else None
         square = jnp.sum(jnp.square(rows), axis=0) if product is None else jnp.diagonal(product)
-        return cls(jnp.sum(valid), square, jnp.sum(size, axis=0), jnp.max(size, axis=0), product)
+        return cls(jnp.sum(valid), square, jnp.sum(jnp.abs(rows), axis=0), low, high, product)
 
     def add(self, other: "Statistics") -> "Statistics":
         """Those of both sets of tokens."""
@@ -104,20 +107,27 @@ class Statistics(NamedTuple):
             self.tokens + other.tokens,
             self.square + other.square,
             self.absolute + other.absolute,
-            jnp.maximum(self.largest, other.largest),
+            jnp.minimum(self.low, other.low),
+            jnp.maximum(self.high, other.high),
             moment,
         )
 
     def scaled(self, scale: jax.Array) -> "Statistics":
         """Those of the inputs times `scale [in]`."""
         moment = None if self.moment is None else self.moment * scale[:, None] * scale
-        size = jnp.abs(scale)
-        return Statistics(self.tokens, self.square * scale**2, self.absolute * size, self.largest * size, moment)
+        ends = self.low * scale, self.high * scale
+        low, high = jnp.minimum(*ends), jnp.maximum(*ends)
+        return Statistics(self.tokens, self.square * scale**2, self.absolute * jnp.abs(scale), low, high, moment)
 
     @property
     def norm(self) -> jax.Array:
         """`‖X_i‖₂` of every input."""
         return jnp.sqrt(self.square)
+
+    @property
+    def largest(self) -> jax.Array:
+        """`max|x_i|` of every input."""
+        return jnp.maximum(-self.low, self.high)
 
     @property
     def mean(self) -> jax.Array:
@@ -140,7 +150,7 @@ class Group(NamedTuple):
 
     layer: str
     kernels: dict[str, Any]
-    chosen: frozenset[str]
+    chosen: tuple[str, ...]
     norm: str | None
     params: dict[str, Any]
     statistics: Statistics
@@ -198,7 +208,7 @@ def calibrate(
                 group = Group(
                     path,
                     {name: own[name] for name in kernels},
-                    frozenset(name for name in kernels if matches(targets, f"{path}/{name}")),
+                    tuple(name for name in kernels if matches(targets, f"{path}/{name}")),
                     norm_before(kernels[0], layer),
                     own,
                     statistics,

@@ -11,7 +11,7 @@ import pytest
 
 import jaxlm
 from jaxlm.build import registry
-from jaxlm.compress.calibrate import Calibration
+from jaxlm.compress.calibrate import KERNELS, Calibration
 from jaxlm.core import arrays, describe, flatten, unflatten
 from jaxlm.io.model import LM
 from jaxlm.models import model_config
@@ -24,6 +24,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "activation_svd": {"size": 0.5},
     "awq": {"group": 8},
     "gptq": {"group": 8},
+    "mixed_precision": {"budget": 0.6, "targets": KERNELS},
+    "quantize_static": {},
     "smoothquant": {"alpha": 0.4},
     "sparsegpt": {"sparsity": 0.5},
     "wanda": {"pattern": "2:4"},
