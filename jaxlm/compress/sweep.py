@@ -73,9 +73,9 @@ def inverse_factor(moment: Any, damping: float, who: str, path: str) -> jax.Arra
 
     From the back, `H = R Rᵀ` with R upper, so U is the inverse of R and H is never inverted.
 
-    >>> u = inverse_factor(np.array([[2.0, 1.0], [1.0, 2.0]]), 0.0, "gptq", "w")
+    >>> u = np.asarray(inverse_factor(np.array([[2.0, 1.0], [1.0, 2.0]]), 0.0, "gptq", "w"), np.float64)
     >>> (u.T @ u).round(3).tolist(), float(u[1, 0])
-    ([[0.6669999957084656, -0.3330000042915344], [-0.3330000042915344, 0.6669999957084656]], 0.0)
+    ([[0.667, -0.333], [-0.333, 0.667]], 0.0)
     """
     from scipy.linalg import solve_triangular
 

@@ -1,5 +1,7 @@
 """GPTQ against round-to-nearest, and against the algorithm that updates an inverse after every weight."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -135,13 +137,20 @@ def test_degenerate_inputs(name):
 
 # In a model -----------------------------------------------------------------------------------------------------------
 
+# Compiling takes most of the time here, so it is told not to optimize.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 MODEL = Model(model_config("llama", vocab_size=19, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2))
 PARAMS = MODEL.init(jax.random.key(0))
 CALIBRATION = Calibration([{"input_ids": RNG.integers(1, 19, (8, 12)), "attention_mask": np.ones((8, 12), np.int32)}])
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+def forward(params):
+    return MODEL.forward(params, CALIBRATION.batches[0])["logits"]
+
+
 def logits(params):
-    return np.asarray(MODEL.forward(params, CALIBRATION.batches[0])["logits"])
+    return np.asarray(forward(params))
 
 
 def test_a_model_of_codes(tmp_path):

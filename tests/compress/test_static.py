@@ -1,5 +1,7 @@
 """Static quantization: the ranges are those of the text, and what comes before it is inside them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,8 @@ from jaxlm.models.model import Model
 from jaxlm.nn.dense import norm
 
 RNG = np.random.default_rng(0)
+# Compiling takes most of the time here, so it is told not to optimize.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 MODEL = Model(model_config("gpt2", vocab_size=19, hidden_size=16, num_layers=1, num_heads=4, max_positions=8))
 PARAMS = MODEL.init(jax.random.key(0))
 BATCH = {"input_ids": RNG.integers(1, 19, (8, 8)), "attention_mask": np.ones((8, 8), np.int32)}
@@ -24,8 +28,13 @@ CALIBRATION = Calibration([BATCH])
 FIRST = "layers_0/attention/query/kernel"
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+def forward(params):
+    return MODEL.forward(params, BATCH)["logits"]
+
+
 def logits(params):
-    return np.asarray(MODEL.forward(params, BATCH)["logits"])
+    return np.asarray(forward(params))
 
 
 def test_the_range_is_that_of_the_inputs():

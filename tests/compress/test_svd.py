@@ -1,5 +1,7 @@
 """Factorization: the analytic error, ranks, what is refused, and a model that computes with its factors."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -43,14 +45,21 @@ def test_ranks():
     assert most * 64 < 24 * 40 <= (most + 1) * 64
 
 
+# Compiling takes most of the time here, so it is told not to optimize.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 MODEL = Model(model_config("llama", vocab_size=17, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2))
 PARAMS = MODEL.init(jax.random.key(0))
 BATCH = {"input_ids": RNG.integers(1, 17, (4, 12)), "attention_mask": np.ones((4, 12), np.int32)}
 CALIBRATION = Calibration([BATCH])
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+def forward(params):
+    return MODEL.forward(params, BATCH)["logits"]
+
+
 def logits(params):
-    return np.asarray(MODEL.forward(params, BATCH)["logits"])
+    return np.asarray(forward(params))
 
 
 def test_a_model_of_factors(tmp_path):
