@@ -30,7 +30,7 @@ Grid = tuple[jax.Array, jax.Array | None]
 
 def nearest(row: jax.Array, own: Grid, scheme: Scheme) -> jax.Array:
     """A row `[out]` rounded to its grid, whose arrays are `[out]` (or `[1]`, one for the tensor)."""
-    scale, zero = (None if a is None else a[None] for a in own)
+    scale, zero = own[0][None], None if own[1] is None else own[1][None]
     return from_codes(to_codes(row[None], scale, zero, scheme), scale, zero, scheme)[0]
 
 

@@ -178,8 +178,9 @@ def _mix(
     rounded = [path for path, leaf in flat.items() if chosen(path, leaf, targets)]
 
     def store(path: str, scheme: Scheme, inputs: Scheme | None) -> Weight:
-        own = {"activations": inputs, "channel": channel_of(path)}
-        return inside(flat[path], lambda w: Quantized.of(materialize(w), scheme, **own))
+        channel = channel_of(path)
+        code = lambda w: Quantized.of(materialize(w), scheme, activations=inputs, channel=channel)  # noqa: E731
+        return inside(flat[path], code)
 
     offers: dict[str, list[Choice]] = {}
     for path in rounded:

@@ -54,7 +54,11 @@ def quantize(
         given = first_match(input_ranges, path)
         if static and given is None:
             raise ValueError(f"quantize: no rule of input_ranges gives the inputs of {path} a range")
-        own = {"activations": inputs, "channel": channel_of(path), "input_range": given}
-        return inside(leaf, lambda w: Quantized.of(materialize(w), scheme, **own))
+        channel = channel_of(path)
+
+        def code(w: Any) -> Quantized:
+            return Quantized.of(materialize(w), scheme, activations=inputs, channel=channel, input_range=given)
+
+        return inside(leaf, code)
 
     return model, map_leaves(store, params), axes
