@@ -186,6 +186,12 @@ def calibrate(
         raise ValueError(f"{who}: the calibration data hold no row; see config.calibration")
     check_rules([(targets, None)], describe(params).values(), f"{who}: targets")
     flat = flatten(params)
+    for path in [path for side in model.sides() for path in model.layer_paths(side)]:
+        if not own_leaves(flat, path):
+            raise ValueError(
+                f"{who}: {path} shares the parameters of another layer, but is calibrated with inputs of its own; "
+                f"calibrate before layers are shared"
+            )
     groups = {path: layer_groups(path, flat, targets) for side in model.sides() for path in model.layer_paths(side)}
     reached = {f"{path}/{name}" for path, found in groups.items() for kernels in found for name in kernels}
     outside = [path for path in flat if matches(targets, path) and path not in reached]

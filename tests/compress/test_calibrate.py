@@ -226,6 +226,13 @@ def test_targets_that_match_nothing_or_lie_outside():
     refused("wanda: targets '.*' match embed/tokens/embedding", targets=".*")
 
 
+def test_layers_that_are_shared():
+    model, params = model_of("gpt2")
+    shared = {name: tree for name, tree in params.items() if name != "layers_1"}
+    with pytest.raises(ValueError, match="wanda: layers_1 shares the parameters of another layer"):
+        calibrate(model, shared, calibration("gpt2"), nothing, who="wanda")
+
+
 def test_no_token_at_all():
     empty = [{**batch, "attention_mask": 0 * MASK} for batch in batches("gpt2")]
     refused("wanda: the calibration data hold no token that layers_0/attention/query", calibration=Calibration(empty))

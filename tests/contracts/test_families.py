@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Context, Tap, arrays, flatten, map_leaves
+from jaxlm.core import Context, Gate, Tap, arrays, flatten, map_leaves
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.generate import generate, sample
 from jaxlm.models.model import Model
@@ -154,6 +154,8 @@ def test_the_walk_through_the_layers_is_the_forward_pass(family):
             finished = model.finish(params, stream, side)
         return model.head(params, finished)["logits"], model.valid(finished, "attention/query")
 
+    if family == "llama":  # with a gate of the residual stream, which every part of the network reads
+        params = params | {"hidden": Gate(jnp.linspace(0.5, 1.0, 16))}
     found, valid = walk(params)
     close(np.asarray(found), logits(model, params, batch), 1e-6)
     assert np.array_equal(valid, batch.get("decoder_attention_mask", mask) > 0)
