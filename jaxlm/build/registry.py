@@ -4,15 +4,22 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxlm.compress.awq import awq
 from jaxlm.compress.bake import bake
+from jaxlm.compress.gptq import gptq
 from jaxlm.compress.magnitude import magnitude
 from jaxlm.compress.mixed_precision import mixed_precision, mixed_precision_weights
 from jaxlm.compress.qat import lsq, pact, qat
 from jaxlm.compress.quantize import quantize
+from jaxlm.compress.smoothquant import smoothquant
+from jaxlm.compress.sparsegpt import sparsegpt
+from jaxlm.compress.static import quantize_static
 from jaxlm.compress.structured.gates import prune, structured
 from jaxlm.compress.structured.l0 import l0
 from jaxlm.compress.structured.layers import drop_layers, keep_layers
+from jaxlm.compress.svd import activation_svd, svd
 from jaxlm.compress.vocabulary import trim_vocabulary
+from jaxlm.compress.wanda import wanda
 from jaxlm.core import Method, call, lookup
 from jaxlm.losses.distill import distill
 from jaxlm.peft.lora import lora
@@ -28,14 +35,22 @@ METHODS = {
 }
 LOSSES = {"distill": distill}
 SURGERY = {
+    "activation_svd": activation_svd,
+    "awq": awq,
     "bake": bake,
     "drop_layers": drop_layers,
+    "gptq": gptq,
     "keep_layers": keep_layers,
     "mixed_precision": mixed_precision,
     "mixed_precision_weights": mixed_precision_weights,
     "prune": prune,
     "quantize": quantize,
+    "quantize_static": quantize_static,
+    "smoothquant": smoothquant,
+    "sparsegpt": sparsegpt,
+    "svd": svd,
     "trim_vocabulary": trim_vocabulary,
+    "wanda": wanda,
 }
 
 

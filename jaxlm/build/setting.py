@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.build import registry
+from jaxlm.build.calibration import read_calibration
 from jaxlm.build.config import plain, set_fields
 from jaxlm.build.data import prepare, texts_of, to_devices, tokenizer_for
 from jaxlm.build.evaluation import evaluator
+from jaxlm.compress.calibrate import Calibration
 from jaxlm.core import Axes, Context, Operated, Tree, lookup
-from jaxlm.data.settings import DataSettings
+from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.io.model import LM, load
 from jaxlm.models import model_config
 from jaxlm.models.config import ModelConfig
@@ -34,6 +36,7 @@ class Setting:
       task, tokenizer, splits: what is learned, and the encoded data by split.
       model, params, axes: canonical view.
       mesh, rules: placement.
+      calibration: facts about the text that the surgery was calibrated on, for the result.
     """
 
     config: dict[str, Any]
@@ -47,6 +50,7 @@ class Setting:
     axes: dict[str, Axes]
     mesh: jax.sharding.Mesh
     rules: Mapping[str, Any]
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def ctx(self) -> Context:
@@ -141,9 +145,21 @@ def fresh_config(config: Any, task: Task, labels: tuple[str, ...], tokenizer: An
 
 def operate(setting: Setting) -> Setting:
     """The setting after `config.surgery`; data are encoded anew where that changed the tokenizer."""
+    config = setting.config
     now = Operated(setting.model, setting.params, setting.axes, setting.tokenizer)
-    for entry in setting.config["surgery"]:
+    read: dict[str, Any] = {}
+    for entry in config["surgery"]:
+
+        def calibration(now: Operated = now) -> Calibration:
+            settings = CalibrationSettings(**config["calibration"])
+            given = (setting.task, now.tokenizer, now.model.config, setting.data, config["seed"])
+            found = read_calibration(settings, config["task"], *given)
+            read.update(found.facts())
+            return found
+
         offered: dict[str, Callable[[], Any]] = {
+            "calibration": calibration,
+            "calibrate": functools.partial(lambda function: function, calibration),
             "loss": functools.partial(getattr, setting.task, "loss"),
             "tokenizer": functools.partial(getattr, now, "tokenizer"),
             "texts": lambda: lambda split: texts_of(setting.data.source(split)),
@@ -153,9 +169,9 @@ def operate(setting: Setting) -> Setting:
         now = done if done.tokenizer is not None else done._replace(tokenizer=now.tokenizer)
     splits = setting.splits
     if now.tokenizer is not setting.tokenizer:
-        name, labels = setting.config["task"], now.model.config.labels
+        name, labels = config["task"], now.model.config.labels
         splits = {s: prepare(name, setting.task, now.tokenizer, labels, setting.data, s) for s in splits}
-    return dataclasses.replace(setting, **now._asdict(), splits=splits)
+    return dataclasses.replace(setting, **now._asdict(), splits=splits, calibration=read or None)
 
 
 def on_mesh(setting: Setting, model: Model, params: Tree, axes: Mapping[str, Axes]) -> dict[str, Any]:

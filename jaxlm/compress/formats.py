@@ -1,13 +1,24 @@
 """What the methods that round share: number formats from a config's arguments, targets, and bytes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import FakeQuant, Quantized, Scheme, Tree, call, check_rules, describe, matches
+from jaxlm.core import (
+    Factored,
+    FakeQuant,
+    InputScaled,
+    Quantized,
+    Scheme,
+    Tree,
+    call,
+    check_rules,
+    describe,
+    matches,
+)
 from jaxlm.core.weights.quantized import check_activations, per_token
 
 KERNELS = r".*/kernel"
@@ -59,6 +70,20 @@ def check_targets(params: Tree, targets: str, who: str) -> None:
 def chosen(path: str, leaf: Any, targets: str) -> bool:
     """Whether a surgery rounds this leaf: a target that is not stored as codes yet."""
     return matches(targets, path) and not isinstance(leaf, Quantized)
+
+
+def inside(leaf: Any, change: Callable[[Any], Any]) -> Any:
+    """`leaf` with `change(matrix)` for every matrix in it that inputs meet as such and that is not stored as codes: the
+    base below scaled inputs, both factors of a Factored, else the leaf itself.
+
+    >>> inside(Factored(jnp.ones((4, 1)), jnp.ones((1, 4))), Quantized.of).b.codes.tolist()
+    [[127, 127, 127, 127]]
+    """
+    if isinstance(leaf, InputScaled):
+        return leaf.replace(base=inside(leaf.base, change))
+    if isinstance(leaf, Factored):
+        return leaf.replace(a=inside(leaf.a, change), b=inside(leaf.b, change))
+    return leaf if isinstance(leaf, Quantized) else change(leaf)
 
 
 def trains_rounded(leaf: Any) -> bool:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.compress.formats import TARGETS, channel_of, check_targets, chosen, formats, stored_bytes
-from jaxlm.core import Axes, Quantized, Scheme, Tree, flatten, materialize, unflatten
+from jaxlm.compress.formats import TARGETS, channel_of, check_targets, chosen, formats, inside, stored_bytes
+from jaxlm.core import Axes, Quantized, Scheme, Tree, Weight, flatten, materialize, unflatten
 
 FORMATS: tuple[Mapping[str, Any], ...] = (
     {"bits": "int3", "group": 32},
@@ -177,8 +177,10 @@ def _mix(
     flat = flatten(params)
     rounded = [path for path, leaf in flat.items() if chosen(path, leaf, targets)]
 
-    def store(path: str, scheme: Scheme, inputs: Scheme | None) -> Quantized:
-        return Quantized.of(materialize(flat[path]), scheme, activations=inputs, channel=channel_of(path))
+    def store(path: str, scheme: Scheme, inputs: Scheme | None) -> Weight:
+        channel = channel_of(path)
+        code = lambda w: Quantized.of(materialize(w), scheme, activations=inputs, channel=channel)  # noqa: E731
+        return inside(flat[path], code)
 
     offers: dict[str, list[Choice]] = {}
     for path in rounded:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlm.compress.formats import TARGETS, channel_of, check_targets, chosen, formats
+from jaxlm.compress.formats import TARGETS, channel_of, check_targets, chosen, formats, inside
 from jaxlm.core import Axes, Quantized, Tree, check_rules, describe, first_match, map_leaves, materialize
 
 
@@ -21,6 +21,8 @@ def quantize(
     targets: str = TARGETS,
 ):
     """Surgery: rounds every target to the nearest code of a number format. What is stored as codes already stays.
+
+    Below scaled inputs (`smoothquant`) it is the base that is rounded, of a factored matrix (`svd`) both factors.
 
     Args:
       model, params, axes: the model, canonical view.
@@ -52,6 +54,11 @@ def quantize(
         given = first_match(input_ranges, path)
         if static and given is None:
             raise ValueError(f"quantize: no rule of input_ranges gives the inputs of {path} a range")
-        return Quantized.of(materialize(leaf), scheme, activations=inputs, channel=channel_of(path), input_range=given)
+        channel = channel_of(path)
+
+        def code(w: Any) -> Quantized:
+            return Quantized.of(materialize(w), scheme, activations=inputs, channel=channel, input_range=given)
+
+        return inside(leaf, code)
 
     return model, map_leaves(store, params), axes

@@ -28,4 +28,16 @@ from jaxlm.core.registry import call, lookup, nearest
 from jaxlm.core.site import SITES, Gate, HardConcrete, Site, Switch, visit
 from jaxlm.core.surgery import Operated
 from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take
-from jaxlm.core.weights import LSQ, PACT, WEIGHTS, FakeQuant, LowRank, Masked, Quantized, Scheme
+from jaxlm.core.weights import (
+    LSQ,
+    PACT,
+    WEIGHTS,
+    Factored,
+    FakeQuant,
+    InputScaled,
+    LowRank,
+    Masked,
+    Observed,
+    Quantized,
+    Scheme,
+)

@@ -20,11 +20,14 @@ class Context(struct.PyTreeNode):
       place: `(activation, axis names) -> activation`, pins an activation to the mesh. Static.
       hidden: how far each dimension of the residual stream is open, float `[hidden]`, or `None` where all are: the site
         `hidden`, opened once a pass, which every norm, writer of the stream and head reads.
+      observe: `(name, inputs)`, called by every `Observed` weight with what it is multiplied by, while a layer outside
+        a scan is traced; what it is told are tracers, which whoever traces must return. Static.
     """
 
     key: jax.Array | None = None
     place: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = struct.field(pytree_node=False, default=unsharded)
     hidden: jax.Array | None = None
+    observe: Callable[[str, jax.Array], None] | None = struct.field(pytree_node=False, default=None)
 
     def at(self, name: str | int | jax.Array) -> "Context":
         """The context of a named (or numbered) part, with a key of its own."""
