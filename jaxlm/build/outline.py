@@ -1,5 +1,6 @@
 """A config without its data and without memory: the model's shapes, its methods and the batch that a step would get."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.build import registry
-from jaxlm.build.blueprint import Blueprint, abstract_adapted, blueprint
+from jaxlm.build.blueprint import Blueprint, abstract_adapted, blueprint, tap_breaks
 from jaxlm.build.config import plain, set_fields
+from jaxlm.build.lessons import distillation
 from jaxlm.core import Adapted, Axes, Context, Method, Tree, arrays, chain, flatten, lookup, unflatten, with_arrays
 from jaxlm.data.settings import DataSettings
 from jaxlm.io.directory import open_model
 from jaxlm.io.model import find, retarget
-from jaxlm.losses.distillation import Teacher
+from jaxlm.losses.teacher import Lesson, Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.parallel import make_rules, pad_vocab, place, shardings, spec_of, ways
@@ -60,7 +62,7 @@ def outline(config: Any, mesh: jax.sharding.Mesh) -> Outline:
     for entry in values["surgery"]:
         model, params, axes = operated(entry, model, params, axes)
     rules = make_rules(config.sharding, axes, mesh)
-    taught = [lesson(entry, mesh, rules, training) for entry in values["losses"]]
+    taught = [lesson(entry, model, mesh, rules, training) for entry in values["losses"]]
     method = chain([*(registry.method(entry) for entry in values["methods"]), *taught])
     adapted = abstract_adapted(method, jax.random.key(0), model, params, axes)
     drawn = blueprint(model, method, adapted, task, training, mesh, rules, NOMINAL_STEPS)
@@ -85,30 +87,50 @@ def start(config: Any, task: Task) -> tuple[Model, Tree, dict[str, Axes]]:
 
 
 def lesson(
-    entry: Mapping[str, Any], mesh: jax.sharding.Mesh, rules: Mapping[str, Any], training: TrainSettings
+    entry: Mapping[str, Any], student: Model, mesh: jax.sharding.Mesh, rules: Mapping[str, Any], training: TrainSettings
 ) -> tuple[str, Method]:
-    """An entry of `config.losses` as a method; of its teacher only the directory's shapes are read."""
-    given = {"teacher": abstract_teacher(entry["teacher"], mesh, rules, training)} if "teacher" in entry else {}
-    rest = {key: value for key, value in entry.items() if key != "teacher"}
-    return entry.get("name", ""), registry.make(registry.LOSSES, rest, "losses", **given)
+    """An entry of `config.losses` as a method; of its teachers only the directories' shapes are read.
+
+    Raises:
+      ValueError: for a cached teacher, whose answers are columns of the data, or one that judges the student's texts.
+    """
+    what, known = f"config.losses: {entry.get('name', '')}", {}
+
+    def teacher(directory: str | None, cache: Mapping[str, Any] | None, temperature: float) -> Teacher:
+        if cache is not None or directory is None:
+            raise ValueError(f"{what}: a teacher's cache is read with the data; leave the cache out here")
+        stored = open_model(find(directory))
+        model = Model(stored.config)
+        shapes = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in arrays(stored.params).items()}
+        params = with_arrays(stored.params, shapes)
+        known[id(params)] = model, {**model.axes(), **stored.axes}
+        ctx, dtype = Context(place=place(mesh, rules)), jnp.dtype(training.dtype)
+        forward = lambda params, batch, taps: model.forward(params, batch, ctx=ctx, taps=taps, dtype=dtype)  # noqa: E731
+        own, other = student.config.vocab_size, stored.config.vocab_size
+        shared = min(own, other) if own != other and not stored.config.num_labels else None
+        return Teacher(forward, params, stored.config.num_layers, stored.config.hidden_size, shared)
+
+    def placed(lesson: Lesson) -> Lesson:
+        assert isinstance(lesson.teacher, Teacher)
+        model, axes = known[id(lesson.teacher.params)]
+        breaks = tap_breaks(lesson.plan(student.config.num_layers).taps(side=1), model)
+        view = lambda tree: pad_vocab(model.run_view(tree, breaks=breaks), axes, ways("vocab", mesh, rules))  # noqa: E731
+        params = jax.eval_shape(view, lesson.teacher.params)
+        where = shardings(params, axes, mesh, rules, model.sizes())
+        values = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where[n]) for n, a in arrays(params).items()}
+        return dataclasses.replace(lesson, teacher=lesson.teacher._replace(params=with_arrays(params, values)))
+
+    def writing(**options: Any) -> Any:
+        raise ValueError(f"{what}: what a student writes is not known from shapes; leave on_policy out here")
+
+    function = lookup(registry.LOSSES, entry.get("name", ""), "entry of config.losses")
+    if "lessons" in inspect.signature(function).parameters:
+        return entry["name"], distillation(entry, teacher, placed, writing)
+    return entry["name"], registry.make(registry.LOSSES, entry, "losses")
 
 
-def abstract_teacher(
-    directory: str, mesh: jax.sharding.Mesh, rules: Mapping[str, Any], training: TrainSettings
-) -> Teacher:
-    """A model directory as a teacher without values: the run view's shapes, each with its place on the mesh."""
-    stored = open_model(find(directory))
-    model, axes = Model(stored.config), {**Model(stored.config).axes(), **stored.axes}
-    shapes = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in arrays(stored.params).items()}
-    view = lambda tree: pad_vocab(model.run_view(tree), axes, ways("vocab", mesh, rules))  # noqa: E731
-    params = jax.eval_shape(view, with_arrays(stored.params, shapes))
-    where = shardings(params, axes, mesh, rules, model.sizes())
-    placed = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where[n]) for n, a in arrays(params).items()}
-    ctx, dtype = Context(place=place(mesh, rules)), jnp.dtype(training.dtype)
-    forward = lambda params, batch, taps: model.forward(params, batch, ctx=ctx, taps=taps, dtype=dtype)  # noqa: E731
-    return Teacher(forward, with_arrays(params, placed), stored.config.num_layers, stored.config.hidden_size)
-
-
+READ = {"calibration", "calibrate", "loss", "tokenizer", "texts"}
+"""What surgery is given beside the model, if it asks for it."""
 LARGEST = 4 * 2**30
 """Bytes of parameters that surgery is tried on where shapes do not tell its result."""
 
@@ -128,14 +150,14 @@ def operated(
     found: dict[str, Any] = {}
 
     def run(values: Tree) -> Tree:
-        found["model"], result, found["axes"] = registry.make(
-            registry.SURGERY, entry, "surgery", model=model, params=values, axes=dict(axes)
-        )
+        given = {"model": model, "params": values, "axes": dict(axes)}
+        found["model"], result, found["axes"], *_ = registry.make(registry.SURGERY, entry, "surgery", **given)
         return result
 
     function: Any = registry.SURGERY.get(entry.get("name", ""))
-    if function is not None and "calibration" in inspect.signature(function).parameters:
-        raise ValueError(f"{what} reads calibration data, and shapes have none; leave it out here")
+    options = inspect.signature(function).parameters.values() if function is not None else ()
+    if data := {o.name for o in options if o.default is o.empty} & READ:
+        raise ValueError(f"{what} reads data ({', '.join(sorted(data))}), and shapes have none; leave it out here")
     try:
         shapes = jax.eval_shape(run, params)
         return found["model"], shapes, found["axes"]

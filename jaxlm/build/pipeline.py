@@ -13,6 +13,7 @@ from rich.console import Console
 from jaxlm.build import stage
 from jaxlm.build.comparison import Candidate, Trial, compare_models, protocol
 from jaxlm.build.config import code_version, default_config, digest, overlay, plain
+from jaxlm.build.lessons import teacher_places, teachers_in
 from jaxlm.build.records import PLACEMENT
 from jaxlm.core import lookup
 from jaxlm.data.settings import DataSettings
@@ -38,10 +39,7 @@ def stage_config(config: ConfigDict, entry: Mapping[str, Any], done: Mapping[str
         own.model = default_config().model
         own.model.init = str(lookup(done, entry["after"], "stage (stages come in order)") / "model")
     overlay(own, {k: v for k, v in entry.items() if k not in STAGE_FIELDS}, f"stage {entry['name']}: config")
-    own.losses = tuple(
-        {**loss, "teacher": str(done[loss["teacher"]] / "model")} if loss.get("teacher") in done else loss
-        for loss in plain(own.losses)
-    )
+    own.losses = teacher_places(plain(own.losses), lambda name: str(done[name] / "model") if name in done else name)
     return own
 
 
@@ -51,7 +49,7 @@ def fingerprint(config: ConfigDict, done: Mapping[str, Path], code: str) -> str:
     Where it runs (`config.mesh`, `config.sharding`) is no input: a stage that is done is done.
     """
     values = {name: value for name, value in plain(config).items() if name not in PLACEMENT}
-    read = [values["model"]["init"], *(loss.get("teacher", "") for loss in values["losses"])]
+    read = [values["model"]["init"], *teachers_in(values["losses"])]
     hashes = [
         json.loads((path / "result.json").read_text())["params_sha256"]
         for path in done.values()

@@ -25,6 +25,19 @@ from jaxlm.core.paths import (
 )
 from jaxlm.core.product import PRODUCT, matmul, matmul_transposed
 from jaxlm.core.registry import call, lookup, nearest
-from jaxlm.core.site import SITES, Gate, Site, visit
+from jaxlm.core.site import SITES, Gate, HardConcrete, Site, Switch, visit
+from jaxlm.core.surgery import Operated
 from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take
-from jaxlm.core.weights import WEIGHTS, FakeQuant, LowRank, Masked, Quantized
+from jaxlm.core.weights import (
+    LSQ,
+    PACT,
+    WEIGHTS,
+    Factored,
+    FakeQuant,
+    InputScaled,
+    LowRank,
+    Masked,
+    Observed,
+    Quantized,
+    Scheme,
+)

@@ -68,7 +68,7 @@ def test_surgery_whose_outcome_depends_on_values_is_refused(recipe, mesh, monkey
     with pytest.raises(ValueError, match=r"config.surgery: changed: what is left depends on the parameters' values"):
         outline(recipe, mesh)
     recipe.surgery = ({"name": "reads"},)
-    with pytest.raises(ValueError, match=r"config.surgery: reads reads calibration data.*leave it out"):
+    with pytest.raises(ValueError, match=r"config.surgery: reads reads data \(calibration\).*leave it out"):
         outline(recipe, mesh)
     recipe.surgery = ({"name": "quantise"},)
     with pytest.raises(ValueError, match="did you mean 'quantize'"):

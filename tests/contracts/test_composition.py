@@ -20,8 +20,10 @@ import pytest
 
 from jaxlm.build import registry
 from jaxlm.build.blueprint import blueprint
+from jaxlm.build.lessons import distillation
+from jaxlm.compress.calibrate import Calibration
 from jaxlm.core import Adapted, Gate, Method, arrays, chain, flatten, map_leaves, materialize
-from jaxlm.losses.distillation import Teacher
+from jaxlm.losses.teacher import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view
@@ -44,17 +46,26 @@ TYPICAL: dict[str, Any] = {
     "end": 2,
     "every": 1,
     "ffn": 0.25,
+    "group": None,
     "heads": 0.5,
-    "hidden": 1.0,
     "keep": (0, 2),
     "rank": 2,
+    "share": 0.34,
     "sparsity": 0.5,
 }
-OWN: dict[tuple[str, str], dict[str, Any]] = {}
+FORMATS = ({"bits": "int4"}, {"bits": "int8"})
+OWN: dict[tuple[str, str], dict[str, Any]] = {
+    ("losses", "distill"): {"alpha": 0.7, "hidden": 1.0, "relations": 1.0},
+    ("methods", "l0"): {"size": 0.5, "end": 2, "speed": 50.0},
+    ("surgery", "mixed_precision"): {"budget": 0.6, "choices": FORMATS},
+    ("surgery", "mixed_precision_weights"): {"budget": 0.6, "choices": FORMATS},
+}
 """Options of an entry that cannot do with the typical ones, by table and name."""
+ALONE = {"trim_vocabulary"}
+"""Surgery that changes the tokenizer, and so the data: tested where there are texts."""
 
 TABLES = {"surgery": registry.SURGERY, "methods": registry.METHODS, "losses": registry.LOSSES}
-GIVEN = {"model", "params", "axes", "calibration", "teacher"}
+GIVEN = {"model", "params", "axes", "calibration", "calibrate", "loss", "lessons"}
 
 
 class Entry(NamedTuple):
@@ -82,7 +93,7 @@ class Entry(NamedTuple):
         return {name: TYPICAL[name] for name in options if name in TYPICAL}
 
 
-ENTRIES = [Entry(section, name) for section, table in TABLES.items() for name in table]
+ENTRIES = [Entry(section, name) for section, table in TABLES.items() for name in table if name not in ALONE]
 
 
 def pairs() -> list[tuple[Entry, Entry]]:
@@ -155,15 +166,12 @@ def begin(pair: tuple[Entry, Entry]) -> Begun:
     for entry in pair:
         described = {"name": entry.name, **entry.arguments}
         if entry.section == "surgery":
-            given = (
-                {"calibration": calibration()} if "calibration" in inspect.signature(entry.function).parameters else {}
-            )
-            model, params, axes = registry.make(
-                TABLES[entry.section], described, entry.section, model=model, params=params, axes=axes, **given
-            )
+            given = {"model": model, "params": params, "axes": axes}
+            model, params, axes, *_ = registry.make(TABLES["surgery"], described, "surgery", OFFERED, **given)
+        elif "lessons" in inspect.signature(entry.function).parameters:
+            methods.append((entry.name, distillation({**described, "teacher": "deeper"}, lambda *_: teacher())))
         else:
-            given = {"teacher": teacher()} if entry.section == "losses" else {}
-            methods.append((entry.name, registry.make(TABLES[entry.section], described, entry.section, **given)))
+            methods.append((entry.name, registry.make(TABLES[entry.section], described, entry.section)))
     method = chain(methods)
     adapted = method.init(jax.random.key(2), model, params, axes)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
@@ -172,10 +180,11 @@ def begin(pair: tuple[Entry, Entry]) -> Begun:
     return Begun(model, method, adapted, plan, quick(plan.create)(dropout_key(0), plan.params, adapted.state))
 
 
-def calibration() -> Any:
-    from jaxlm.compress.calibrate import Calibration
-
-    return Calibration((BATCH,), "made up")
+OFFERED: dict[str, Any] = {
+    "calibration": lambda: Calibration((BATCH,), "made up"),
+    "calibrate": lambda: lambda: Calibration((BATCH,), "made up"),
+    "loss": lambda: TASKS["causal"].loss,
+}
 
 
 @functools.cache

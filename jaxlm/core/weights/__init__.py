@@ -1,11 +1,31 @@
 """Every class that may sit at a weight leaf, by the name that model directories store."""
 
 from jaxlm.core.weight import Weight
-from jaxlm.core.weights.fake_quant import FakeQuant, fake_quantize
+from jaxlm.core.weights.factored import Factored
+from jaxlm.core.weights.fake_quant import FakeQuant
+from jaxlm.core.weights.input_scaled import InputScaled
+from jaxlm.core.weights.learned import LSQ, PACT
 from jaxlm.core.weights.low_rank import LowRank
 from jaxlm.core.weights.masked import Masked
-from jaxlm.core.weights.quantized import Quantized, round_to_codes, scale_of
+from jaxlm.core.weights.observed import Observed
+from jaxlm.core.weights.quantized import Quantized
+from jaxlm.core.weights.scheme import INT8, Scheme
 
-WEIGHTS: dict[str, type[Weight]] = {cls.__name__: cls for cls in (Masked, FakeQuant, Quantized, LowRank)}
+WEIGHTS: dict[str, type[Weight]] = {
+    cls.__name__: cls for cls in (Masked, FakeQuant, LSQ, PACT, Quantized, LowRank, InputScaled, Factored)
+}
 
-__all__ = ["WEIGHTS", "FakeQuant", "LowRank", "Masked", "Quantized", "fake_quantize", "round_to_codes", "scale_of"]
+__all__ = [
+    "INT8",
+    "LSQ",
+    "PACT",
+    "WEIGHTS",
+    "Factored",
+    "FakeQuant",
+    "InputScaled",
+    "LowRank",
+    "Masked",
+    "Observed",
+    "Quantized",
+    "Scheme",
+]
