@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.compress.bake import bake
-from jaxlm.compress.magnitude import magnitude
+from jaxlm.compress.magnitude import magnitude, prune_magnitude
+from jaxlm.compress.movement import movement
 from jaxlm.compress.quantize import qat, quantize
+from jaxlm.compress.regrow import regrow
 from jaxlm.compress.structured import keep_layers, prune, structured
+from jaxlm.compress.taylor import taylor
 from jaxlm.core import Method, call, lookup
 from jaxlm.losses.distillation import distill
 from jaxlm.peft.lora import lora
@@ -14,13 +17,17 @@ from jaxlm.peft.lora import lora
 METHODS = {
     "lora": lora,
     "magnitude": magnitude,
+    "movement": movement,
     "qat": qat,
+    "regrow": regrow,
     "structured": structured,
+    "taylor": taylor,
 }
 LOSSES = {"distill": distill}
 SURGERY = {
     "bake": bake,
     "keep_layers": keep_layers,
+    "magnitude": prune_magnitude,
     "prune": prune,
     "quantize": quantize,
 }

@@ -124,22 +124,11 @@ def keep(
     Raises:
       ValueError: for a pattern or `per` that does not exist, or one that does not divide the matrix.
     """
-    found = parse_pattern(pattern)
-    if per not in ("matrix", "output"):
-        raise ValueError(f"keep: per must be 'matrix' or 'output', not {per!r}")
-    if found.group:
-        groups = _groups(scores, found)
-        wanted = 1 - found.kept / found.group if sparsity is None else sparsity
-        dropped = jnp.minimum(_count(wanted, found.group), found.group - found.kept)
-        return (ranks(groups, axis=1) >= dropped).reshape(scores.shape)
-    if sparsity is None:
+    units = arrange(scores, pattern, per)
+    if sparsity is None and not parse_pattern(pattern).group:
         raise ValueError(f"the pattern {pattern} needs a sparsity")
-    blocks = _blocks(scores, found)
-    if per == "output":
-        mask = ranks(blocks, axis=0) >= _count(sparsity, blocks.shape[0])
-    else:
-        mask = keep_largest(blocks, sparsity)
-    return _whole(mask, found)
+    mask = ranks(units) >= dropped(sparsity, units.shape[0], pattern)
+    return restore(mask, scores.shape, pattern, per)
 
 
 def keep_together(
@@ -180,14 +169,38 @@ def check_shape(shape: tuple[int, ...], pattern: str, name: str) -> None:
             )
 
 
+def arrange(scores: jax.Array, pattern: str, per: str = "matrix") -> jax.Array:
+    """The matrix as `[n, columns]`: what competes for a place, n blocks, entries or members of a group, in a column."""
+    found = parse_pattern(pattern)
+    if per not in ("matrix", "output"):
+        raise ValueError(f"per must be 'matrix' or 'output', not {per!r}")
+    if found.group:
+        check_shape(scores.shape, pattern, "the matrix")
+        groups = scores.reshape(-1, found.group, scores.shape[-1])
+        return jnp.moveaxis(groups, 1, 0).reshape(found.group, -1)
+    blocks = _blocks(scores, found)
+    return blocks if per == "output" else blocks.reshape(-1, 1)
+
+
+def restore(mask: jax.Array, shape: tuple[int, ...], pattern: str, per: str = "matrix") -> jax.Array:
+    """The inverse of `arrange`: a mask of a matrix of that shape."""
+    found = parse_pattern(pattern)
+    if found.group:
+        return jnp.moveaxis(mask.reshape(found.group, -1, shape[-1]), 0, 1).reshape(shape)
+    return _whole(mask.reshape(shape[0] // found.rows, shape[1] // found.columns), found)
+
+
+def dropped(sparsity: jax.Array | float | None, size: int, pattern: str) -> jax.Array:
+    """How many of `size` go: `round(sparsity · size)`, under `N:M` at most M - N."""
+    found = parse_pattern(pattern)
+    if not found.group:
+        return _count(0.0 if sparsity is None else sparsity, size)
+    most = found.group - found.kept
+    return jnp.int32(most) if sparsity is None else jnp.minimum(_count(sparsity, size), most)
+
+
 def _count(sparsity: jax.Array | float, size: int) -> jax.Array:
     return jnp.round(jnp.asarray(sparsity, jnp.float32) * size).astype(jnp.int32)
-
-
-def _groups(scores: jax.Array, pattern: Pattern) -> jax.Array:
-    """`[in, out]` as `[groups, M, out]`."""
-    check_shape(scores.shape, pattern.name, "the matrix")
-    return scores.reshape(-1, pattern.group, scores.shape[-1])
 
 
 def _blocks(scores: jax.Array, pattern: Pattern) -> jax.Array:

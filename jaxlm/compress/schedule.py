@@ -23,6 +23,19 @@ def due(step: jax.Array | int, begin: int, end: int, every: int) -> jax.Array | 
     return (step >= begin) & (step <= end) & (((step - begin) % every == 0) | (step == end))
 
 
+def overdue(step: jax.Array | int, last: jax.Array | int, begin: int, end: int, every: int) -> jax.Array | bool:
+    """Whether the newest mask, that of step `last` (0: none yet), is older than the newest that was due.
+
+    Like `due`, and it makes up for what was missed: the update of a due step may have been skipped because a gradient
+    was not finite, and after `end` no other would follow.
+
+    >>> [bool(overdue(t, 5, begin=0, end=10, every=5)) for t in (5, 9, 10, 11)]
+    [False, False, True, True]
+    """
+    newest = jnp.where(step >= end, end, begin + (step - begin) // every * every)
+    return (step >= begin) & (newest > last)
+
+
 def check_schedule(who: str, begin: int, end: int, every: int) -> None:
     """Raises ValueError for a schedule that would never prune."""
     if not 1 <= end >= begin >= 0:

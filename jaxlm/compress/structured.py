@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.compress.magnitude import keep_largest
+from jaxlm.compress.patterns import keep_largest
 from jaxlm.compress.schedule import check_schedule, cubic, due
 from jaxlm.core import (
     Adapted,

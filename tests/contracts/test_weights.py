@@ -16,6 +16,7 @@ from jaxlm.core import (
     LowRank,
     Masked,
     Quantized,
+    Scored,
     Weight,
     attend,
     components,
@@ -41,8 +42,10 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
+OPEN = jax.random.bernoulli(jax.random.key(1), 0.6, (IN, OUT))
 MAKE = {
-    "Masked": lambda base: Masked(base, jax.random.bernoulli(jax.random.key(1), 0.6, (IN, OUT))),
+    "Masked": lambda base: Masked(base, OPEN),
+    "Scored": lambda base: Scored(base, OPEN, scores=normal(4, IN, OUT)),
     "FakeQuant": lambda base: FakeQuant(base),
     "Quantized": lambda base: Quantized.of(materialize(base)),
     "LowRank": lambda base: LowRank(base, normal(2, IN, 4), normal(3, 4, OUT), scale=0.5, rate=0.25),
@@ -52,6 +55,7 @@ SINGLE = {name: make(DENSE) for name, make in MAKE.items()}
 OUTER = [name for name in MAKE if hasattr(SINGLE[name], "base")]
 NESTED = {f"{outer}({inner})": MAKE[outer](SINGLE[inner]) for outer in OUTER for inner in MAKE}
 VARIANTS = {
+    "Masked, dense gradient": Masked(DENSE, OPEN, dense_grad=True),
     "FakeQuant, dynamic": FakeQuant(DENSE, dynamic=True),
     "FakeQuant, rows": FakeQuant(DENSE, dynamic=True, channel=-2),
     "Quantized, dynamic": Quantized.of(DENSE, dynamic=True),
@@ -264,6 +268,14 @@ def test_masked_is_the_product_with_the_mask():
     assert not gradient[~np.asarray(w.mask)].any() and gradient[np.asarray(w.mask)].all()
 
 
+def test_masked_passes_the_gradient_through_where_it_is_asked_to():
+    """The matrix is the masked one to the bit, the gradient that of a matrix without a mask."""
+    name = "Masked, dense gradient"
+    assert np.array_equal(results(name)["dense"], results("Masked")["dense"])
+    dense, masked = (results(n)["gradient"][0][0].base for n in (name, "Masked"))
+    assert np.array_equal(np.where(np.asarray(OPEN), dense, 0), masked) and dense.all()
+
+
 def test_low_rank_is_the_sum():
     w = SINGLE["LowRank"]
     exact = np.asarray(DENSE, np.float64) + 0.5 * np.asarray(w.a, np.float64) @ np.asarray(w.b, np.float64)
@@ -339,7 +351,9 @@ def test_the_largest_weight_of_every_channel_learns():
     assert np.array_equal(gradient, np.ones_like(gradient))
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "Quant" in n and not n.startswith(("Masked", "LowRank"))])
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if "Quant" in n and not n.startswith(("Masked", "Scored", "LowRank"))]
+)
 def test_zero_channels_and_constant_inputs(name):
     dense = DENSE.at[:, 3].set(0).at[2].set(0)
     w = CASES[name]

@@ -3,9 +3,19 @@
 from jaxlm.core.weight import Weight
 from jaxlm.core.weights.fake_quant import FakeQuant, fake_quantize
 from jaxlm.core.weights.low_rank import LowRank
-from jaxlm.core.weights.masked import Masked
+from jaxlm.core.weights.masked import Masked, Scored
 from jaxlm.core.weights.quantized import Quantized, round_to_codes, scale_of
 
-WEIGHTS: dict[str, type[Weight]] = {cls.__name__: cls for cls in (Masked, FakeQuant, Quantized, LowRank)}
+WEIGHTS: dict[str, type[Weight]] = {cls.__name__: cls for cls in (Masked, Scored, FakeQuant, Quantized, LowRank)}
 
-__all__ = ["WEIGHTS", "FakeQuant", "LowRank", "Masked", "Quantized", "fake_quantize", "round_to_codes", "scale_of"]
+__all__ = [
+    "WEIGHTS",
+    "FakeQuant",
+    "LowRank",
+    "Masked",
+    "Quantized",
+    "Scored",
+    "fake_quantize",
+    "round_to_codes",
+    "scale_of",
+]
