@@ -72,12 +72,18 @@ class Plan:
                 if not self.rules
                 else f"{self.who}: per='model' is one budget for all targets; give one sparsity, not rules"
             )
-        for _, share in self.rules or ((None, self.sparsity),):
+        for share in [share for _, share in self.rules] or [self.one]:
             final_sparsity(share, self.pattern, self.who)
 
     @property
     def rules(self) -> Sequence[tuple[str, float]]:
+        """The sparsity as rules, if it is given so."""
         return () if isinstance(self.sparsity, float | int | None) else self.sparsity
+
+    @property
+    def one(self) -> float | None:
+        """The sparsity as one number, if it is given so."""
+        return self.sparsity if isinstance(self.sparsity, float | int | None) else None
 
     def chosen(self, path: str) -> bool:
         """Whether a leaf of either view is a target: in the run view, any of its layers."""
@@ -87,8 +93,10 @@ class Plan:
         """Final share of zeros of a leaf of the canonical view; NaN for one that is no target."""
         if not matches(self.targets, path):
             return float("nan")
-        own = first_match(self.rules, path) if self.rules else self.sparsity
-        if own is None and self.rules:
+        if not self.rules:
+            return final_sparsity(self.one, self.pattern, self.who)
+        own = first_match(self.rules, path)
+        if own is None:
             raise ValueError(f"{self.who}: no sparsity rule matches {path!r}; add one, or narrow targets")
         return final_sparsity(own, self.pattern, self.who)
 
@@ -115,8 +123,7 @@ class Plan:
             strangers = [own for c in candidates.values() for own in layer_paths(c.path) if np.isnan(self.share(own))]
             if strangers:
                 raise ValueError(f"{self.who}: {strangers[0]} is stacked with targets and masked, but no target itself")
-            assert isinstance(self.sparsity, float | int)
-            return keep_together(scores, now(self.sparsity), self.pattern)
+            return keep_together(scores, now(self.one), self.pattern)
         choose = partial(keep, pattern=self.pattern, per=self.per)
         return {
             name: by_layer(choose, scores[name].ndim)(scores[name], now(self.shares(candidate.path)))
@@ -149,19 +156,19 @@ class Candidate(NamedTuple):
     """
 
     path: str
-    leaf: Masked
-    gradient: jax.Array | None
+    leaf: Any
+    gradient: Any
 
 
 Choose = Callable[[dict[str, Candidate], jax.Array], dict[str, jax.Array]]
 """`(candidates by name, step number) -> new masks by name`."""
 
 
-def by_score(plan: Plan, score: Callable[[Masked], jax.Array], back: bool = False) -> Choose:
+def by_score(plan: Plan, score: Callable[[Any], jax.Array], back: bool = False) -> Choose:
     """Keeps the largest scores, by the cubic schedule.
 
     Args:
-      score: what an entry is worth, in the shape of the mask.
+      score: what an entry of a Masked is worth, in the shape of its mask.
       back: whether an entry that was masked may come back; otherwise its score does not matter.
     """
 
@@ -207,7 +214,8 @@ def pruning(
                     f"{plan.who}: {path} holds a {kind}, and the gradient of its matrix is not known; bake it first, "
                     "leave it out of targets, or prune by magnitude"
                 )
-            return at_mask(lambda _, own: _prepared(own, learn is not None, dense), path, with_mask(leaf))
+            prepare: Callable[[str, Masked], Any] = lambda _, own: _prepared(own, learn is not None, dense)  # noqa: E731
+            return at_mask(prepare, path, with_mask(leaf))
 
         return Adapted(map_leaves(wrap, params), axes, {}, {plan.who: {"renewed": jnp.int32(0)}})
 
@@ -215,8 +223,9 @@ def pruning(
         """`{name of the Masked: (path of the leaf, it)}`."""
         found: dict[str, tuple[str, Masked]] = {}
         for path, leaf in flatten(params).items():
-            if plan.chosen(path):
-                at_mask(lambda name, own, path=path: found.update({name: (path, own)}), path, leaf)
+            own = masked_in(path, leaf) if plan.chosen(path) else None
+            if own is not None:
+                found[own[0]] = (path, own[1])
         return found
 
     def mask(params: Tree, grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -226,18 +235,21 @@ def pruning(
         return {name: jnp.where(hidden[name], g, 0) if name in hidden else g for name, g in grads.items()}
 
     def update(step: Step, grads: dict, constants: dict, number: jax.Array) -> Step:
-        before = targets(step.previous) if learn is not None or hold else {}
+        before: dict[str, Any] = {}
+        if learn or hold:
+            before = {name: leaf.base for name, (_, leaf) in targets(step.previous).items()}
         candidates: dict[str, Candidate] = {}
+        leaf: Any
         for name, (path, leaf) in targets(step.params).items():
-            gradient = None
+            gradient: Any = None
             if reads:
                 if f"{name}.base" not in grads:
                     raise ValueError(f"{plan.who}: {path} does not train, so there is no gradient to score it by")
                 gradient = grads[f"{name}.base"]
             if learn is not None:
-                leaf = leaf.replace(scores=learn(leaf.scores, before[name][1].base, gradient))
+                leaf = leaf.replace(scores=learn(leaf.scores, before[name], gradient))
             if hold:
-                leaf = leaf.replace(base=jnp.where(leaf.mask, leaf.base, before[name][1].base))
+                leaf = leaf.replace(base=jnp.where(leaf.mask, leaf.base, before[name]))
             candidates[name] = Candidate(path, leaf, gradient)
 
         def renewed() -> dict[str, jax.Array]:
@@ -278,16 +290,15 @@ def pruning(
     return Method(init=init, mask=mask, update=update, bake=bake, claims=claims)
 
 
-def prune_at_once(plan: Plan, score: Callable[[Masked], jax.Array], params: Tree) -> dict[str, Any]:
+def prune_at_once(plan: Plan, score: Callable[[Any], jax.Array], params: Tree) -> dict[str, Any]:
     """The parameters (canonical view) with every target masked, and zero where it is: what a surgery does.
 
     Zeros then survive training without a method: their gradient is zero, and so are moments and decay.
     """
     plan.check(params)
     leaves = {path: with_mask(leaf) for path, leaf in flatten(params).items() if plan.chosen(path)}
-    candidates: dict[str, Candidate] = {}
-    for path, leaf in leaves.items():
-        at_mask(lambda name, own, path=path: candidates.update({name: Candidate(path, own, None)}), path, leaf)
+    found = {path: masked_in(path, leaf) for path, leaf in leaves.items()}
+    candidates = {own[0]: Candidate(path, own[1], None) for path, own in found.items() if own is not None}
     masks = by_score(plan, score)(candidates, jnp.int32(plan.end))
 
     def closed(name: str, leaf: Masked) -> Masked:
@@ -310,6 +321,14 @@ def at_mask(change: Callable[[str, Masked], Any], name: str, leaf: Any) -> Any:
         return change(name, leaf)
     inner = getattr(leaf, "base", None)
     return leaf.replace(base=at_mask(change, f"{name}.base", inner)) if isinstance(inner, Node) else leaf
+
+
+def masked_in(name: str, leaf: Any) -> tuple[str, Masked] | None:
+    """The Masked inside a leaf, with its name, if there is one."""
+    if isinstance(leaf, Masked):
+        return name, leaf
+    inner = getattr(leaf, "base", None)
+    return masked_in(f"{name}.base", inner) if isinstance(inner, Node) else None
 
 
 def matrix_of(leaf: Any) -> Any:

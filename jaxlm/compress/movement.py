@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.compress.masking import KERNELS, Plan, Share, by_score, pruning
-from jaxlm.core import Masked, Method, materialize
+from jaxlm.core import Method, Scored, materialize
 
 
 def movement(
@@ -42,7 +42,7 @@ def movement(
     def learn(scores: jax.Array, weight: jax.Array, gradient: jax.Array) -> jax.Array:
         return scores - learning_rate * (weight * gradient).astype(jnp.float32)
 
-    def score(leaf: Masked) -> jax.Array:
+    def score(leaf: Scored) -> jax.Array:
         return leaf.scores + prior * jnp.abs(materialize(leaf.base))
 
     return pruning(plan, by_score(plan, score, back=True), learn=learn, dense=True, hold=True)

@@ -1,7 +1,6 @@
 """Prune and regrow: a sparse network that moves its connections while it trains."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jaxlm.compress.masking import KERNELS, Candidate, Plan, Share, by_layer, pruning
 from jaxlm.compress.patterns import arrange, dropped, ranks, restore
 from jaxlm.compress.schedule import cubic
-from jaxlm.core import Method
+from jaxlm.core import Masked, Method
 
 
 def exchange(
@@ -74,16 +73,17 @@ def regrow(
     if per == "model":
         raise ValueError("regrow: what a matrix drops grows in the same matrix; per must be 'matrix' or 'output'")
     plan = Plan("regrow", sparsity, pattern, per, targets, begin, end, every)
-    one = partial(exchange, pattern=pattern, per=per)
 
     def choose(candidates: dict[str, Candidate], number: jax.Array) -> dict[str, jax.Array]:
         progress = jnp.clip((number - begin) / max(end - begin, 1), 0.0, 1.0)
         moved = 0.5 * fraction * (1 + jnp.cos(math.pi * progress))
 
-        def new(path: str, leaf, gradient: jax.Array) -> jax.Array:
+        def matrix(mask: jax.Array, weight: jax.Array, gradient: jax.Array, now: jax.Array) -> jax.Array:
+            return exchange(mask, weight, gradient, now, moved, pattern, per)
+
+        def new(path: str, leaf: Masked, gradient: jax.Array) -> jax.Array:
             now = cubic(number, plan.shares(path), begin, end if gradual else begin)
-            function = by_layer(lambda *four: one(*four, moved), leaf.mask.ndim)
-            return function(leaf.mask, leaf.base, gradient, now)
+            return by_layer(matrix, leaf.mask.ndim)(leaf.mask, leaf.base, gradient, now)
 
         return {name: new(c.path, c.leaf, c.gradient) for name, c in candidates.items()}
 

@@ -1,10 +1,12 @@
 """The cubic sparsity schedule, and when it is looked at."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 
-def cubic(step: jax.Array | int, final: float, begin: int, end: int, initial: float = 0.0) -> jax.Array:
+def cubic(step: jax.Array | int, final: Any, begin: int, end: int, initial: float = 0.0) -> jax.Array:
     """`s_f + (s_0 - s_f) (1 - (t - t_0) / (t_1 - t_0))³`, `s_0` before `begin` and `s_f` after `end`.
 
     Fast at first, when there is much to remove, and slow towards the end. Source: Zhu and Gupta 2017, arXiv:1710.01878.
