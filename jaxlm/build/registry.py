@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.compress.bake import bake
+from jaxlm.compress.cluster import cluster
 from jaxlm.compress.magnitude import magnitude, prune_magnitude
 from jaxlm.compress.movement import movement
 from jaxlm.compress.quantize import qat, quantize
 from jaxlm.compress.regrow import regrow
+from jaxlm.compress.share import share, unshare
 from jaxlm.compress.structured import keep_layers, prune, structured
 from jaxlm.compress.taylor import taylor
 from jaxlm.core import Method, call, lookup
@@ -26,10 +28,13 @@ METHODS = {
 LOSSES = {"distill": distill}
 SURGERY = {
     "bake": bake,
+    "cluster": cluster,
     "keep_layers": keep_layers,
     "magnitude": prune_magnitude,
     "prune": prune,
     "quantize": quantize,
+    "share": share,
+    "unshare": unshare,
 }
 
 

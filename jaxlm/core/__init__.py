@@ -27,4 +27,4 @@ from jaxlm.core.product import PRODUCT, matmul, matmul_transposed
 from jaxlm.core.registry import call, lookup, nearest
 from jaxlm.core.site import SITES, Gate, Site, visit
 from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take
-from jaxlm.core.weights import WEIGHTS, FakeQuant, LowRank, Masked, Quantized, Scored
+from jaxlm.core.weights import WEIGHTS, Clustered, FakeQuant, LowRank, Masked, Quantized, Scored

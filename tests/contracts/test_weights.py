@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.compress.cluster import clustered
 from jaxlm.core import (
     WEIGHTS,
     Context,
@@ -48,6 +49,7 @@ MAKE = {
     "Scored": lambda base: Scored(base, OPEN, scores=normal(4, IN, OUT)),
     "FakeQuant": lambda base: FakeQuant(base),
     "Quantized": lambda base: Quantized.of(materialize(base)),
+    "Clustered": lambda base: clustered(materialize(base), 16, group=8),
     "LowRank": lambda base: LowRank(base, normal(2, IN, 4), normal(3, 4, OUT), scale=0.5, rate=0.25),
 }
 DENSE = normal(0, IN, OUT)
