@@ -97,11 +97,11 @@ def test_below_a_mask_only_what_is_kept_is_clustered():
         ({"values": 257}, "values must be 2 to 256"),
         ({"group": 0}, "group must be at least 1"),
         ({"targets": "x"}, "targets 'x' match no parameter"),
-        ({}, "layers_0/kernel holds a Quantized.*bake it first"),
+        ({}, "layers_0/up/kernel holds a Quantized.*bake it first"),
     ],
 )
 def test_what_cannot_be(arguments, message):
-    params = {"layers_0": {"kernel": Quantized.of(jnp.asarray(DENSE))}}
+    params = {"layers_0": {"up": {"kernel": Quantized.of(jnp.asarray(DENSE))}}}
     with pytest.raises(ValueError, match=message):
         cluster(None, params, {}, **arguments)
 
