@@ -56,10 +56,11 @@ def _lloyd(ordered: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return centres
 
 
-def clustered(w: np.ndarray, k: int, group: int | None = None, kept: np.ndarray | None = None) -> Clustered:
+def clustered(w: Any, k: int, group: int | None = None, kept: Any = None) -> Clustered:
     """A matrix `[in, out]` with k shared values, or k for every `group` inputs.
 
     Args:
+      w: numpy's or jax's.
       kept: bool `[in, out]`; entries that do not count, because a mask hides them, are left out of the means.
     """
     values = np.asarray(w, np.float32)
