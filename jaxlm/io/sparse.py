@@ -72,16 +72,6 @@ def expand(tensors: Mapping[str, Tensor], described: Mapping[str, Any], where: P
     return {**left, **found}
 
 
-def sizes(described: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """`{name: (bytes on disk, bytes as it is in memory)}` of what is stored in another form."""
-    found = {}
-    for name, description in described.items():
-        parts = [stored[f"{name}#{part}"] for part in ("support", "values", "packed") if f"{name}#{part}" in stored]
-        dense = Tensor(tuple(description["shape"]), _dtype_of(description["dtype"]), lambda: np.empty(0))
-        found[name] = (sum(part.nbytes for part in parts), dense.nbytes)
-    return found
-
-
 # Choosing -----------------------------------------------------------------------------------------------------------
 
 
