@@ -1,6 +1,6 @@
 """Converts a model directory: transformers' to ours or back, another dtype, other shards. Streams one tensor at a time.
 
-python experiments/convert.py --from=DIR --to=DIR [--dtype=float32|bfloat16|float16] [--native]
+python experiments/convert.py --from=DIR --to=DIR [--dtype=float32|bfloat16|float16] [--native] [--padded]
 """
 
 import argparse
@@ -29,6 +29,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--native", action="store_true", help="write jaxlm's own layout even where transformers' would do"
     )
     parser.add_argument(
+        "--padded",
+        action="store_true",
+        help="where transformers cannot express the model's sizes (a pruned BERT's, say), write it once more into "
+        "DIR/transformers, padded with zeros: larger, but transformers loads it and its logits are the same",
+    )
+    parser.add_argument(
         "--max-shard-bytes",
         type=int,
         default=MAX_SHARD_BYTES,
@@ -55,6 +61,7 @@ def convert(options: argparse.Namespace) -> None:
             options.target,
             stored,
             native=options.native,
+            padded=options.padded,
             max_shard_bytes=options.max_shard_bytes,
             progress=lambda nbytes: progress.advance(bar, nbytes),
         )

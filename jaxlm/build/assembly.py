@@ -1,6 +1,5 @@
 """Methods, loss, gradient, optimizer and data of a setting, joined into a run that can start."""
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,20 +8,17 @@ import jax
 from jaxlm.build import registry
 from jaxlm.build.blueprint import Blueprint, blueprint
 from jaxlm.build.data import batch_shapes, to_devices
-from jaxlm.build.setting import Setting, on_mesh, split_evaluator
+from jaxlm.build.setting import Setting, split_evaluator
+from jaxlm.build.teachers import losses_of, training_batches
 from jaxlm.core import (
     Adapted,
     Axes,
     Method,
-    Tree,
     arrays,
     chain,
 )
 from jaxlm.data.prefetch import prefetch
 from jaxlm.io.checkpoint import Checkpoints
-from jaxlm.io.model import load
-from jaxlm.losses.distillation import Teacher
-from jaxlm.models.model import Model
 from jaxlm.parallel import shard_tree, unpad_vocab
 from jaxlm.train.journal import Journal
 from jaxlm.train.loop import Run
@@ -32,26 +28,27 @@ from jaxlm.train.step import TrainState, dropout_key
 
 
 class Ready(NamedTuple):
-    """A run that can start: the step not yet compiled, its state on the devices, and how to read the state."""
+    """A run that can start: the step not yet compiled, its state on the devices, how to read the state, and what
+    `result.json` says of what was prepared for it."""
 
     run: Run
     state: TrainState
     method: Method
     axes: dict[str, Axes]
+    facts: dict[str, Any]
 
 
 def assemble(setting: Setting, workdir: Path, journal: Journal) -> Ready:
     """Methods, loss, gradient, optimizer and data of `setting`, joined into a Run."""
     training, model = setting.training, setting.model
     check_splits(setting)
-    method = methods_of(setting)
-    adapted = method.init(setting.key("methods"), model, setting.params, setting.axes)
-    batches = setting.task.batches(
-        setting.splits["train"], setting.tokenizer, setting.data, training.batch_size, setting.config["seed"]
-    )
-    steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch))
+    batches, steps = training_batches(setting)
     if training.profile_steps and training.profile_from > steps:
         raise ValueError(f"config.train.profile_from = {training.profile_from}: the run has only {steps} steps")
+    methods = [registry.method(entry) for entry in setting.config["methods"]]
+    losses, batches, facts = losses_of(setting, batches, steps, journal.say)
+    method = chain([*methods, *losses])
+    adapted = method.init(setting.key("methods"), model, setting.params, setting.axes)
     plan = blueprint(model, method, adapted, setting.task, training, setting.mesh, setting.rules, steps)
     create = jax.jit(plan.create, out_shardings=plan.placement)
     method_state = jax.device_put(adapted.state, plan.placement.method)
@@ -77,7 +74,7 @@ def assemble(setting: Setting, workdir: Path, journal: Journal) -> Ready:
         stores=stores_in(workdir, training, saved_shapes(plan, adapted, model.config.vocab_size)),
         journal=journal,
     )
-    return Ready(run, state, method, adapted.axes)
+    return Ready(run, state, method, adapted.axes, facts)
 
 
 def check_splits(setting: Setting) -> None:
@@ -104,35 +101,3 @@ def stores_in(workdir: Path, training: TrainSettings, shapes: TrainState) -> Sto
         best=Checkpoints(workdir / "best", keep=2),
         trail=Checkpoints(workdir / "trail", keep=averaged + 1) if averaged > 1 else None,
     )
-
-
-def methods_of(setting: Setting) -> Method:
-    """The chain of `config.methods`, then `config.losses`."""
-    named = [registry.method(entry) for entry in setting.config["methods"]]
-    for entry in setting.config["losses"]:
-        given = {"teacher": teacher(entry["teacher"], setting)} if "teacher" in entry else {}
-        rest = {k: v for k, v in entry.items() if k != "teacher"}
-        named.append((entry.get("name", ""), registry.make(registry.LOSSES, rest, "losses", **given)))
-    return chain(named)
-
-
-def teacher(directory: str, setting: Setting) -> Teacher:
-    """A model directory as a teacher of this run: on the same mesh, deterministic, in the same dtype."""
-    lm = load(directory)
-    for name in ("head", "vocab_size", "labels", "regression"):
-        own, other = getattr(setting.model.config, name), getattr(lm.config, name)
-        if own != other:
-            raise ValueError(
-                f"teacher {directory} has {name} {other!r}, the student {own!r}; distillation compares their outputs "
-                f"one by one, so choose a teacher of the same task, tokenizer and labels"
-            )
-    if lm.tokenizer is not None and lm.tokenizer.get_vocab() != setting.tokenizer.get_vocab():
-        raise ValueError(f"teacher {directory} has another tokenizer; distillation compares token by token")
-    model = Model(lm.config)
-    ctx, dtype, options = setting.ctx, setting.dtype, {"remat": "none"}
-
-    def forward(params: Tree, batch: dict, taps) -> dict[str, Any]:
-        return model.forward(params, batch, ctx=ctx, taps=taps, dtype=dtype, **options)
-
-    params = on_mesh(setting, model, model.run_view(lm.params), model.axes())
-    return Teacher(forward, params, lm.config.num_layers, lm.config.hidden_size)

@@ -136,10 +136,11 @@ def layer_verdict(params: Tree, verdicts: list, training: TrainSettings):
 def tap_breaks(taps: frozenset, model: Model) -> set[int]:
     """Layers that begin a segment of their own, so that only tapped activations leave the scan.
 
-    Where most layers are tapped, one scan that gives out all of them is smaller than many short ones.
+    A hidden state lies between two layers; whatever else is tapped needs its layer alone in a segment. Where most
+    layers are tapped, one scan that gives out all of them is smaller than many short ones.
     """
-    tapped = {tap.depth for tap in taps if tap.site == "hidden"}
-    return tapped if 2 * len(tapped) <= model.config.num_layers else set()
+    breaks = {tap.depth for tap in taps} | {tap.depth + 1 for tap in taps if tap.site != "hidden"}
+    return breaks if 2 * len(breaks) <= model.config.num_layers else set()
 
 
 def state_shardings(state: TrainState, where: Mapping[str, Any], replicated: Any) -> TrainState:

@@ -93,7 +93,7 @@ def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[
                 reference=candidate.reference,
                 beside=candidate.beside,
                 flops_per_token=flops_per_token(
-                    lm.params,
+                    Model(lm.config).unshared(lm.params),
                     context=trial.context,
                     heads=lm.config.num_heads,
                     head_dim=lm.config.layers()[0].head_dim,

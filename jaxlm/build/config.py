@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from jaxlm.core import nearest
-from jaxlm.data.settings import DataSettings
+from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.models.config import ModelConfig
 from jaxlm.train.settings import TrainSettings
 
@@ -34,12 +34,13 @@ def default_config() -> ConfigDict:
 
     `model` holds `init` (a model directory, a hub id, or "" for a fresh model) and every hyper-parameter, `None` where
     the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`;
-    `stages` and `report` are read by a pipeline.
+    `calibration` is the text that surgery reads where it must see inputs; `stages` and `report` are read by a pipeline.
     """
     sections = {
         "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),
         "data": _defaults(DataSettings),
         "train": _defaults(TrainSettings),
+        "calibration": _defaults(CalibrationSettings),
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "sharding": {},
         "report": {"title": "", "corpus": "", "prompt": "", "batch_size": 16, "rounds": 15, "seconds": 20.0},

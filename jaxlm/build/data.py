@@ -29,7 +29,7 @@ def texts_of(source: Source) -> Iterable[str]:
             if name in record:
                 yield record[name]
         if "tokens" in record:
-            yield " ".join(record["tokens"])
+            yield " " + " ".join(record["tokens"])  # as words are encoded, every one after a space
 
 
 def tokenizer_for(settings: DataSettings, task: str, own: Any) -> Any:

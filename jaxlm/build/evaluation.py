@@ -50,7 +50,7 @@ def evaluator(
             terms.append(measured)
             real = slice(None) if rows is None else rows >= 0
             for name, value in predicted.items():
-                predictions.setdefault(name, []).append(_everywhere(value)[real])
+                predictions.setdefault(name, []).append(everywhere(value)[real])
         arrays = {name: stacked(parts) for name, parts in predictions.items()}
         return task.score(_sums(jax.device_get(terms)), arrays, model.config.labels, prepared.facts)
 
@@ -66,7 +66,7 @@ def _sums(terms: list[dict[str, Term]]) -> dict[str, Term]:
     return {name: Term(add(name, "sum"), add(name, "weight"), term.coefficient) for name, term in terms[0].items()}
 
 
-def _everywhere(value: jax.Array) -> np.ndarray:
+def everywhere(value: jax.Array) -> np.ndarray:
     """All rows, those on other hosts too."""
     if value.is_fully_addressable:
         return np.asarray(value)

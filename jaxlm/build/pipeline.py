@@ -13,6 +13,7 @@ from rich.console import Console
 from jaxlm.build import stage
 from jaxlm.build.comparison import Candidate, Trial, compare_models, protocol
 from jaxlm.build.config import code_version, default_config, digest, overlay, plain
+from jaxlm.build.lessons import teacher_places, teachers_in
 from jaxlm.core import lookup
 from jaxlm.evaluate import report
 from jaxlm.evaluate.row import Row
@@ -33,17 +34,14 @@ def stage_config(config: ConfigDict, entry: Mapping[str, Any], done: Mapping[str
         own.model = default_config().model
         own.model.init = str(lookup(done, entry["after"], "stage (stages come in order)") / "model")
     overlay(own, {k: v for k, v in entry.items() if k not in STAGE_FIELDS}, f"stage {entry['name']}: config")
-    own.losses = tuple(
-        {**loss, "teacher": str(done[loss["teacher"]] / "model")} if loss.get("teacher") in done else loss
-        for loss in plain(own.losses)
-    )
+    own.losses = teacher_places(plain(own.losses), lambda name: str(done[name] / "model") if name in done else name)
     return own
 
 
 def fingerprint(config: ConfigDict, done: Mapping[str, Path], code: str) -> str:
     """sha256 of a stage's inputs: its config, the code, and the parameters of the models that it reads."""
     values = plain(config)
-    read = [values["model"]["init"], *(loss.get("teacher", "") for loss in values["losses"])]
+    read = [values["model"]["init"], *teachers_in(values["losses"])]
     hashes = [
         json.loads((path / "result.json").read_text())["params_sha256"]
         for path in done.values()

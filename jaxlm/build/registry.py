@@ -1,25 +1,41 @@
 """Every method, loss and surgery by the name that a config uses. One line enrols a new one."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxlm.compress.awq import awq
 from jaxlm.compress.bake import bake
 from jaxlm.compress.cluster import cluster
+from jaxlm.compress.gptq import gptq
 from jaxlm.compress.magnitude import magnitude, prune_magnitude
+from jaxlm.compress.mixed_precision import mixed_precision, mixed_precision_weights
 from jaxlm.compress.movement import movement
-from jaxlm.compress.quantize import qat, quantize
+from jaxlm.compress.qat import lsq, pact, qat
+from jaxlm.compress.quantize import quantize
 from jaxlm.compress.regrow import regrow
 from jaxlm.compress.share import share, unshare
-from jaxlm.compress.structured import keep_layers, prune, structured
+from jaxlm.compress.smoothquant import smoothquant
+from jaxlm.compress.sparsegpt import sparsegpt
+from jaxlm.compress.static import quantize_static
+from jaxlm.compress.structured.gates import prune, structured
+from jaxlm.compress.structured.l0 import l0
+from jaxlm.compress.structured.layers import drop_layers, keep_layers
+from jaxlm.compress.svd import activation_svd, svd
 from jaxlm.compress.taylor import taylor
+from jaxlm.compress.vocabulary import trim_vocabulary
+from jaxlm.compress.wanda import wanda
 from jaxlm.core import Method, call, lookup
-from jaxlm.losses.distillation import distill
+from jaxlm.losses.distill import distill
 from jaxlm.peft.lora import lora
 
 METHODS = {
+    "l0": l0,
     "lora": lora,
+    "lsq": lsq,
     "magnitude": magnitude,
     "movement": movement,
+    "pact": pact,
     "qat": qat,
     "regrow": regrow,
     "structured": structured,
@@ -27,24 +43,49 @@ METHODS = {
 }
 LOSSES = {"distill": distill}
 SURGERY = {
+    "activation_svd": activation_svd,
+    "awq": awq,
     "bake": bake,
     "cluster": cluster,
+    "drop_layers": drop_layers,
+    "gptq": gptq,
     "keep_layers": keep_layers,
     "magnitude": prune_magnitude,
+    "mixed_precision": mixed_precision,
+    "mixed_precision_weights": mixed_precision_weights,
     "prune": prune,
     "quantize": quantize,
+    "quantize_static": quantize_static,
     "share": share,
+    "smoothquant": smoothquant,
+    "sparsegpt": sparsegpt,
+    "svd": svd,
+    "trim_vocabulary": trim_vocabulary,
     "unshare": unshare,
+    "wanda": wanda,
 }
 
 
-def make(table: Mapping[str, Any], entry: Mapping[str, Any], what: str, **given: Any) -> Any:
-    """`{"name": …, **arguments}` from a config, looked up and called; errors name the nearest valid word."""
+def make(
+    table: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    what: str,
+    offered: Mapping[str, Callable[[], Any]] = {},
+    /,
+    **given: Any,
+) -> Any:
+    """`{"name": …, **arguments}` from a config, looked up and called; errors name the nearest valid word.
+
+    Args:
+      offered: arguments by name that are costly (calibration data): made for a function that has them, and only then.
+      given: arguments that every function of the table has.
+    """
     if "name" not in entry:
         raise ValueError(f"an entry of config.{what} needs a name; known: {', '.join(sorted(table))}")
     arguments = {key: value for key, value in entry.items() if key != "name"}
     function = lookup(table, entry["name"], f"entry of config.{what}")
-    return call(function, arguments, f"config.{what}: {entry['name']}", **given)
+    wanted = {n: create() for n, create in offered.items() if n in inspect.signature(function).parameters}
+    return call(function, arguments, f"config.{what}: {entry['name']}", **given, **wanted)
 
 
 def method(entry: Mapping[str, Any]) -> tuple[str, Method]:

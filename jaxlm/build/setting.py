@@ -1,8 +1,9 @@
 """What a stage works on before any method: model, parameters, tokenizer, data and mesh of a config."""
 
 import dataclasses
+import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.build import registry
+from jaxlm.build.calibration import read_calibration
 from jaxlm.build.config import plain, set_fields
-from jaxlm.build.data import prepare, to_devices, tokenizer_for
+from jaxlm.build.data import prepare, texts_of, to_devices, tokenizer_for
 from jaxlm.build.evaluation import evaluator
-from jaxlm.core import Axes, Context, Tree, lookup
-from jaxlm.data.settings import DataSettings
+from jaxlm.compress.calibrate import Calibration
+from jaxlm.core import Axes, Context, Operated, Tree, lookup
+from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.io.model import LM, load
 from jaxlm.models import model_config
 from jaxlm.models.config import ModelConfig
@@ -33,6 +36,7 @@ class Setting:
       task, tokenizer, splits: what is learned, and the encoded data by split.
       model, params, axes: canonical view.
       mesh, rules: placement.
+      calibration: facts about the text that the surgery was calibrated on, for the result.
     """
 
     config: dict[str, Any]
@@ -46,6 +50,7 @@ class Setting:
     axes: dict[str, Axes]
     mesh: jax.sharding.Mesh
     rules: Mapping[str, Any]
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def ctx(self) -> Context:
@@ -139,11 +144,34 @@ def fresh_config(config: Any, task: Task, labels: tuple[str, ...], tokenizer: An
 
 
 def operate(setting: Setting) -> Setting:
-    """The setting after `config.surgery`."""
-    model, params, axes = setting.model, setting.params, setting.axes
-    for entry in setting.config["surgery"]:
-        model, params, axes = registry.make(registry.SURGERY, entry, "surgery", model=model, params=params, axes=axes)
-    return dataclasses.replace(setting, model=model, params=params, axes=axes)
+    """The setting after `config.surgery`; data are encoded anew where that changed the tokenizer."""
+    config = setting.config
+    now = Operated(setting.model, setting.params, setting.axes, setting.tokenizer)
+    read: dict[str, Any] = {}
+    for entry in config["surgery"]:
+
+        def calibration(now: Operated = now) -> Calibration:
+            settings = CalibrationSettings(**config["calibration"])
+            given = (setting.task, now.tokenizer, now.model.config, setting.data, config["seed"])
+            found = read_calibration(settings, config["task"], *given)
+            read.update(found.facts())
+            return found
+
+        offered: dict[str, Callable[[], Any]] = {
+            "calibration": calibration,
+            "calibrate": functools.partial(lambda function: function, calibration),
+            "loss": functools.partial(getattr, setting.task, "loss"),
+            "tokenizer": functools.partial(getattr, now, "tokenizer"),
+            "texts": lambda: lambda split: texts_of(setting.data.source(split)),
+        }
+        given = {"model": now.model, "params": now.params, "axes": now.axes}
+        done = Operated(*registry.make(registry.SURGERY, entry, "surgery", offered, **given))
+        now = done if done.tokenizer is not None else done._replace(tokenizer=now.tokenizer)
+    splits = setting.splits
+    if now.tokenizer is not setting.tokenizer:
+        name, labels = config["task"], now.model.config.labels
+        splits = {s: prepare(name, setting.task, now.tokenizer, labels, setting.data, s) for s in splits}
+    return dataclasses.replace(setting, **now._asdict(), splits=splits, calibration=read or None)
 
 
 def on_mesh(setting: Setting, model: Model, params: Tree, axes: Mapping[str, Axes]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def learn(setting: Setting, workdir: Path, journal: Journal) -> tuple[Trained, d
     remember(setting.config, workdir)  # not before: a config that does not work leaves nothing behind
     with contextlib.closing(ready.run.stores):
         state, progress = train(ready.run, ready.state)
-        return finish(setting, ready, state), told(progress)
+        return finish(setting, ready, state), told(progress) | ready.facts
 
 
 def told(progress: Progress) -> dict[str, Any]:
@@ -128,7 +128,9 @@ def measure(setting: Setting, trained: Trained, workdir: Path) -> dict[str, Any]
             tables += [f"{split}\n{result.report}"] if result.report else []
     if tables and jax.process_index() == 0:
         (workdir / "report.txt").write_text("\n".join(tables))
-    facts = {split: prepared.facts for split, prepared in setting.splits.items() if prepared.facts}
+    facts: dict[str, Any] = {split: prepared.facts for split, prepared in setting.splits.items() if prepared.facts}
+    if setting.calibration is not None:
+        facts["calibration"] = setting.calibration
     return {"metrics": metrics, "data": facts, "params_sha256": params_sha256(params)}
 
 

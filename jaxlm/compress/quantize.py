@@ -1,72 +1,64 @@
-"""int8: training with rounding in the loop, and rounding after training."""
+"""Rounding after training, to the nearest code."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
-from jaxlm.core import Adapted, FakeQuant, Method, Quantized, Tree, flatten, map_leaves, matches, materialize
-
-KERNELS = r".*/kernel"
-TABLES = r"embed/tokens/embedding"
+from jaxlm.compress.formats import TARGETS, channel_of, check_targets, chosen, formats, inside
+from jaxlm.core import Axes, Quantized, Tree, check_rules, describe, first_match, map_leaves, materialize
 
 
-def _channel(path: str) -> int:
-    """Rows of an embedding table own the scales (they are the outputs of a tied head), columns of a kernel."""
-    return -2 if path.endswith("/embedding") else -1
+def quantize(
+    model: Any,
+    params: Tree,
+    axes: dict[str, Axes],
+    *,
+    bits: str = "int8",
+    group: int | str | None = None,
+    symmetric: bool = True,
+    dynamic: bool | None = None,
+    activations: Mapping[str, Any] | None = None,
+    input_ranges: Sequence[tuple[str, tuple[float, float]]] = (),
+    targets: str = TARGETS,
+):
+    """Surgery: rounds every target to the nearest code of a number format. What is stored as codes already stays.
 
-
-def _check(params: Tree, targets: str, who: str) -> None:
-    if not any(matches(targets, path) for path in flatten(params)):
-        raise ValueError(f"{who}: targets {targets!r} match no parameter")
-
-
-def _fake(path: str, leaf: Any, dynamic: bool) -> FakeQuant:
-    if isinstance(leaf, FakeQuant | Quantized):
-        raise ValueError(f"qat: {path} is rounded already ({type(leaf).__name__}); bake it first, or leave it out")
-    return FakeQuant(leaf, dynamic=dynamic, channel=_channel(path))
-
-
-def qat(*, dynamic: bool = True, targets: str = f"{KERNELS}|{TABLES}") -> Method:
-    """Quantization-aware training: the forward pass sees int8 roundings, gradients pass straight through.
-
-    Baking stores the codes: the same function, since scales are those that training used.
-
-    Args:
-      dynamic: round inputs too, a token at a time.
-      targets: regex over paths.
-    """
-
-    def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
-        _check(params, targets, "qat")
-        wrap = lambda path, leaf: _fake(path, leaf, dynamic) if matches(targets, path) else leaf  # noqa: E731
-        return Adapted(map_leaves(wrap, params), axes)
-
-    def bake(model: Any, params: Tree, axes: dict, state: dict):
-        stored = map_leaves(lambda path, leaf: leaf.quantize() if isinstance(leaf, FakeQuant) else leaf, params)
-        return model, stored, axes
-
-    def claims(params: Tree) -> set[tuple[str, str]]:
-        return {(path, "bits") for path in flatten(params) if matches(targets, path)}
-
-    return Method(init=init, bake=bake, claims=claims)
-
-
-def quantize(model: Any, params: Tree, axes: dict, *, dynamic: bool = True, targets: str = f"{KERNELS}|{TABLES}"):
-    """Surgery: rounds every target to the nearest int8 code, one scale a channel.
+    Below scaled inputs (`smoothquant`) it is the base that is rounded, of a factored matrix (`svd`) both factors.
 
     Args:
       model, params, axes: the model, canonical view.
-      dynamic: products round their inputs too and multiply integers.
+      bits: `int2` … `int8`, `fp8_e4m3`, `fp8_e5m2` or `nf4`.
+      group: inputs that share a scale; `None` for one a channel, `"tensor"` for one a matrix.
+      symmetric: `±max|w|`, or from the smallest to the largest weight with a zero point (integers only).
+      dynamic: products round their inputs too, a token at a time, and multiply integers; `None`: where bits is int8.
+      activations: another format of the inputs, `{"bits": "int8", "group": None, "symmetric": False}`; with the group
+        `"tensor"` they are static and need `input_ranges`.
+      input_ranges: rules `(regex over paths, (smallest, largest input))`, the first match counts.
       targets: regex over paths.
 
     Returns:
       `(model, params, axes)` with Quantized leaves.
+
+    Raises:
+      ValueError: for formats that do not exist or go together, rules that match nothing, a target without a range.
     """
-    _check(params, targets, "quantize")
+    scheme, inputs = formats("quantize", bits, group, symmetric, dynamic, activations)
+    check_targets(params, targets, "quantize")
+    check_rules(input_ranges, describe(params).values(), "quantize: input_ranges")
+    static = inputs is not None and inputs.group == "tensor"
+    if input_ranges and not static:
+        raise ValueError("quantize: input_ranges are for static inputs; set activations={'group': 'tensor'}")
 
     def store(path: str, leaf: Any) -> Any:
-        if not matches(targets, path) or isinstance(leaf, Quantized):
+        if not chosen(path, leaf, targets):
             return leaf
-        return Quantized.of(materialize(leaf), dynamic=dynamic, channel=_channel(path))
+        given = first_match(input_ranges, path)
+        if static and given is None:
+            raise ValueError(f"quantize: no rule of input_ranges gives the inputs of {path} a range")
+        channel = channel_of(path)
+
+        def code(w: Any) -> Quantized:
+            return Quantized.of(materialize(w), scheme, activations=inputs, channel=channel, input_range=given)
+
+        return inside(leaf, code)
 
     return model, map_leaves(store, params), axes

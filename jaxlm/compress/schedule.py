@@ -20,16 +20,11 @@ def cubic(step: jax.Array | int, final: Any, begin: int, end: int, initial: floa
     return final + (initial - final) * left**3
 
 
-def due(step: jax.Array | int, begin: int, end: int, every: int) -> jax.Array | bool:
-    """Whether a step brings a new mask: `begin`, every `every` steps from there, and `end`."""
-    return (step >= begin) & (step <= end) & (((step - begin) % every == 0) | (step == end))
-
-
 def overdue(step: jax.Array | int, last: jax.Array | int, begin: int, end: int, every: int) -> jax.Array | bool:
-    """Whether the newest mask, that of step `last` (0: none yet), is older than the newest that was due.
+    """Whether a newer mask is due than that of step `last` (0: none): at `begin`, every `every` steps, and at `end`.
 
-    Like `due`, and it makes up for what was missed: the update of a due step may have been skipped because a gradient
-    was not finite, and after `end` no other would follow.
+    The update of such a step may be skipped, because a gradient was not finite; the next one then makes up for it, also
+    after `end`, where no other would follow.
 
     >>> [bool(overdue(t, 5, begin=0, end=10, every=5)) for t in (5, 9, 10, 11)]
     [False, False, True, True]

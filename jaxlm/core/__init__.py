@@ -25,6 +25,21 @@ from jaxlm.core.paths import (
 )
 from jaxlm.core.product import PRODUCT, matmul, matmul_transposed
 from jaxlm.core.registry import call, lookup, nearest
-from jaxlm.core.site import SITES, Gate, Site, visit
+from jaxlm.core.site import SITES, Gate, HardConcrete, Site, Switch, visit
+from jaxlm.core.surgery import Operated
 from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take
-from jaxlm.core.weights import WEIGHTS, Clustered, FakeQuant, LowRank, Masked, Quantized, Scored
+from jaxlm.core.weights import (
+    LSQ,
+    PACT,
+    WEIGHTS,
+    Clustered,
+    Factored,
+    FakeQuant,
+    InputScaled,
+    LowRank,
+    Masked,
+    Observed,
+    Quantized,
+    Scheme,
+    Scored,
+)

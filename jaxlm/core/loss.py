@@ -28,8 +28,13 @@ Terms = dict[str, Term]
 
 
 class Tap(NamedTuple):
-    """An activation that leaves the forward pass: `hidden` (depth 0 is the embeddings, i the output of layer i-1) or
-    `attention` (depth i is layer i)."""
+    """An activation that leaves the forward pass.
+
+    Sites: `hidden` `[batch, length, hidden]` (depth 0 is the embeddings, i the output of layer i-1); and of the
+    self-attention of layer i, its depth, `query`, `key` and `value` `[batch, length, heads, head_dim]` as the products
+    give them (before any rotation), `scores` `[batch, heads, queries, keys]` as the softmax reads them (the lowest
+    number where a key may not be seen) and `attention`, their softmax.
+    """
 
     site: str
     depth: int

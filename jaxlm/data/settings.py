@@ -1,4 +1,4 @@
-"""`config.data`: every field is a field here."""
+"""`config.data` and `config.calibration`: every field is a field here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class DataSettings:
       format: `tfds`, `jsonl`, `csv`, `tsv`, `conll`, `text` or `python`.
       train, eval, test: path, glob or split, with an optional slice (`corpus.txt[:90%]`); "" where there is none.
       columns: names by position, or `{ours: the file's}`; ours are `text`, `text_pair`, `label`, `tokens`, `tags`,
-        `source`, `target`.
+        `source`, `target`, and `weight` (of a sample, for distillation).
       documents: what one document of the text format is: `file`, `line` or `paragraph`.
       bad_rows: `stop` or `skip` (and count).
       tokenizer: directory or hub id, `bpe:SIZE`, `wordpiece:SIZE` or `character` to train one, "" for the model's own.
@@ -48,3 +48,27 @@ class DataSettings:
             raise ValueError(f"config.data.{split} is empty; name a file, a glob or a tfds split")
         columns: Mapping[str, str] | Sequence[str] | None = self.columns
         return read(self.format, place, columns=columns, bad_rows=self.bad_rows, documents=self.documents)
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Which text calibrated methods read: every field of `config.calibration`.
+
+    Attributes:
+      source: `train` (the place in `config.data.train`), or a place like that one: a path, a glob or a split, with an
+        optional slice. One that may share a row with `config.data.eval` or `config.data.test` is refused.
+      samples: rows, drawn at random from the source; fewer where it has fewer.
+      length: tokens of a row; `None` is `config.data.max_length`.
+      batch_size: rows that go through the model at a time.
+    """
+
+    source: str = "train"
+    samples: int = 128
+    length: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self):
+        for name in ("samples", "length", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"config.calibration.{name} = {value}: must be at least 1")

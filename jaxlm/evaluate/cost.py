@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.core import SEGMENT, Tree, Weight, components, flatten
 from jaxlm.core.paths import field_of
+from jaxlm.io.tensors import packed_shape
 
 DTYPES = {
     "F64": "float64",
@@ -82,13 +83,18 @@ def flops_per_token(
 
 
 def bytes_by_dtype(directory: str | Path) -> dict[str, int]:
-    """Bytes of the tensors in a model directory by dtype, largest first, from the headers of its safetensors files."""
+    """Bytes of the tensors in a model directory by dtype, largest first, from the headers of its safetensors files.
+
+    Integers of four bits count under their own name, though the files hold them as bytes, two in each.
+    """
     found: dict[str, int] = {}
     for file in _weight_files(directory):
-        for name, entry in _header(file).items():
+        header = _header(file)
+        for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                dtype = DTYPES.get(entry["dtype"], entry["dtype"])
+                packed = packed_shape(header.get("__metadata__"), name) is not None
+                dtype = "int4" if packed else DTYPES.get(entry["dtype"], entry["dtype"])
                 found[dtype] = found.get(dtype, 0) + end - start
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 

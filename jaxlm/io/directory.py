@@ -28,6 +28,7 @@ from jaxlm.core import (
 )
 from jaxlm.io.names import from_transformers, to_transformers
 from jaxlm.io.nodes import build_node, describe_node, take_tensor, tuples
+from jaxlm.io.padding import pad_model
 from jaxlm.io.sparse import compress, expand
 from jaxlm.io.tensors import INDEX, MAX_SHARD_BYTES, SINGLE, open_tensors, read_json, write_tensors, write_text
 from jaxlm.models import FAMILIES
@@ -37,6 +38,8 @@ from jaxlm.models.transformer import model_spec
 
 FORMAT = 1
 CONFIG, OWN = "config.json", "jaxlm.json"
+PADDED = "transformers"
+"""Subdirectory of a native directory with the same model padded with zeros, in transformers' layout."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -182,6 +185,7 @@ def write_model(
     stored: Stored,
     *,
     native: bool = False,
+    padded: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> str | None:
@@ -191,6 +195,8 @@ def write_model(
       directory: to create, or a model directory to replace (files that are not a model's are kept).
       stored: the model.
       native: use the native layout even where transformers could express the model.
+      padded: where transformers cannot express its sizes, put the model padded with zeros, which it can load and whose
+        logits are the same, into the subdirectory `transformers`.
       max_shard_bytes: limit of one file of tensors.
       progress: told the bytes of each tensor once it is written.
 
@@ -199,7 +205,7 @@ def write_model(
 
     Raises:
       FileExistsError: the directory holds other things and no model.
-      ValueError: an array that the config does not expect, or lacks.
+      ValueError: an array that the config does not expect, or lacks; or no padding that transformers could express.
     """
     _check(stored)
     target = directory.resolve()
@@ -210,7 +216,20 @@ def write_model(
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
-    reason = "asked for" if native else None
+    reason = _write(staging, stored, native, max_shard_bytes, progress)
+    if padded and reason is not None:
+        config, params = pad_model(stored.config, stored.params)
+        (staging / PADDED).mkdir()
+        _write(staging / PADDED, stored._replace(config=config, params=params), False, max_shard_bytes, lambda _: None)
+    _replace(staging, target)
+    return reason
+
+
+def _write(
+    directory: Path, stored: Stored, native: bool, max_shard_bytes: int, progress: Callable[[int], None]
+) -> str | None:
+    """The files of a model; returns why the layout is native, or `None`."""
+    reason = None
     own: dict[str, Any] = {"format": FORMAT, "layout": "transformers", "config": stored.config.to_json()}
     flat = flatten(stored.params)
     try:
@@ -226,11 +245,10 @@ def write_model(
         axes = {path: names for path, names in stored.axes.items() if isinstance(flat.get(path), Site)}
         own |= {"layout": "native", "weights": nodes, "axes": axes, "carried": stored.carried}
         hf = {"model_type": "jaxlm", "architectures": ["JaxlmModel"], "reason": reason}
-    write_tensors(staging, tensors, max_shard_bytes, progress)
-    _write_tokenizer(staging, stored.tokenizer, native=reason is not None)
-    write_text(staging / OWN, [json.dumps(own, indent=2) + "\n"])
-    write_text(staging / CONFIG, [json.dumps(hf, indent=2, sort_keys=True) + "\n"])
-    _replace(staging, target)
+    write_tensors(directory, tensors, max_shard_bytes, progress)
+    _write_tokenizer(directory, stored.tokenizer, native=reason is not None)
+    write_text(directory / OWN, [json.dumps(own, indent=2) + "\n"])
+    write_text(directory / CONFIG, [json.dumps(hf, indent=2, sort_keys=True) + "\n"])
     return reason
 
 
@@ -281,7 +299,7 @@ def _json_if_there(path: Path) -> dict[str, Any]:
 
 def _of_a_model(name: str) -> bool:
     shard = re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)
-    return shard is not None or name in (SINGLE, INDEX, CONFIG, OWN, *CARRIED_FILES)
+    return shard is not None or name in (SINGLE, INDEX, CONFIG, OWN, PADDED, *CARRIED_FILES)
 
 
 def recover(target: Path) -> None:

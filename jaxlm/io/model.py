@@ -183,6 +183,7 @@ def save(
     *,
     dtype: Any = None,
     native: bool = False,
+    padded: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> str | None:
@@ -192,7 +193,7 @@ def save(
       lm: the model.
       path: directory to create, or a model directory to replace.
       dtype: of float parameters; `None` keeps theirs.
-      native, max_shard_bytes, progress: see `jaxlm.io.directory.write_model`.
+      native, padded, max_shard_bytes, progress: see `jaxlm.io.directory.write_model`.
 
     Returns:
       why transformers cannot read the directory, or `None` if it can.
@@ -201,7 +202,9 @@ def save(
     params = with_arrays(lm.params, tensors)
     stored = Stored(lm.config, params, lm.site_axes, lm.carried, lm.tokenizer_source)
     stored = stored if dtype is None else cast(stored, dtype)
-    return write_model(Path(path), stored, native=native, max_shard_bytes=max_shard_bytes, progress=progress)
+    return write_model(
+        Path(path), stored, native=native, padded=padded, max_shard_bytes=max_shard_bytes, progress=progress
+    )
 
 
 def find(path: str | Path) -> Path:

@@ -5,17 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.core import SITES, WEIGHTS, Node, lookup
+from jaxlm.core import SITES, WEIGHTS, Node, Scheme, call, lookup
 from jaxlm.io.tensors import Tensor
 
 
 def describe_node(node: Node) -> dict[str, Any]:
-    """A Weight or Site without its arrays: type, static fields, and the nodes inside it."""
+    """A Weight or Site without its arrays: type, static fields, the nodes inside it, and `null` for arrays it lacks."""
     description: dict[str, Any] = {"type": type(node).__name__}
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if not field.metadata.get("pytree_node", True):
-            description[field.name] = value
+            description[field.name] = dataclasses.asdict(value) if isinstance(value, Scheme) else value
+        elif value is None:
+            description[field.name] = None
         elif isinstance(value, Node):
             description[field.name] = describe_node(value)
     return description
@@ -31,7 +33,7 @@ def build_node(description: Mapping[str, Any], name: str, tensors: dict[str, Ten
       where: the file of the description, for messages.
 
     Raises:
-      ValueError: an unknown type, a static field or an array that is missing or not one of the type's.
+      ValueError: an unknown type or number format, a static field or an array that is missing or not one of the type's.
     """
     if not isinstance(description, Mapping):
         raise ValueError(f"{where}: {name!r} is described by {description!r}, expected a table with a type")
@@ -44,7 +46,9 @@ def build_node(description: Mapping[str, Any], name: str, tensors: dict[str, Ten
         if not field.metadata.get("pytree_node", True):
             if field.name not in description:
                 raise ValueError(f"{where}: {name!r}: {cls.__name__} needs {field.name!r}")
-            fields[field.name] = tuples(description[field.name])
+            fields[field.name] = static_value(description[field.name], f"{where}: {name!r}: {field.name}")
+        elif field.name in description and description[field.name] is None:
+            fields[field.name] = None
         elif field.name in description:
             fields[field.name] = build_node(description[field.name], f"{name}.{field.name}", tensors, where)
         else:
@@ -53,6 +57,16 @@ def build_node(description: Mapping[str, Any], name: str, tensors: dict[str, Ten
     if unknown:
         raise ValueError(f"{where}: {name!r}: {cls.__name__} has no field {min(unknown)!r}")
     return cls(**fields)
+
+
+def static_value(value: Any, where: str) -> Any:
+    """A static field from JSON: a table stands for the Scheme that it holds, a list for a tuple."""
+    if not isinstance(value, Mapping):
+        return tuples(value)
+    try:
+        return call(Scheme, value, "its format")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def take_tensor(tensors: dict[str, Tensor], name: str, where: Path) -> Tensor:

@@ -2,11 +2,15 @@
 
 A file is eight bytes (the length of the header, little endian), a JSON header `{name: {dtype, shape, data_offsets}}`
 and the data. Files are read with plain reads and not mapped: mapped pages would count as this program's memory.
+
+safetensors has no integers of four bits. They are stored as U8, two to a byte along the last dimension, the first in
+the lower half, and the header's `__metadata__` says what they are: `{name: "int4[192,768]"}`.
 """
 
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +38,7 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INT4 = np.dtype(ml_dtypes.int4)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 MAX_HEADER = 100 << 20
@@ -46,7 +51,7 @@ class Tensor(NamedTuple):
     """A tensor that is read when it is asked for.
 
     Attributes:
-      shape, dtype: what `read()` gives.
+      shape, dtype: what `read()` gives; nbytes: what it takes in a file.
       read: gives the numpy array, by `read(dtype)` converted to another float dtype on the way; nothing is kept.
       place: where it comes from, for messages.
     """
@@ -58,7 +63,7 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(stored_shape(self.shape, self.dtype)) * self.dtype.itemsize
 
     @classmethod
     def of(cls, array: Any, name: str) -> "Tensor":
@@ -101,6 +106,43 @@ def is_float(dtype: Any) -> bool:
     """Whether a dtype holds floating-point numbers, those of ml_dtypes included."""
     dtype = np.dtype(dtype)
     return dtype.kind == "f" or dtype in (DTYPES["BF16"], DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
+
+
+def stored_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """The shape in a file: two entries of the last dimension to a byte, where the dtype has four bits.
+
+    >>> stored_shape((3, 5), INT4), stored_shape((3, 5), np.dtype(np.int8))
+    ((3, 3), (3, 5))
+    """
+    return (*shape[:-1], (shape[-1] + 1) // 2) if dtype == INT4 else shape
+
+
+def pack(array: np.ndarray) -> np.ndarray:
+    """Four-bit integers `[…, n]` as bytes `[…, ceil(n/2)]`, the first of two in the lower half.
+
+    >>> pack(np.array([1, -1, 2], INT4)).tolist()
+    [241, 2]
+    """
+    halves = array.astype(np.int8).view(np.uint8) & 15
+    if halves.shape[-1] % 2:
+        halves = np.pad(halves, [(0, 0)] * (halves.ndim - 1) + [(0, 1)])
+    return halves[..., ::2] | halves[..., 1::2] << 4
+
+
+def unpack(packed: np.ndarray, length: int) -> np.ndarray:
+    """The inverse of `pack`, for a last dimension of `length`.
+
+    >>> unpack(np.array([241, 2], np.uint8), 3).astype(int).tolist()
+    [1, -1, 2]
+    """
+    halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :length]
+    return ((halves.view(np.int8) ^ 8) - 8).astype(INT4)
+
+
+def packed_shape(metadata: Any, name: str) -> tuple[int, ...] | None:
+    """Shape that a header's metadata give a tensor of four-bit integers; `None` for any other tensor."""
+    found = re.fullmatch(r"int4\[(\d+(?:,\d+)*)\]", str(metadata.get(name))) if isinstance(metadata, dict) else None
+    return None if found is None else tuple(map(int, found[1].split(",")))
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -171,7 +213,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no safetensors file{_guess(start)}: its header is no JSON ({error})") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is no table of tensors")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     tensors: dict[str, Tensor] = {}
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
@@ -188,9 +230,19 @@ def open_file(path: Path) -> dict[str, Tensor]:
                 f"{path} is truncated in tensor {name!r}: {size} bytes, its header needs {8 + length + end} or more"
             )
         tensors[name] = Tensor(shape, dtype, _reader(path, name, 8 + length + first, shape, dtype), str(path))
+        if (whole := packed_shape(metadata, name)) is not None:
+            tensors[name] = _unpacked(path, name, tensors[name], whole)
     if 8 + length + end != size:
         raise ValueError(f"{path} has {size} bytes, its header describes {8 + length + end}")
     return tensors
+
+
+def _unpacked(path: Path, name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if stored.dtype != DTYPES["U8"] or stored.shape != stored_shape(shape, INT4):
+        raise ValueError(
+            f"{path}: tensor {name!r} should hold int4 {list(shape)} packed, but is {stored.dtype} {list(stored.shape)}"
+        )
+    return Tensor(shape, INT4, lambda wanted=None: unpack(stored.read(), shape[-1]), str(path))
 
 
 def _guess(start: bytes) -> str:
@@ -300,11 +352,13 @@ def write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
+        if tensor.dtype not in NAMES and tensor.dtype != INT4:
             raise ValueError(f"{name!r} has the dtype {tensor.dtype}, which safetensors does not have")
+        if tensor.dtype == INT4:
+            header["__metadata__"][name] = f"int4[{','.join(map(str, tensor.shape))}]"
         header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": NAMES.get(tensor.dtype, "U8"),
+            "shape": list(stored_shape(tensor.shape, tensor.dtype)),
             "data_offsets": [end, end + tensor.nbytes],
         }
         end += tensor.nbytes
@@ -319,6 +373,7 @@ def write_file(
                 raise ValueError(
                     f"{name!r} was announced as {tensor.dtype} {tensor.shape}, is {array.dtype} {array.shape}"
                 )
+            array = pack(array) if tensor.dtype == INT4 else array
             yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             del array
             progress(tensor.nbytes)

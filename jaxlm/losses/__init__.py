@@ -1,1 +1,1 @@
-"""Losses as sums with weights: cross-entropy, and distillation from a teacher."""
+"""Losses as sums with weights: cross-entropy, and everything that a student may learn from teachers."""

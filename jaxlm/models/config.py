@@ -138,9 +138,10 @@ class ModelConfig:
         shared = getattr(self, name)
         if shared is None:
             return
-        if len(shared) != layers or set(shared) != set(range(max(shared, default=0) + 1)):
+        if len(shared) != layers or list(dict.fromkeys(shared)) != list(range(len(set(shared)))):
             raise ValueError(
-                f"{name} {shared} must name a stored layer for each of {layers} layers, numbered from 0 without gaps"
+                f"{name} {shared} must name a stored layer for each of {layers} layers, numbered from 0 in the order "
+                "of their first use"
             )
         for i, owner in enumerate(shared):
             first = shared.index(owner)
@@ -159,12 +160,14 @@ class ModelConfig:
         >>> ModelConfig("gpt2", num_layers=4, layer_map=(0, 0, 1, 0)).stored_layers()
         (0, 2)
         """
-        shared, layers = self.layer_map, self.num_layers
+        owners = self.owners(decoder)
+        return tuple(owners.index(n) for n in sorted(set(owners)))
+
+    def owners(self, decoder: bool = False) -> tuple[int, ...]:
+        """For every layer of the stack, the number of the stored layer that it is."""
         if decoder:
-            shared, layers = self.decoder_layer_map, self.num_decoder_layers
-        if shared is None:
-            return tuple(range(layers))
-        return tuple(shared.index(n) for n in range(max(shared) + 1))
+            return self.decoder_layer_map or tuple(range(self.num_decoder_layers))
+        return self.layer_map or tuple(range(self.num_layers))
 
     @staticmethod
     def _per_layer(name: str, value: Sizes, layers: int) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ def apply_head(
     if head == "none":
         return outputs
     if "pooler" in own:
-        outputs["pooled"] = jnp.tanh(dense(own["pooler"], _pool(config, x, segments), ctx.at("pooler")))
+        outputs["pooled"] = ctx.gated(jnp.tanh(dense(own["pooler"], _pool(config, x, segments), ctx.at("pooler"))))
     if head in ("causal", "seq2seq"):
         x = x * config.hidden_size**-0.5 if config.scale_head else x
         if config.tie_embeddings:
@@ -61,7 +61,7 @@ def apply_head(
             logits = dense(own["output"], x, ctx)
     elif head == "masked":
         h = ACTIVATIONS[config.activation](dense(own["transform"], x, ctx.at("transform")))
-        h = norm(config.norm, own["norm"], h, config.norm_eps)
+        h = norm(config.norm, own["norm"], h, config.norm_eps, ctx.hidden)
         if config.tie_embeddings:
             logits = attend(h, params["embed"]["tokens"]["embedding"], ctx) + own["output"]["bias"].astype(h.dtype)
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxlm.core import nearest
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.family import Family, Keys, Row, linear, norm, read, refuse, table, write
+from jaxlm.models.family import Family, Keys, NotExpressible, Row, linear, norm, read, refuse, table, write
 from jaxlm.nn.layer import Rotary
 
 KEYS: Keys = {
@@ -100,6 +100,10 @@ def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """transformers refuses a Llama whose width its heads do not divide, although they have a width of their own."""
+    if config.hidden_size % max(config.num_heads[0], 1):
+        heads, hidden = config.num_heads[0], config.hidden_size
+        raise NotExpressible(f"transformers needs a hidden_size that num_heads divides, not {hidden} and {heads}")
     return write(config, LLAMA_KEYS) | write_rotary(config.rotary)
 
 

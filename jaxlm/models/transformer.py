@@ -1,7 +1,7 @@
 """The one network: embeddings, a stack (or an encoder and a decoder), and a head, all read from a ModelConfig."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def forward(
 
     Args:
       config: structure.
-      params: canonical or run view.
+      params: canonical or run view; the site `hidden` at their root gates the residual stream everywhere.
       batch: `input_ids` int `[batch, length]`, and optionally `attention_mask` (1 = token) or `segment_ids` (0 =
         padding) with `positions`, `token_type_ids`, and for an encoder-decoder `decoder_input_ids` and
         `decoder_attention_mask`.
@@ -83,6 +83,7 @@ def forward(
       `logits` float32 as the head gives them, `last_hidden`, `taps`, and with a cache `cache`.
     """
     check_length(config, batch["input_ids"].shape[1] if "input_ids" in batch and cache is None else 0)
+    ctx = opened(params, ctx)
     run = _encoder_decoder if config.encoder_decoder else _single_stack
     x, segments_of_x, outputs = run(
         config, params, batch, ctx=ctx, taps=frozenset(taps), cache=cache, remat=remat, dtype=dtype
@@ -99,51 +100,99 @@ def check_length(config: ModelConfig, length: int) -> None:
         )
 
 
-def _single_stack(config, params, batch, *, ctx, taps, cache, remat, dtype):
-    """An encoder or a decoder alone: its output, the segments of its tokens, and taps and cache."""
-    ids = batch["input_ids"]
-    tokens, start, keys = _tokens(ids, batch, cache, "")
+def opened(params: Mapping[str, Any], ctx: Context) -> Context:
+    """The context of a pass through a model: how far its residual stream is open, where the tree has that site."""
+    return ctx.replace(hidden=params["hidden"].open(ctx.at("hidden"))) if "hidden" in params else ctx
+
+
+class Stream(NamedTuple):
+    """A stack at work: the residual stream `[batch, length, hidden]`, and what every layer reads besides."""
+
+    x: jax.Array
+    around: Surroundings
+    hidden: jax.Array | None = None
+
+
+def enter(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    side: str = "",
+    *,
+    source: Stream | None = None,
+    cache: Mapping[str, Any] | None = None,
+    ctx: Context = Context(),
+    dtype: Any = jnp.float32,
+) -> Stream:
+    """What the first layer of a stack receives: the embedded tokens, and their places.
+
+    Args:
+      side: `""` for a single stack, `encoder/` or `decoder/`.
+      source: the finished encoder, which a decoder reads.
+    """
+    prefix = "decoder_" if side == "decoder/" else ""
+    ids = batch[f"{prefix}input_ids"]
+    tokens, start, keys = _tokens(ids, batch, cache, prefix)
     if config.position_offset and config.pad_token_id is not None and cache is None and "positions" not in batch:
         # RoBERTa counts positions over real tokens; padding has the row before the first.
         real = jnp.asarray(ids) != config.pad_token_id
         tokens = tokens._replace(positions=jnp.cumsum(real, axis=1) * real - 1)
-    x = _embed(config, params["embed"], ids, tokens, batch.get("token_type_ids"), ctx, dtype)
-    around = Surroundings(tokens, keys, _bias(config, params, tokens, keys, config.causal), start=start)
+    x = _embed(config, params["embed"], ids, tokens, None if side else batch.get("token_type_ids"), ctx, dtype)
+    bias = _bias(config, own_params(params, side), tokens, keys, config.causal if not side else bool(prefix))
+    around = Surroundings(tokens, keys, bias, start=start)
+    if source is not None:
+        around = around._replace(source=source.x, source_tokens=source.around.queries)
+    return Stream(x, around, ctx.hidden)
+
+
+def leave(config: ModelConfig, params: Mapping[str, Any], x: jax.Array, ctx: Context, side: str = "") -> jax.Array:
+    """What a stack gives out: the residual stream after its last layer, and after the final norm where there is one."""
+    if not config.final_norm:
+        return x
+    return norm(config.norm, own_params(params, side)["final_norm"], x, config.norm_eps, ctx.hidden)
+
+
+def own_params(params: Mapping[str, Any], side: str) -> Mapping[str, Any]:
+    """The subtree of a stack."""
+    return params[side.removesuffix("/")] if side else params
+
+
+def _single_stack(config, params, batch, *, ctx, taps, cache, remat, dtype):
+    """An encoder or a decoder alone: its output, the segments of its tokens, and taps and cache."""
+    x, around, _ = enter(config, params, batch, cache=cache, ctx=ctx, dtype=dtype)
     own_cache = None if cache is None else cache["layers"]
     x, tapped, own_cache = stack(
         params, x, config.layers(), around, config.layer_map, cache=own_cache, ctx=ctx, taps=taps, remat=remat
     )
-    if config.final_norm:
-        x = norm(config.norm, params["final_norm"], x, config.norm_eps)
     outputs: dict[str, Any] = {"taps": tapped}
     if cache is not None:
-        outputs["cache"] = {"layers": own_cache, "segments": keys.segments, "length": start + ids.shape[1]}
-    return x, tokens.segments, outputs
+        length = around.start + batch["input_ids"].shape[1]
+        outputs["cache"] = {"layers": own_cache, "segments": around.keys.segments, "length": length}
+    return leave(config, params, x, ctx), around.queries.segments, outputs
 
 
 def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
     """An encoder read by a decoder; once the cache holds the encoder's keys and values, the decoder alone."""
     tapped: dict[Tap, jax.Array] = {}
-    source = None
     if "input_ids" in batch:
-        own, place, own_ctx = params["encoder"], batch["input_ids"], ctx.at("encoder")
-        source_tokens, _, _ = _tokens(place, batch, None, "")
-        x = _embed(config, params["embed"], place, source_tokens, None, own_ctx, dtype)
-        around = Surroundings(source_tokens, source_tokens, _bias(config, own, source_tokens, source_tokens, False))
+        own_ctx = ctx.at("encoder")
+        x, around, _ = enter(config, params, batch, "encoder/", ctx=own_ctx, dtype=dtype)
         inner = {Tap(t.site.removeprefix("encoder_"), t.depth) for t in taps if t.site.startswith("encoder_")}
-        x, found, _ = stack(own, x, config.layers(), around, config.layer_map, ctx=own_ctx, taps=inner, remat=remat)
-        source = dropout(norm(config.norm, own["final_norm"], x, config.norm_eps), config.dropout, ctx.at("source"))
+        x, found, _ = stack(
+            params["encoder"], x, config.layers(), around, config.layer_map, ctx=own_ctx, taps=inner, remat=remat
+        )
+        source = dropout(leave(config, params, x, ctx, "encoder/"), config.dropout, ctx.at("source"))
+        source_tokens = around.queries
         tapped = {Tap(f"encoder_{t.site}", t.depth): value for t, value in found.items()}
     else:
-        source_tokens = _at(cache["source_segments"])
-    own, ids, own_ctx = params["decoder"], batch["decoder_input_ids"], ctx.at("decoder")
-    tokens, start, keys = _tokens(ids, batch, cache, "decoder_")
-    x = _embed(config, params["embed"], ids, tokens, None, own_ctx, dtype)
-    around = Surroundings(tokens, keys, _bias(config, own, tokens, keys, True), source, source_tokens, start)
+        source, source_tokens = None, _at(cache["source_segments"])
+    own_ctx = ctx.at("decoder")
+    x, around, _ = enter(config, params, batch, "decoder/", cache=cache, ctx=own_ctx, dtype=dtype)
+    around = around._replace(source=source, source_tokens=source_tokens)
     inner = {t for t in taps if not t.site.startswith("encoder_")}
     own_cache = None if cache is None else cache["layers"]
     x, found, own_cache = stack(
-        own,
+        params["decoder"],
         x,
         config.decoder_layers(),
         around,
@@ -153,16 +202,16 @@ def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
         taps=inner,
         remat=remat,
     )
-    x = dropout(norm(config.norm, own["final_norm"], x, config.norm_eps), config.dropout, ctx.at("output"))
+    x = dropout(leave(config, params, x, ctx, "decoder/"), config.dropout, ctx.at("output"))
     outputs: dict[str, Any] = {"taps": tapped | found}
     if cache is not None:
         outputs["cache"] = {
             "layers": own_cache,
-            "segments": keys.segments,
-            "length": start + ids.shape[1],
+            "segments": around.keys.segments,
+            "length": around.start + batch["decoder_input_ids"].shape[1],
             "source_segments": source_tokens.segments,
         }
-    return x, tokens.segments, outputs
+    return x, around.queries.segments, outputs
 
 
 def _at(segments: jax.Array) -> Tokens:
@@ -196,8 +245,8 @@ def _embed(config, params, ids, tokens: Tokens, types, ctx: Context, dtype) -> j
     if config.type_vocab_size:
         x = x + embed(params["types"], jnp.zeros_like(ids) if types is None else types, ctx.at("types"))
     if config.embed_norm:
-        x = norm(config.norm, params["norm"], x, config.norm_eps)
-    x = dropout(x.astype(dtype), config.dropout, ctx.at("embed"))
+        x = norm(config.norm, params["norm"], x, config.norm_eps, ctx.hidden)
+    x = ctx.gated(dropout(x.astype(dtype), config.dropout, ctx.at("embed")))
     return ctx.place(x, ("batch", "length", "activation"))
 
 

@@ -1,6 +1,6 @@
 """Attention: multi-head, grouped-query and cross, with masks from segments, and a cache for decoding."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -59,10 +59,10 @@ def project(params: Mapping[str, Any], x: jax.Array, heads: tuple[int, ...], ctx
 
 
 class Attended(NamedTuple):
-    """What attention gives: the output, the probabilities `[batch, heads, queries, keys]`, and keys and values."""
+    """What attention gives: the output, the tapped activations by site (see `Tap`), and keys and values."""
 
     output: jax.Array
-    probabilities: jax.Array
+    taps: dict[str, jax.Array]
     cache: dict[str, jax.Array] | None
 
 
@@ -79,6 +79,7 @@ def attention(
     source: jax.Array | None = None,
     cache: Mapping[str, jax.Array] | None = None,
     start: jax.Array | int = 0,
+    taps: Collection[str] = (),
 ) -> Attended:
     """`softmax(q kᵀ · s + bias) v`, projected back; softmax in float32.
 
@@ -90,10 +91,12 @@ def attention(
       bias: `[1, heads, queries, keys]`, added to the scores (relative positions).
       source: `[batch, keys, hidden]` that a cross-attention reads; `None` when its keys and values are in the cache.
       cache: `key` and `value` `[batch, keys, kv_heads, head_dim]` of a decoder; the new ones are written at `start`.
+      taps: sites of activations to give out; the others are not kept.
     """
     kv_heads, q_per_kv = (layer.cross_heads, 1) if cross else (layer.kv_heads, layer.q_per_kv)
     rotary = None if cross else layer.rotary
     q = project(params["query"], x, (kv_heads, q_per_kv, layer.head_dim), ctx.at("query"))
+    found = {"query": q.reshape(*q.shape[:2], -1, q.shape[-1])}
     q = q if rotary is None else rotate(q, queries.positions, rotary)
     inputs = source if cross else x
     if inputs is None:
@@ -101,8 +104,9 @@ def attention(
         k, v = cache["key"], cache["value"]
     else:
         k = project(params["key"], inputs, (kv_heads, layer.head_dim), ctx.at("key"))
-        k = k if rotary is None else rotate(k, queries.positions, rotary)
         v = project(params["value"], inputs, (kv_heads, layer.head_dim), ctx.at("value"))
+        found |= {"key": k, "value": v}
+        k = k if rotary is None else rotate(k, queries.positions, rotary)
         if cache is not None and not cross:
             k = jax.lax.dynamic_update_slice_in_dim(cache["key"], k.astype(cache["key"].dtype), start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["value"], v.astype(cache["value"].dtype), start, axis=1)
@@ -119,4 +123,6 @@ def attention(
     kept = dropout(probabilities, layer.attention_dropout, ctx.at("probabilities"))
     mixed = visit(params, "gate", jnp.einsum("bkgqs,bskd->bqkgd", kept, v), ctx)
     output = dense(params["output"], mixed.reshape(*x.shape[:-1], -1), ctx.at("output"))
-    return Attended(output, probabilities.reshape(x.shape[0], -1, *probabilities.shape[3:]), new_cache)
+    merged = lambda a: a.reshape(x.shape[0], -1, *a.shape[3:])  # noqa: E731
+    found |= {"scores": merged(scores), "attention": merged(probabilities)}
+    return Attended(output, {site: found[site] for site in taps}, new_cache)

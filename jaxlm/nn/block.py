@@ -1,6 +1,6 @@
 """One Transformer layer: attention, optional cross-attention, feed-forward network, residuals and norms."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,10 +47,10 @@ class Surroundings(NamedTuple):
 
 
 class BlockOutput(NamedTuple):
-    """The residual stream after the layer, its attention probabilities, and its updated cache."""
+    """The residual stream after the layer, the tapped activations by site, and its updated cache."""
 
     x: jax.Array
-    attention: jax.Array
+    taps: dict[str, jax.Array]
     cache: dict[str, Any] | None
 
 
@@ -61,14 +61,15 @@ def block(
     around: Surroundings,
     cache: Mapping[str, Any] | None,
     ctx: Context,
+    taps: Collection[str] = (),
 ) -> BlockOutput:
-    """One layer on `x [batch, length, hidden]`.
+    """One layer on `x [batch, length, hidden]`; `taps` are sites of `Tap`.
 
     Pre-norm: `x + f(norm(x))` for each sublayer f; post-norm: `norm(x + f(x))`. The site `gate` scales the whole
     layer's change of the stream: `x + g · (layer(x) - x)`.
     """
     new_cache: dict[str, Any] = {}
-    probabilities: dict[str, jax.Array] = {}
+    tapped: dict[str, jax.Array] = {}
 
     def attend_to(name: str, h: jax.Array) -> jax.Array:
         cross = name == "cross_attention"
@@ -84,17 +85,19 @@ def block(
             source=around.source,
             cache=None if cache is None else cache[name],
             start=around.start,
+            taps=() if cross else [site for site in taps if site != "hidden"],
         )
         if done.cache is not None:
             new_cache[name] = done.cache
-        probabilities[name] = done.probabilities
+        tapped.update(done.taps)
         return visit(params, f"after_{name}", done.output, ctx)
 
     def sublayer(h: jax.Array, name: str, function) -> jax.Array:
-        inputs = norm(layer.norm, params[f"{name}_norm"], h, layer.norm_eps) if layer.pre_norm else h
-        h = h + dropout(function(inputs), layer.dropout, ctx.at(f"{name}_dropout"))
+        normed = lambda x: norm(layer.norm, params[f"{name}_norm"], x, layer.norm_eps, ctx.hidden)  # noqa: E731
+        inputs = normed(h) if layer.pre_norm else h
+        h = h + ctx.gated(dropout(function(inputs), layer.dropout, ctx.at(f"{name}_dropout")))
         h = ctx.place(h, ("batch", "length", "activation"))
-        return h if layer.pre_norm else norm(layer.norm, params[f"{name}_norm"], h, layer.norm_eps)
+        return h if layer.pre_norm else normed(h)
 
     y = sublayer(x, "attention", lambda h: attend_to("attention", h))
     if layer.cross_heads:
@@ -102,7 +105,9 @@ def block(
     y = sublayer(y, "mlp", lambda h: mlp(params["mlp"], h, layer, ctx.at("mlp")))
     if "gate" in params:
         y = x + params["gate"](y - x, ctx)
-    return BlockOutput(y, probabilities["attention"], new_cache if cache is not None else None)
+    if "hidden" in taps:
+        tapped["hidden"] = y
+    return BlockOutput(y, tapped, new_cache if cache is not None else None)
 
 
 def mlp(params: Mapping[str, Any], x: jax.Array, layer: Layer, ctx: Context) -> jax.Array:

@@ -47,9 +47,19 @@ def norm_spec(kind: str, width: int) -> dict[str, Parameter]:
     return spec | {"bias": Parameter((dim(embed=width),))} if kind == "layer" else spec
 
 
-def norm(kind: str, params: Mapping[str, Any], x: jax.Array, eps: float) -> jax.Array:
-    """`layer`: `(x - mean) / sqrt(var + ε) · scale + bias`; `rms`: `x / sqrt(mean(x²) + ε) · scale`. In float32."""
+def norm(kind: str, params: Mapping[str, Any], x: jax.Array, eps: float, hidden: jax.Array | None = None) -> jax.Array:
+    """`layer`: `(x - mean) / sqrt(var + ε) · scale + bias`; `rms`: `x / sqrt(mean(x²) + ε) · scale`. In float32.
+
+    With a gate `hidden [width]` the means are weighted by it and the result is gated: what the norm of a stream without
+    the closed dimensions gives, and zeros for those.
+    """
     y = x.astype(jnp.float32)
+    if hidden is not None:
+        share = hidden / jnp.sum(hidden)
+        if kind == "layer":
+            y = y - jnp.sum(y * share, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.sum(jnp.square(y) * share, axis=-1, keepdims=True) + eps) * params["scale"]
+        return ((y + params["bias"] if kind == "layer" else y) * hidden).astype(x.dtype)
     if kind == "layer":
         y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)

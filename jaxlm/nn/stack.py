@@ -178,9 +178,8 @@ def stack(
 
         def layer_step(x, inputs, layer=layers[run.first], kept_sites=kept_sites, row=row):
             own, number, own_cache = inputs
-            out = block(row(own), x, layer, around, own_cache, ctx.at(number))
-            kept = {"hidden": out.x, "attention": out.attention}
-            return out.x, ({site: kept[site] for site in kept_sites}, out.cache)
+            out = block(row(own), x, layer, around, own_cache, ctx.at(number), taps=kept_sites)
+            return out.x, (out.taps, out.cache)
 
         if policy is not None:
             layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=run.length is None)

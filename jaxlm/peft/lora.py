@@ -52,7 +52,8 @@ def lora(
         return Adapted(map_leaves(adapt, params), axes)
 
     def trainable(info: ArrayInfo) -> bool:
-        return info.role == "factor" or matches(also_train, info.path)
+        own = info.role == "factor" and ".base." not in info.name  # a factored base has factors too
+        return own or matches(also_train, info.path)
 
     def bake(model: Any, params: Tree, axes: dict, state: dict):
         return model, map_leaves(lambda _, leaf: materialize(leaf) if isinstance(leaf, LowRank) else leaf, params), axes

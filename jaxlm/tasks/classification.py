@@ -15,7 +15,7 @@ from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import encode, padding_id
 from jaxlm.losses.cross_entropy import IGNORED, cross_entropy, squared_error
-from jaxlm.tasks.task import Batch, Outputs, Prepared, Score, Task, column, scalar, texts_of
+from jaxlm.tasks.task import Batch, Outputs, Prepared, Score, Task, column, sample_weights, scalar, texts_of
 
 
 def padded_batches(
@@ -42,7 +42,7 @@ def text_labels(source: Source) -> tuple[str, ...]:
 def labelled_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """`text` (and `text_pair`) with the class of `label`; a class that training did not have is a bad row."""
     numbers = {name: i for i, name in enumerate(labels)}
-    texts, classes = [], []
+    texts, classes, kept = [], [], []
     for row in source.located():
         record = row.record or {}
         label = str(column(record, "label", source))
@@ -51,12 +51,13 @@ def labelled_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], sett
             continue
         texts.append(texts_of(record, source))
         classes.append(numbers[label])
-    return _texts(texts, np.array(classes, np.int32), tokenizer, settings)
+        kept.append(record)
+    return _texts(texts, np.array(classes, np.int32), sample_weights(kept, source), tokenizer, settings)
 
 
 def rated_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """`text` (and `text_pair`) with the number in `label`."""
-    texts, targets = [], []
+    texts, targets, kept = [], [], []
     for row in source.located():
         record = row.record or {}
         value = column(record, "label", source)
@@ -66,7 +67,8 @@ def rated_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], setting
             continue
         targets.append(number)
         texts.append(texts_of(record, source))
-    return _texts(texts, np.array(targets, np.float32), tokenizer, settings)
+        kept.append(record)
+    return _texts(texts, np.array(targets, np.float32), sample_weights(kept, source), tokenizer, settings)
 
 
 def _number(value: Any) -> float:
@@ -77,11 +79,17 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _texts(texts: list[tuple[str, ...]], labels: np.ndarray, tokenizer: Any, settings: DataSettings) -> Prepared:
+def _texts(
+    texts: list[tuple[str, ...]],
+    labels: np.ndarray,
+    weights: dict[str, np.ndarray],
+    tokenizer: Any,
+    settings: DataSettings,
+) -> Prepared:
     paired = any(len(t) == 2 for t in texts)
     inputs = texts if paired else [t[0] for t in texts]
     encoded = encode(tokenizer, inputs, max_length=settings.max_length)
-    columns: dict[str, Any] = {"input_ids": encoded.ids, "labels": labels}
+    columns: dict[str, Any] = {"input_ids": encoded.ids, "labels": labels, **weights}
     return Prepared(Examples(columns | ({"token_type_ids": encoded.types} if paired else {})), {})
 
 
@@ -144,7 +152,7 @@ def word_labels(source: Source) -> tuple[str, ...]:
 def labelled_words(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """`tokens` with the tag of each on its first piece; words beyond `max_length` are counted as `truncated_words`."""
     numbers = {name: i for i, name in enumerate(labels)}
-    sentences, tags = [], []
+    sentences, tags, kept = [], [], []
     for row in source.located():
         record = row.record or {}
         unknown = set(column(record, "tags", source)) - numbers.keys()
@@ -153,13 +161,15 @@ def labelled_words(source: Source, tokenizer: Any, labels: tuple[str, ...], sett
             continue
         sentences.append(column(record, "tokens", source))
         tags.append(np.array([numbers[tag] for tag in record["tags"]], np.int32))
+        kept.append(record)
     encoded = encode(tokenizer, sentences, words=True, max_length=settings.max_length)
     values = np.full(len(encoded.ids.values), IGNORED, np.int32)
     first = encoded.words.values >= 0
     row_of = np.repeat(np.arange(len(tags)), encoded.ids.lengths)[first]
     starts = Ragged.of(tags).offsets
     values[first] = np.concatenate(tags)[starts[row_of] + encoded.words.values[first]] if tags else 0
-    columns = {"input_ids": encoded.ids, "labels": Ragged(values, encoded.ids.offsets)}
+    columns: dict[str, Any] = {"input_ids": encoded.ids, "labels": Ragged(values, encoded.ids.offsets)}
+    columns |= sample_weights(kept, source)
     return Prepared(Examples(columns), {"truncated_words": int(starts[-1] - first.sum())})
 
 

@@ -11,18 +11,19 @@ from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import encode, padding_id, sentinel_ids
 from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
-from jaxlm.tasks.task import Prepared, Task, column
+from jaxlm.tasks.task import Prepared, Task, column, sample_weights
 
 
 def pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """`source` and `target` of every record; the decoder reads the target shifted right, from the pad token."""
-    records = [(column(r, "source", source), column(r, "target", source)) for r in source]
-    inputs = ended([a for a, _ in records], tokenizer, settings.max_length)
-    targets = ended([b for _, b in records], tokenizer, settings.max_length)
+    records = list(source)
+    inputs = ended([column(r, "source", source) for r in records], tokenizer, settings.max_length)
+    targets = ended([column(r, "target", source) for r in records], tokenizer, settings.max_length)
     shifted = Ragged(np.empty_like(targets.values), targets.offsets)
     shifted.values[1:] = targets.values[:-1]
     shifted.values[targets.offsets[:-1]] = padding_id(tokenizer)
-    return Prepared(Examples({"input_ids": inputs, "decoder_input_ids": shifted, "labels": targets}), {})
+    columns: dict[str, Any] = {"input_ids": inputs, "decoder_input_ids": shifted, "labels": targets}
+    return Prepared(Examples(columns | sample_weights(records, source)), {})
 
 
 def ended(texts: list[str], tokenizer: Any, max_length: int | None = None) -> Ragged:

@@ -80,6 +80,27 @@ def texts_of(record: Mapping[str, Any], source: Source) -> tuple[str, ...]:
     return (first, record["text_pair"]) if "text_pair" in record else (first,)
 
 
+def sample_weights(records: Sequence[Mapping[str, Any]], source: Source) -> dict[str, np.ndarray]:
+    """The column `weight` float32 `[samples]`, where the data have one: what a distillation may weigh its samples by.
+
+    Raises:
+      ValueError: for a weight that is missing, negative or no number.
+    """
+    if not any("weight" in record for record in records):
+        return {}
+    values = [record.get("weight") for record in records]
+    try:
+        weights = np.array(values, np.float32)
+    except (TypeError, ValueError):
+        weights = np.array(np.nan)
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(
+            f"{source.place}: the column 'weight' must hold a number of 0 or more in every row; correct it, or "
+            "select the columns to read with config.data.columns"
+        )
+    return {"weight": weights}
+
+
 def scalar(terms: Mapping[str, Any], name: str) -> float:
     """`sum / weight` on the host."""
     return float(terms[name].sum) / max(float(terms[name].weight), 1e-9)

@@ -8,7 +8,7 @@ import pytest
 from jaxlm.compress.bake import bake
 from jaxlm.compress.magnitude import magnitude, prune_magnitude
 from jaxlm.compress.patterns import keep_largest
-from jaxlm.compress.schedule import cubic, due
+from jaxlm.compress.schedule import cubic
 from jaxlm.core import FakeQuant, LowRank, Masked, Method, Quantized, Step, materialize
 
 
@@ -17,11 +17,6 @@ def test_cubic_by_hand():
         progress = min(max((t - 5) / 15, 0), 1)
         assert np.isclose(cubic(t, 0.8, 5, 20, initial=0.2), 0.8 - 0.6 * (1 - progress) ** 3, atol=1e-6)
     assert float(cubic(4, 0.5, 5, 5)) == 0 and float(cubic(5, 0.5, 5, 5)) == 0.5
-
-
-def test_due_at_the_ends_and_in_between():
-    assert [t for t in range(1, 40) if due(t, 3, 20, 5)] == [3, 8, 13, 18, 20]
-    assert [t for t in range(1, 40) if due(t, 7, 7, 5)] == [7]
 
 
 def kernels(leaf, head):

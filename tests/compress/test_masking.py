@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.build import registry
 from jaxlm.compress.masking import Plan, layer_paths
-from jaxlm.compress.schedule import cubic, due, overdue
+from jaxlm.compress.schedule import cubic, overdue
 from jaxlm.core import FakeQuant, LowRank, Masked, Quantized, Scored
 from jaxlm.io.checkpoint import Checkpoints
 from jaxlm.train.saving import flatten, unflatten
@@ -149,13 +149,20 @@ def test_masks_are_the_gradient_that_others_see(run):
     assert not dense[~mask].any() and dense[mask].all()
 
 
-def test_overdue_is_due_where_nothing_was_missed():
-    last = found = 0
-    for number in range(1, 40):
-        found = bool(overdue(number, last, 3, 20, 5))
-        assert found == bool(due(number, 3, 20, 5)), number
-        last = number if found else last
-    assert last == 20
+def due_steps(begin, end, every, skipped=()):
+    """Steps up to 40 that bring a new mask."""
+    last, found = 0, []
+    for number in range(1, 41):
+        if overdue(number, last, begin, end, every) and number not in skipped:
+            last = number
+            found.append(number)
+    return found
+
+
+def test_due_at_the_ends_in_between_and_after_what_was_skipped():
+    assert due_steps(3, 20, 5) == [3, 8, 13, 18, 20] and due_steps(7, 7, 5) == [7]
+    assert due_steps(0, 10, 4) == [4, 8, 10] and due_steps(1, 4, 1) == [1, 2, 3, 4]
+    assert due_steps(3, 20, 5, skipped=(8, 20, 21)) == [3, 9, 13, 18, 22]
 
 
 # Budgets -------------------------------------------------------------------------------------------------------------

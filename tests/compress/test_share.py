@@ -10,6 +10,8 @@ import pytest
 
 import jaxlm
 from jaxlm.compress.share import share, unshare
+from jaxlm.compress.structured.gates import open_gates, prune
+from jaxlm.compress.structured.layers import keep_layers
 from jaxlm.core import Context, Masked, Tap, arrays, flatten, map_leaves, unflatten
 from jaxlm.evaluate.cost import bytes_on_disk
 from jaxlm.io.model import LM
@@ -195,12 +197,28 @@ def test_first_takes_weights_as_they_are():
     assert flatten(kept)["layers_1/mlp/up/kernel"] is masked
 
 
+def test_shared_layers_are_pruned_together(tmp_path):
+    """As the same layers apart: they are equal, so the same heads and units go."""
+    model, params = model_of("back")
+    small, little, axes = prune(model, params, model.axes(), heads=0.5, ffn=0.25)
+    assert small.config.num_heads == (1,) * 4 and small.config.ffn_size == (9,) * 4 and axes == small.axes()
+    apart = prune(*unshare(model, params, model.axes()), heads=0.5, ffn=0.25)
+    assert np.allclose(outputs(small, little)["logits"], outputs(*apart[:2])["logits"], atol=1e-5)
+    jaxlm.save(LM(small.config, little), tmp_path)
+    assert jaxlm.load(tmp_path).config == small.config
+    with pytest.raises(ValueError, match="put the surgery unshare first"):
+        keep_layers(model, params, model.axes(), keep=(0, 1))
+    with pytest.raises(ValueError, match="put the surgery unshare first"):
+        open_gates(model, params, model.axes(), {"layers"})
+
+
 @pytest.mark.parametrize(
     ("layer_map", "message"),
     [
         ((0, 0, 0), "must name a stored layer for each of 4 layers"),
-        ((0, 2, 2, 0), "numbered from 0 without gaps"),
-        ((1, 1, 1, 1), "numbered from 0 without gaps"),
+        ((0, 2, 2, 0), "numbered from 0 in the order of their first use"),
+        ((1, 0, 0, 1), "numbered from 0 in the order of their first use"),
+        ((1, 1, 1, 1), "numbered from 0 in the order of their first use"),
         ((0, 0, 1, 0), "layers 0 and 3 share their parameters, but ffn_size is 12 and 6"),
     ],
 )

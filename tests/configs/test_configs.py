@@ -19,13 +19,14 @@ from ml_collections import ConfigDict
 
 from jaxlm.build import registry, stage
 from jaxlm.build.config import default_config, plain
+from jaxlm.build.lessons import distillation
 from jaxlm.build.pipeline import stage_config
 from jaxlm.build.setting import fresh_config
 from jaxlm.core import arrays, chain, with_arrays
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.io.model import LM, save
-from jaxlm.losses.distillation import Teacher
+from jaxlm.losses.teacher import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.parallel import make_mesh, make_rules, pad_vocab, shardings, ways
@@ -147,10 +148,7 @@ def full_stage(config: ConfigDict, model: Model) -> tuple[Model, int, int]:
     params = jax.eval_shape(lambda p: p, params)
     teacher = Teacher(lambda *_: {}, {}, model.config.num_layers, model.config.hidden_size)
     named = [registry.method(entry) for entry in plain(config.methods)]
-    for entry in plain(config.losses):
-        rest = {key: value for key, value in entry.items() if key != "teacher"}
-        given = {"teacher": teacher} if "teacher" in entry else {}
-        named.append((entry["name"], registry.make(registry.LOSSES, rest, "losses", **given)))
+    named += [(entry["name"], distillation(entry, lambda *_: teacher)) for entry in plain(config.losses)]
     method = chain(named)
     adapted = abstractly(lambda p: method.init(jax.random.key(0), model, p, axes), params)
 

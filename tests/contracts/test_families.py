@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Context, Tap, arrays, flatten, map_leaves
+from jaxlm.core import Context, Gate, Tap, arrays, flatten, map_leaves
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.generate import generate, sample
 from jaxlm.models.model import Model
@@ -114,19 +114,51 @@ def test_taps_are_the_same_in_both_views(family):
     sides = ("", "encoder_") if family == "t5" else ("",)
     layers = model.config.num_layers
     wanted = frozenset(Tap(f"{side}hidden", i) for side in sides for i in range(layers + 1))
-    wanted |= {Tap(f"{side}attention", i) for side in sides for i in range(layers)}
+    sites = ("attention", "scores", "query", "key", "value")
+    wanted |= {Tap(f"{side}{site}", i) for side in sides for site in sites for i in range(layers)}
     one, many = (outputs(model, p, batch, taps=wanted)["taps"] for p in (params, model.run_view(params)))
     assert one.keys() == many.keys() == wanted
     for tap in wanted:
         close(many[tap], one[tap])
         if tap.site.endswith("attention"):
             assert np.allclose(one[tap].sum(-1), 1, atol=1e-5) and one[tap].shape[1] == 4
+            scores = one[tap._replace(site=tap.site.replace("attention", "scores"))]
+            assert np.allclose(jax.nn.softmax(scores), one[tap], atol=1e-6)
     few = frozenset({Tap("hidden", 1), Tap("attention", layers - 1)})
     for view in (model.run_view(params, breaks={1}), model.run_view(params)):
         found = outputs(model, view, batch, taps=few)["taps"]
         assert found.keys() == few and all(np.allclose(found[tap], one[tap], atol=1e-5) for tap in few)
     assert not np.allclose(one[Tap("hidden", 0)], one[Tap("hidden", 1)])
     assert not np.allclose(one[Tap("attention", 0)], one[Tap("attention", 1)])
+
+
+# Layer by layer ------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_the_walk_through_the_layers_is_the_forward_pass(family):
+    model, params = model_of(family)
+    mask = (np.arange(8) < np.array([[8], [5]])).astype(np.int32)
+    batch = {"input_ids": np.where(mask, ids(0, 2, 8), model.config.pad_token_id or 0), "attention_mask": mask}
+    if family == "t5":
+        batch |= {"decoder_input_ids": ids(1, 2, 5), "decoder_attention_mask": np.array([[1] * 5, [1] * 3 + [0] * 2])}
+
+    @quick
+    def walk(params):
+        finished = None
+        for side in model.sides():
+            stream = model.embed(params, batch, side, finished)
+            for path in model.layer_paths(side):
+                own = params[side.removesuffix("/")] if side else params
+                stream = model.block(model.layer(path), own[path.rpartition("/")[2]], stream)
+            finished = model.finish(params, stream, side)
+        return model.head(params, finished)["logits"], model.valid(finished, "attention/query")
+
+    if family == "llama":  # with a gate of the residual stream, which every part of the network reads
+        params = params | {"hidden": Gate(jnp.linspace(0.5, 1.0, 16))}
+    found, valid = walk(params)
+    close(np.asarray(found), logits(model, params, batch), 1e-6)
+    assert np.array_equal(valid, batch.get("decoder_attention_mask", mask) > 0)
 
 
 # Padding and packing -------------------------------------------------------------------------------------------------

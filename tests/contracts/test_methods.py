@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.build import registry
+from jaxlm.build.lessons import distillation
 from jaxlm.core import (
     Context,
     Loss,
@@ -30,7 +31,7 @@ from jaxlm.core import (
     with_arrays,
 )
 from jaxlm.losses.cross_entropy import cross_entropy
-from jaxlm.losses.distillation import Teacher, distill
+from jaxlm.losses.teacher import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view
@@ -50,14 +51,17 @@ FAMILIES = {
 }
 # One line enrols a new method: arguments strong enough that two steps show.
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "l0": {"size": 0.5, "end": 2, "speed": 50.0},
     "lora": {"rank": 2, "alpha": 8.0},
     "magnitude": {"sparsity": 0.5, "end": 2, "every": 1},
     "movement": {"sparsity": 0.5, "end": 2, "every": 1},
     "qat": {"dynamic": False},
+    "lsq": {"bits": "int4", "group": 8},
+    "pact": {"clip": 0.05},
     "regrow": {"pattern": "2:4", "end": 2, "every": 1},
     "structured": {"heads": 0.5, "ffn": 0.25, "end": 2, "every": 1},
     "taylor": {"sparsity": 0.5, "end": 2, "every": 1},
-    "distill": {"alpha": 0.7, "hidden": 1.0},
+    "distill": {"alpha": 0.7, "hidden": 1.0, "attention": 1.0, "relations": 1.0},
 }
 # At zero strength a method changes nothing. Rounding has no such setting.
 ZERO: dict[str, dict[str, Any]] = {
@@ -90,7 +94,7 @@ def teacher() -> Teacher:
 
 def method_of(name: str, arguments: dict[str, Any]) -> Method:
     if name == "distill":
-        return distill(teacher(), **arguments)
+        return distillation({"name": name, "teacher": "deeper", **arguments}, lambda *_: teacher())
     return registry.make(registry.METHODS, {"name": name, **arguments}, "methods")
 
 
@@ -183,6 +187,7 @@ def equal(a, b) -> bool:
 RUNS: dict[str, tuple] = {name: ("gpt2", (name,)) for name in ARGUMENTS} | {
     "all on llama": ("llama", ("structured", "magnitude", "qat", "distill"), ARGUMENTS, 2),
     "all on bert": ("bert", ("structured", "lora", "distill"), ARGUMENTS, 2),
+    "gates on bert": ("bert", ("lora", "l0", "distill"), ARGUMENTS, 2),
 }
 everywhere = pytest.mark.parametrize("name", RUNS)
 
@@ -194,7 +199,7 @@ def test_what_does_not_train_is_bit_identical(name):
     moved = {n for n in before if not np.array_equal(before[n], after[n])}
     infos = describe(run.states[0].params)
     learns = {n for n, info in infos.items() if trainable(run.verdicts, info)}
-    masks = {n for n, info in infos.items() if info.role == "mask"}
+    masks = {n for n, info in infos.items() if info.role in ("mask", "buffer")}
     assert moved <= learns | masks
     assert learns <= moved, "something that should train did not"
     assert moved & masks or not masks
@@ -235,12 +240,13 @@ def plain() -> Trained:
 
 
 def test_zero_strength_trains_like_nothing():
+    """But for the biases of keys: their gradient is zero but for rounding, which Adam makes steps of."""
     run = train("gpt2", tuple(ZERO), ZERO)
     model, params, _ = baked(run)
     assert model == plain().model
     for path, leaf in flatten(canonical_view(plain().states[-1].params)).items():
-        if not path.endswith("key/bias"):  # its gradient is zero in theory, and Adam makes a step of what is left
-            assert np.allclose(flatten(params)[path], leaf, rtol=0, atol=1e-6), path
+        atol = 2e-2 if path.endswith("key/bias") else 1e-6  # the learning rate
+        assert np.allclose(flatten(params)[path], leaf, rtol=0, atol=atol), path
 
 
 def test_lora_begins_as_the_identity():
@@ -254,19 +260,29 @@ def test_distillation_learns_through_its_projection():
     """Also where a method freezes everything else."""
     for name in ("distill", "all on bert"):
         first, last = (flatten(trained(name).states[i].params) for i in (0, -1))
-        path = "distill/projection/kernel"
+        path = "distill/teacher_0/projection/kernel"
         assert first[path].shape == (16, 24) and not np.array_equal(first[path], last[path])
         assert path not in flatten(baked(trained(name))[1])
 
 
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
+ROUNDING = ("qat", "lsq", "pact")
 SPARSE, BY_GRADIENT = ("magnitude", "movement", "regrow", "taylor"), ("movement", "regrow", "taylor")
-# Scales of a rounding span what pruning removes; the other order is fine.
-REFUSED = {("qat", "structured"): r"layers_0/.*prune first"}
-REFUSED |= dict.fromkeys(itertools.permutations(SPARSE, 2), "both claim the sparsity of")
-# LoRA freezes the weight whose gradient would be the score.
-REFUSED |= {pair: "both claim the update of" for name in BY_GRADIENT for pair in ((name, "lora"), ("lora", name))}
+REFUSED = {
+    **{(name, "structured"): r"layers_0/.*prune first" for name in ROUNDING},
+    **{(name, "l0"): "both claim the bits of layers_0/attention/output/kernel" for name in ROUNDING},
+    **{("l0", name): "both claim the bits of layers_0/attention/output/kernel" for name in ROUNDING},
+    ("l0", "structured"): "both claim the width of layers_0/",
+    ("structured", "l0"): "both claim the width of layers_0/",
+    ("structured", "lsq"): "groups would fall apart",
+    ("pact", "lora"): "both claim the update",
+    **dict.fromkeys(itertools.permutations(SPARSE, 2), "both claim the sparsity of"),
+    **{pair: "both claim the update of" for name in BY_GRADIENT for pair in ((name, "lora"), ("lora", name))},
+}
+"""Scales of a rounding span what pruning removes (the other order is fine, without groups); an update beside clipped
+inputs cannot be merged. A width has one owner; gates that may stay half open go into weights that nothing rounds. LoRA
+freezes the weight whose gradient would be the score."""
 
 
 def perturbed(params, verdicts, seed):
@@ -282,6 +298,10 @@ def test_pairs_compose_or_are_refused(first, second):
     """Each has its effect whatever the order, and the baked model is the evaluated one."""
     if (first, second) in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[first, second]):
+            prepared("gpt2", (first, second))
+        return
+    if first in ROUNDING and second in ROUNDING:
+        with pytest.raises(ValueError, match=rf"{second} and {first} both claim the bits of embed/tokens/embedding"):
             prepared("gpt2", (first, second))
         return
     model, _ = model_of("gpt2")
@@ -308,8 +328,8 @@ def test_pairs_compose_or_are_refused(first, second):
         assert model.config.num_heads == (2, 2) and model.config.ffn_size == (9, 9)
     if {first, second} & set(SPARSE):
         assert masks and all(np.mean(mask) == 0.5 for mask in masks)
-        assert "structured" in (first, second) or np.mean(materialize(up) == 0) >= 0.5
-    assert isinstance(up, Quantized) == ("qat" in (first, second))
+        assert {"structured", "l0"} & {first, second} or np.mean(materialize(up) == 0) >= 0.5
+    assert isinstance(up, Quantized) == (first in ROUNDING or second in ROUNDING)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -341,7 +361,14 @@ def test_claims_of_a_chain_are_those_of_its_methods():
         ({"name": "structured", "ffn": 1.0, "end": 5}, "share of ffn"),
         ({"name": "lora", "rnak": 4}, "did you mean 'rank'"),
         ({"name": "lora", "rank": 0}, "rank must be at least 1"),
-        ({"name": "qat", "bits": 4}, "no option 'bits'"),
+        ({"name": "qat", "bits": "in4"}, "qat: unknown number format 'in4'; did you mean 'int4'"),
+        ({"name": "qat", "bits": "nf4", "symmetric": False}, "qat: nf4 is symmetric by construction"),
+        ({"name": "qat", "bits": "nf4", "dynamic": True}, "qat: nf4 codes are places in a table"),
+        ({"name": "qat", "activations": {"group": "tensor"}}, "pact learns one range"),
+        ({"name": "lsq", "activations": {"bit": "int8"}}, "did you mean 'bits'"),
+        ({"name": "lsq", "bits": "fp8_e4m3"}, "lsq: LSQ learns the step of symmetric integers"),
+        ({"name": "pact", "clip": -1.0}, "pact: PACT: the bound of the inputs must be positive"),
+        ({"name": "pact", "input_bits": "fp8_e4m3"}, "pact: inputs in fp8_e4m3 do not go with a weight in int8"),
     ],
 )
 def test_wrong_entries_say_what_is_wrong(entry, message):
@@ -350,15 +377,15 @@ def test_wrong_entries_say_what_is_wrong(entry, message):
 
 
 def test_an_entry_needs_a_name():
-    with pytest.raises(ValueError, match=r"config\.methods needs a name; known: lora"):
+    with pytest.raises(ValueError, match=r"config\.methods needs a name; known: .*lora"):
         registry.make(registry.METHODS, {"rank": 4}, "methods")
 
 
-@pytest.mark.parametrize("name", ["lora", "magnitude", "qat"])
+@pytest.mark.parametrize("name", ["lora", "magnitude", *ROUNDING])
 def test_targets_that_match_nothing_are_refused(name):
     model, params = model_of("gpt2")
     method = method_of(name, {**ARGUMENTS[name], "targets": r".*/kernal"})
-    with pytest.raises(ValueError, match=rf"{name}: targets .*kernal.* match no parameter"):
+    with pytest.raises(ValueError, match=rf"{name}: targets.* .*kernal.* match(es)? no parameter"):
         method.init(jax.random.key(0), model, params, model.axes())
 
 

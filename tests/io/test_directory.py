@@ -49,7 +49,7 @@ def compressed():
         "layers_0/mlp/up/kernel": Quantized.of(up, dynamic=True),
         "layers_1/mlp/down/kernel": Masked(down, down > 0),
         "layers_0/attention/key/kernel": LowRank(Quantized.of(key), a, a.T, scale=0.5, rate=0.1),
-        "layers_1/attention/value/kernel": FakeQuant(Masked(value, value > 0), dynamic=True),
+        "layers_1/attention/value/kernel": FakeQuant.of(Masked(value, value > 0), dynamic=True),
         "embed/tokens/embedding": Quantized.of(flat["embed/tokens/embedding"], channel=-2),
         "layers_0/mlp/gate": Gate(jnp.arange(24, dtype=jnp.float32)),
     }
@@ -232,7 +232,12 @@ def test_foreign_configs_are_refused(tmp_path, file, change, message):
     ("change", "message"),
     [
         (lambda w: w["layers_0/mlp/up/kernel"].update(type="os.system"), "unknown type 'os.system'"),
-        (lambda w: w["layers_0/mlp/up/kernel"].pop("dynamic"), "Quantized needs 'dynamic'"),
+        (lambda w: w["layers_0/mlp/up/kernel"].pop("scheme"), "Quantized needs 'scheme'"),
+        (
+            lambda w: w["layers_0/mlp/up/kernel"]["scheme"].update(bits="in8"),
+            "'layers_0/mlp/up/kernel': scheme: unknown number format 'in8'; did you mean 'int8'",
+        ),
+        (lambda w: w["layers_0/mlp/up/kernel"]["scheme"].update(size=8), "its format has no option 'size'"),
         (lambda w: w["layers_0/mlp/up/kernel"].update(bits=4), "Quantized has no field 'bits'"),
         (lambda w: w.pop("layers_0/mlp/up/kernel"), "lacks the tensor 'layers_0/mlp/up/kernel'"),
         (lambda w: w.update({"layers_5/x": w["layers_0/mlp/up/kernel"]}), "lacks the tensor 'layers_5/x.codes'"),

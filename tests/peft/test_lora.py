@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Context, LowRank, Quantized, describe, dot, trainable
+from jaxlm.core import Context, Factored, LowRank, Quantized, describe, dot, trainable
 from jaxlm.peft.lora import lora
 
 PARAMS = {
@@ -48,6 +48,14 @@ def test_only_factors_and_the_head_train():
     learns = {n for n, info in describe(params).items() if trainable([method.trainable], info)}
     factors = {f"layers_0/attention/{n}/kernel.{f}" for n in ("query", "value") for f in "ab"}
     assert learns == factors | {"head/output/kernel"}
+
+
+def test_the_factors_of_a_factored_base_stay():
+    base = {"layers_0": {"query": {"kernel": Factored(jnp.ones((8, 2)), jnp.ones((2, 6)))}}}
+    method = lora()
+    infos = describe(method.init(jax.random.key(0), None, base, {}).params)
+    learns = {n for n, info in infos.items() if trainable([method.trainable], info)}
+    assert learns == {f"layers_0/query/kernel.{f}" for f in "ab"}
 
 
 def test_baking_over_int8_is_dense_and_never_rounds():

@@ -1,4 +1,4 @@
-"""Quantized: int8 codes with a scale a channel, and the integer product."""
+"""Quantized: a weight stored as codes of a number format, and its products."""
 
 import jax
 import jax.numpy as jnp
@@ -7,54 +7,96 @@ from flax import struct
 from jaxlm.core.context import Context
 from jaxlm.core.product import matmul, matmul_transposed
 from jaxlm.core.weight import Axes, Component, Weight
-
-LEVELS = 127
-"""Largest code of symmetric int8; -128 stays unused, so that the range is symmetric."""
-
-
-def scale_of(x: jax.Array, axis: int) -> jax.Array:
-    """Symmetric scale `max|x| / 127` along `axis` (kept as 1), float32; 1 where a slice is all zero.
-
-    >>> scale_of(jnp.array([[-63.5, 0.0]]), axis=0).tolist()
-    [[0.5, 1.0]]
-    """
-    scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axis, keepdims=True) / LEVELS
-    return jnp.where(scale == 0, 1.0, scale)
-
-
-def round_to_codes(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """`clip(round(x / scale), -127, 127)` as int8, rounding half to even."""
-    return jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -LEVELS, LEVELS).astype(jnp.int8)
+from jaxlm.core.weights.integer import scaled_product
+from jaxlm.core.weights.scheme import (
+    FLOATS,
+    INT8,
+    INTEGERS,
+    Scheme,
+    from_codes,
+    grid,
+    steps_of,
+    straight_through,
+    to_codes,
+)
 
 
 class Quantized(Weight):
-    """`W = codes · scale`, symmetric int8 with one scale a channel.
+    """`W = (codes - zero) · scale`, or a table's values times `scale`.
 
     `channel` says which dimension owns the scales: -1 (outputs, for kernels) or -2 (rows, for embedding tables, whose
-    rows are the outputs of a tied head). With `dynamic` inputs each row of `x` is quantized too, with its own
-    `max|x| / 127`, and the product runs in integers: `(round(x/s_x) · codes)_int32 · s_x · scale`. Its derivative in
-    `x` is that of `x W`, so that what lies below it can be trained. Without, the codes are widened and multiplied in
-    floats.
+    rows are the outputs of a tied head); groups run along the other one.
+
+    Without `activations` the codes are widened and multiplied in floats. With them the inputs are rounded too, a token
+    at a time by its own largest entry (`Scheme("int8")`), or all by one grid that was measured before
+    (`Scheme("int8", "tensor")`, then `input_scale` and `input_zero` hold it), and the product runs in integers: see
+    `integer.scaled_product`. The derivative is that of the product in floats, with the gradient of the rounding passed
+    straight through, so that what lies below can be trained.
 
     Attributes:
-      codes: int8 `[in, out]`.
-      scale: float32 `[1, out]` or `[in, 1]`.
-      dynamic: quantize the inputs a token at a time and multiply integers. Static.
+      codes: `[in, out]` in `scheme.dtype`; int4 takes half a byte an entry, in memory and on disk.
+      scale: float32, shaped as in `scheme`.
+      zero: int8 like `scale`, `None` in a symmetric scheme.
+      input_scale: float32 `[]`, where inputs have one grid; input_zero: int8 `[]`, where that is asymmetric.
+      scheme: format of the weight. Static.
+      activations: format of the inputs, `None` to leave them as they are. Static.
       channel: dimension with a scale of its own, -1 or -2. Static.
       dtype_name: dtype of the materialized matrix. Static.
     """
 
     codes: jax.Array
     scale: jax.Array
-    dynamic: bool = struct.field(pytree_node=False, default=False)
+    zero: jax.Array | None = None
+    input_scale: jax.Array | None = None
+    input_zero: jax.Array | None = None
+    scheme: Scheme = struct.field(pytree_node=False, default=INT8)
+    activations: Scheme | None = struct.field(pytree_node=False, default=None)
     channel: int = struct.field(pytree_node=False, default=-1)
     dtype_name: str = struct.field(pytree_node=False, default="float32")
 
     @classmethod
-    def of(cls, w: jax.Array, dynamic: bool = False, channel: int = -1) -> "Quantized":
-        """Round to nearest: codes and scales of a dense matrix `[..., in, out]`."""
-        scale = scale_of(w, axis=-3 - channel)
-        return cls(round_to_codes(w, scale), scale, dynamic=dynamic, channel=channel, dtype_name=w.dtype.name)
+    def of(
+        cls,
+        w: jax.Array,
+        scheme: Scheme = INT8,
+        *,
+        dynamic: bool = False,
+        activations: Scheme | None = None,
+        channel: int = -1,
+        input_range: tuple[float, float] | None = None,
+    ) -> "Quantized":
+        """Round to nearest: codes and scales of a dense matrix `[..., in, out]`.
+
+        Args:
+          dynamic: short for the `activations` that go with the scheme, one scale a token.
+          input_range: smallest and largest input, for static activations (those with the group `"tensor"`).
+
+        Raises:
+          ValueError: for formats that do not go together, or a range too many or missing.
+        """
+        activations = per_token(scheme) if dynamic and activations is None else activations
+        check_activations(scheme, activations)
+        if (input_range is not None) != (activations is not None and activations.group == "tensor"):
+            raise ValueError("an input_range and static activations (group 'tensor') go together; give both or neither")
+        scale, zero = grid(w, scheme, -3 - channel)
+        codes = to_codes(w, scale, zero, scheme, -3 - channel)
+        own = cls(codes, scale, zero, scheme=scheme, activations=activations, channel=channel, dtype_name=w.dtype.name)
+        if input_range is None or activations is None:
+            return own
+        input_scale, input_zero = grid(jnp.asarray(input_range, jnp.float32)[None], activations)
+        lead = w.shape[:-2]
+        fill = lambda a: None if a is None else jnp.broadcast_to(a.reshape(()), lead)  # noqa: E731
+        return own.replace(input_scale=fill(input_scale), input_zero=fill(input_zero))
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether inputs are rounded a token at a time."""
+        return self.activations is not None and self.activations.group is None
+
+    @property
+    def axis(self) -> int:
+        """The dimension along which groups run: that of the inputs."""
+        return -3 - self.channel
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,56 +107,124 @@ class Quantized(Weight):
         return jnp.dtype(self.dtype_name)
 
     def materialize(self) -> jax.Array:
-        return (self.codes.astype(jnp.float32) * self.scale).astype(self.dtype)
+        return from_codes(self.codes, self.scale, self.zero, self.scheme, self.axis).astype(self.dtype)
 
     def dot(self, x: jax.Array, ctx: Context) -> jax.Array:
-        if self.channel == -1:
-            return self._product(x, self.codes, self.scale)
-        return matmul(x, self.materialize())
+        return product(x, self) if self.channel == -1 else matmul(x, self.materialize())
 
     def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        if self.channel == -2:
-            return self._product(x, self.codes.T, self.scale.T)
-        return matmul_transposed(x, self.materialize())
-
-    def _product(self, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-        product = rounded_product(x, codes) if self.dynamic else matmul(x, codes).astype(jnp.float32)
-        return (product * scale[0]).astype(x.dtype)
+        return product(x, self) if self.channel == -2 else matmul_transposed(x, self.materialize())
 
     def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
-        rows = jnp.take(self.codes, ids, axis=0).astype(jnp.float32)
-        scale = self.scale[0] if self.channel == -1 else jnp.take(self.scale, ids, axis=0)
-        return (rows * scale).astype(self.dtype)
+        part = lambda a, i: a if a.shape[-2] == 1 else jnp.take(a, i, axis=-2)  # noqa: E731
+        own = ids
+        if self.channel == -1 and isinstance(self.scheme.group, int):
+            own = ids // self.scheme.group
+        flat = own.reshape(-1)
+        zero = None if self.zero is None else part(self.zero, flat)
+        codes = jnp.take(self.codes, ids.reshape(-1), axis=-2)
+        scheme = self.scheme
+        if self.channel == -1 and isinstance(scheme.group, int):
+            scheme = Scheme(scheme.bits, None, scheme.symmetric)  # each row has found its group
+        rows = from_codes(codes, part(self.scale, flat), zero, scheme, self.axis)
+        return rows.astype(self.dtype).reshape(*ids.shape, -1)
 
     def components(self, axes: Axes) -> dict[str, Component]:
-        scale_axes = (None, axes[1]) if self.channel == -1 else (axes[0], None)
-        return {"codes": Component(axes, "codes"), "scale": Component(scale_axes, "buffer")}
+        shared = scale_axes(axes, self.scheme, self.axis)
+        parts = {"codes": Component(axes, "codes"), "scale": Component(shared, "buffer")}
+        if self.zero is not None:
+            parts["zero"] = Component(shared, "buffer")
+        for field in ("input_scale", "input_zero"):
+            if getattr(self, field) is not None:
+                parts[field] = Component((), "buffer")
+        return parts
+
+
+def scale_axes(axes: Axes, scheme: Scheme, axis: int) -> Axes:
+    """Axis names of scales: groups lie along the inputs' own axis, which then cannot be cut without them."""
+    if scheme.group == "tensor":
+        return (None, None)
+    along = axes[axis] if isinstance(scheme.group, int) else None
+    return (along, axes[1]) if axis == -2 else (axes[0], along)
+
+
+def per_token(scheme: Scheme) -> Scheme:
+    """The inputs' format that goes with a weight's: float8 with its own kind, int8 with integers; one scale a token."""
+    return Scheme("fp8_e4m3" if scheme.bits in FLOATS else "int8")
+
+
+def check_activations(scheme: Scheme, activations: Scheme | None) -> None:
+    """Raises ValueError for inputs that cannot be multiplied with such codes."""
+    if activations is None:
+        return
+    if scheme.bits == "nf4":
+        raise ValueError("nf4 codes are places in a table and cannot be multiplied: leave the inputs in floats")
+    if (scheme.bits in INTEGERS) != (activations.bits in INTEGERS):
+        raise ValueError(
+            f"inputs in {activations.bits} do not go with a weight in {scheme.bits}: integers with integers"
+        )
+    if isinstance(activations.group, int):
+        raise ValueError("inputs have one scale a token (group None) or one in all (group 'tensor'), not one a group")
+
+
+def round_inputs(x: jax.Array, w: Quantized) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Codes of inputs `[rows, in]`, with their scale and zero point: `[rows, 1]`, or `[1, 1]` if static."""
+    assert w.activations is not None
+    scale, zero = input_grid(x, w)
+    codes = to_codes(x, scale, zero, w.activations, -1)
+    return codes if w.scheme.bits in FLOATS else codes.astype(jnp.int8), scale, zero
+
+
+def input_grid(x: jax.Array, w: Quantized) -> tuple[jax.Array, jax.Array | None]:
+    """The grid of inputs `[rows, in]`: each row's own, or the one that was measured."""
+    assert w.activations is not None
+    if w.input_scale is None:
+        return grid(x, w.activations, -1)
+    return w.input_scale.reshape(1, 1), None if w.input_zero is None else w.input_zero.reshape(1, 1)
 
 
 @jax.custom_vjp
-def rounded_product(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """`x @ codes` in integers, each row of `x` rounded; float32, differentiated in `x` as if nothing were rounded."""
-    row_scale = scale_of(x, axis=-1)
-    return integer_product(round_to_codes(x, row_scale), codes) * row_scale
+def product(x: jax.Array, w: Quantized) -> jax.Array:
+    """`x [..., in]` times `w` over the dimension that its scales are made for; `[..., out]` in the dtype of `x`.
 
-
-def _unrounded(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
-    codes, like = kept
-    return matmul_transposed(g.astype(like.dtype), codes), None
-
-
-rounded_product.defvjp(lambda x, codes: (rounded_product(x, codes), (codes, x[..., :0])), _unrounded)
-
-
-def integer_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """int8 `[..., in]` times int8 `[in, out]`, accumulated in int32 and returned as float32.
-
-    Fewer than eight rows are padded to eight: XLA's CPU back end runs a one-row integer product about ten times slower
-    than an eight-row one, and zero rows do not change the others.
+    Differentiated as `straight_through(x) @ W` in floats. The backward pass widens the codes again: between the passes
+    nothing is kept but `x` and the codes.
     """
     rows = x.reshape(-1, x.shape[-1])
-    few = rows.shape[0]
-    if few < 8:
-        rows = jnp.pad(rows, ((0, 8 - few), (0, 0)))
-    product = jax.lax.dot_general(rows, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
-    return product[:few].astype(jnp.float32).reshape(*x.shape[:-1], w.shape[-1])
+    if w.activations is not None:
+        codes, scale, zero = round_inputs(rows, w)
+        y = scaled_product(codes, zero, w.codes, w.scale, w.zero, w.scheme, w.axis) * scale
+    elif w.scale.shape[w.axis] > 1:
+        y = _matmul(rows, w.materialize(), w.axis)
+    else:
+        steps = steps_of(w.codes, w.zero, w.scheme, w.axis).astype(x.dtype)  # exact in bfloat16, but for nf4
+        contract = (((1,), (w.axis % 2,)), ((), ()))
+        y = jax.lax.dot_general(rows, steps, contract, preferred_element_type=jnp.float32)
+        y = y * (w.scale if w.axis == -2 else w.scale.T)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _backward(kept: tuple[jax.Array, Quantized], g: jax.Array) -> tuple[jax.Array, Quantized]:
+    x, w = kept
+    rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+
+    def rounded(rows: jax.Array) -> jax.Array:
+        if w.activations is None:
+            return rows
+        return straight_through(rows, *jax.lax.stop_gradient(input_grid(rows, w)), w.activations, -1)
+
+    inputs, of_inputs = jax.vjp(rounded, rows)
+    dense, of_scale = jax.vjp(lambda scale: w.replace(scale=scale).materialize(), w.scale)
+    (dx,) = of_inputs(_matmul(g, dense, -3 - w.axis).astype(x.dtype))
+    pair = (inputs, g) if w.axis == -2 else (g, inputs)
+    dw = jax.lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    nothing = jax.tree.map(lambda _: None, w)
+    return dx.reshape(x.shape), nothing.replace(scale=of_scale(dw.astype(dense.dtype))[0])
+
+
+def _matmul(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    """`x` times `w` over the dimension `axis` of `w`."""
+    return matmul(x, w) if axis == -2 else matmul_transposed(x, w)
+
+
+product.defvjp(lambda x, w: (product(x, w), (x, w)), _backward)

@@ -1,0 +1,126 @@
+"""Products of codes: integers times integers, exact, in the form that is fastest for the platform and the shape."""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core.weights.scheme import INTEGERS, Scheme, from_codes, grouped
+
+EXACT = 2**24
+"""float32 holds every integer up to here, so a sum of products that stays below is exact in it."""
+
+
+def scaled_product(
+    x: jax.Array,
+    x_zero: jax.Array | None,
+    codes: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    scheme: Scheme,
+    axis: int = -2,
+) -> jax.Array:
+    """`Σ_k (x_k - z_x) · (codes_k - z) · scale`: float32 `[rows, out]`, the inputs' own scale left out.
+
+    Integers are accumulated in int32, one sum a group:
+
+        Σ_g s_g [ Σ_k x_k c_k  -  z_g Σ_k x_k  -  z_x (Σ_k c_k - n_g z_g) ]
+
+    Groups on a CPU are the exception: there partial sums, which XLA runs as batched products, take up to nine times
+    as long as the product of the inputs' codes with the weight in float32, which differs by float32's rounding.
+
+    Args:
+      x: codes of the inputs `[rows, in]`, int8 or a float8; x_zero: their zero points, `[rows, 1]` or `[1, 1]`.
+      codes, scale, zero: the weight's, with its inputs at `axis` (-1: `codes` is `[out, in]`).
+    """
+    if scheme.bits not in INTEGERS:
+        return _floats(x, codes, axis) * _row(scale, axis)
+    if scale.shape[axis] == 1:
+        sums = integer_product(x, codes, axis, largest=2 ** (scheme.width - 1))
+        return _corrected(sums, x, x_zero, codes, zero, axis).astype(jnp.float32) * _row(scale, axis)
+
+    def partial(x, x_zero, codes, scale, zero):
+        parts = jnp.moveaxis(grouped(codes, scheme, axis), axis % 2, 0)  # [groups, group, out] or [groups, out, group]
+        rows = jnp.moveaxis(grouped(x, scheme, -1), -2, 0)  # [groups, rows, group]
+        zeros = None if zero is None else jnp.expand_dims(jnp.moveaxis(zero, axis, 0), axis)
+        count = jnp.minimum(codes.shape[axis] - jnp.arange(len(parts)) * parts.shape[axis], parts.shape[axis])
+        contract = (((2,), (parts.ndim + axis,)), ((0,), (0,)))
+        sums = jax.lax.dot_general(rows, parts.astype(jnp.int8), contract, preferred_element_type=jnp.int32)
+        sums = _corrected(sums, rows, x_zero, parts, zeros, axis, count[:, None, None])
+        return jnp.sum(sums.astype(jnp.float32) * jnp.moveaxis(scale, axis, 0)[:, None, :], axis=0)
+
+    def whole(x, x_zero, codes, scale, zero):
+        x = x.astype(jnp.float32) - (0 if x_zero is None else x_zero.astype(jnp.float32))
+        w = from_codes(codes, scale, zero, scheme, axis)
+        return x @ (w if axis == -2 else w.T)
+
+    return jax.lax.platform_dependent(x, x_zero, codes, scale, zero, cpu=whole, default=partial)
+
+
+def _corrected(sums, x, x_zero, codes, zero, axis, count=None):
+    """Takes the zero points off the sums of products of codes, in int32; leading dimensions are groups."""
+    int32 = functools.partial(jnp.sum, dtype=jnp.int32)
+    if zero is not None:
+        sums = sums - _row(zero, axis).astype(jnp.int32) * int32(x, axis=-1, keepdims=True)
+    if x_zero is not None:
+        inner = int32(codes, axis=axis, keepdims=True)
+        if zero is not None:
+            inner = inner - (codes.shape[axis] if count is None else count) * zero.astype(jnp.int32)
+        sums = sums - x_zero.astype(jnp.int32) * _row(inner, axis)
+    return sums
+
+
+def _row(scale: jax.Array, axis: int) -> jax.Array:
+    """A scale (or the like) of each output as a row `[1, out]`, whichever side of the weight its inputs are."""
+    return scale if axis == -2 else jnp.swapaxes(scale, -1, -2)
+
+
+def integer_product(x: jax.Array, w: jax.Array, axis: int = -2, largest: int = 128) -> jax.Array:
+    """Codes `[rows, in]` times codes `[in, out]` (`[out, in]` with axis -1), their exact sums of products in int32.
+
+    Fewer than eight rows are padded to eight on a CPU: XLA runs a one-row integer product there about ten times slower
+    than an eight-row one, and zero rows do not change the others. A CPU with bf16 instructions multiplies the codes as
+    bfloat16, which holds them exactly, where no sum can leave what float32 holds exactly: faster than its int8.
+
+    Args:
+      largest: bound on |w|; 128 for int8, 8 for int4.
+    """
+    contract = (((1,), (axis % 2,)), ((), ()))
+
+    def integers(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x, w.astype(jnp.int8), contract, preferred_element_type=jnp.int32)
+
+    def on_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
+        rows = x.shape[0]
+        if rows < 8:
+            return integers(jnp.pad(x, ((0, 8 - rows), (0, 0))), w)[:rows]
+        if rows < 64 or x.shape[1] * 128 * largest > EXACT or not fast_bfloat16():
+            return integers(x, w)
+        x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+        return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.float32).astype(jnp.int32)
+
+    return jax.lax.platform_dependent(x, w, cpu=on_cpu, default=integers)
+
+
+def _floats(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    """float8 codes times float8 codes, summed in float32; a CPU, which has no such product, multiplies in float32."""
+    contract = (((1,), (axis % 2,)), ((), ()))
+
+    def product(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+        x, w = (x, w) if dtype is None else (x.astype(dtype), w.astype(dtype))
+        return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.float32)
+
+    wide = functools.partial(product, dtype=jnp.float32)
+    return jax.lax.platform_dependent(x, w, cpu=wide, default=product)
+
+
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 in hardware (Linux tells; elsewhere the answer is no)."""
+    try:
+        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
+    except OSError:
+        return False

@@ -1,0 +1,149 @@
+"""`config.calibration`: which rows are read, and that none of them is evaluated on."""
+
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.build import setting, stage
+from jaxlm.build.calibration import calibration_place, fillers, may_share, only, read_calibration
+from jaxlm.build.setting import set_up
+from jaxlm.core import Masked, flatten
+from jaxlm.data.settings import CalibrationSettings, DataSettings
+from jaxlm.tasks import TASKS
+
+
+def test_a_stage_prunes_with_the_training_text(recipe, tmp_path):
+    config = recipe(steps=0)
+    config.calibration.update(samples=5, length=16, batch_size=2)
+    config.surgery = ({"name": "wanda", "pattern": "2:4"},)
+    result = stage.run(config, tmp_path)
+    assert result["data"]["calibration"]["source"] == config.data.train
+    assert result["data"]["calibration"]["samples"] == 5 and 20 < result["data"]["calibration"]["tokens"] <= 5 * 16
+    leaves = flatten(jaxlm.load(tmp_path / "model").params)
+    masked = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Masked)}
+    assert len(masked) == 2 * 6
+    assert all(np.asarray(leaf.mask).mean() == 0.5 for leaf in masked.values())
+    assert all(not np.asarray(leaf.base)[~np.asarray(leaf.mask)].any() for leaf in masked.values())
+
+
+def test_nothing_is_read_where_nothing_asks(recipe, monkeypatch):
+    config = recipe(steps=0)
+    config.surgery = ({"name": "quantize"},)
+    monkeypatch.setattr(setting, "read_calibration", pytest.fail)
+    assert setting.operate(set_up(config, splits=())).calibration is None
+
+
+@pytest.mark.parametrize("name", ["eval", "test"])
+def test_evaluation_data_are_refused(recipe, name):
+    config = recipe(steps=0)
+    config.data.test = config.data.train.replace("train", "eval") + "[5:]"
+    config.surgery = ({"name": "wanda", "sparsity": 0.5},)
+    for source in (name, config.data[name]):
+        config.calibration.source = source
+        with pytest.raises(ValueError, match=r"config.calibration.source .*what a model is compressed on must not be"):
+            setting.operate(set_up(config, splits=()))
+
+
+def test_calibration_is_not_an_argument_of_the_entry(recipe):
+    config = recipe(steps=0)
+    config.surgery = ({"name": "wanda", "sparsity": 0.5, "calibration": "x"},)
+    with pytest.raises(ValueError, match=r"config.surgery: wanda has no option 'calibration'"):
+        setting.operate(set_up(config, splits=()))
+
+
+def test_rows_beyond_the_positions_are_refused(recipe):
+    config = recipe(steps=0)
+    config.calibration.length = 33
+    config.surgery = ({"name": "wanda", "sparsity": 0.5},)
+    with pytest.raises(ValueError, match=r"config.calibration.length = 33, but the model has 32 positions"):
+        setting.operate(set_up(config, splits=()))
+
+
+@pytest.mark.parametrize("field", ["samples", "length", "batch_size"])
+def test_nothing_at_all_is_refused(field):
+    with pytest.raises(ValueError, match=rf"config.calibration.{field} = 0: must be at least 1"):
+        CalibrationSettings(**{field: 0})
+
+
+# Which places may share rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shared"),
+    [
+        ("x", "y", False),
+        ("x", "x", True),
+        ("x[:40%]", "x[40%:]", False),
+        ("x[:41%]", "x[40%:]", True),
+        ("x[:-10%]", "x[90%:]", False),
+        ("x[:100]", "x[100:200]", False),
+        ("x[:101]", "x[100:200]", True),
+        ("x[:-100]", "x[-100:]", False),
+        ("x[:-99]", "x[-100:]", True),
+        ("x[:100]", "x[90%:]", True),  # whether they share one depends on how many there are
+        ("x[10%:20%]", "x[30%:40%]", False),
+        ("glue/sst2:train", "glue/sst2:validation", False),
+        ("glue/sst2:1.0.0:validation", "glue/sst2:validation[:5]", True),
+    ],
+)
+def test_places(a, b, shared):
+    assert may_share(a, b) is may_share(b, a) is shared
+
+
+def test_files_are_the_same_by_whatever_name(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    monkeypatch.chdir(tmp_path)
+    assert may_share("./a.txt", str(tmp_path / "a.txt")) and may_share("link.txt", "b.txt")
+    assert may_share("*.txt[:10%]", "b.txt[90%:]"), "slices of other sets of files cannot be compared"
+    assert not may_share("a.txt", "b.txt")
+    data = DataSettings(train="*.txt", eval="b.txt")
+    with pytest.raises(ValueError, match=r"reads '\*.txt', which may share rows with config.data.eval = 'b.txt'"):
+        calibration_place("train", data)
+    assert calibration_place("a.txt", data) == "a.txt"
+
+
+def test_a_source_must_be_there():
+    with pytest.raises(ValueError, match=r"config.data.train is empty; name a place"):
+        calibration_place("train", DataSettings())
+
+
+# Which rows are taken -------------------------------------------------------------------------------------------------
+
+
+def calibration_of(config, **settings):
+    own = set_up(config, splits=())
+    return read_calibration(
+        CalibrationSettings(**settings), "causal", TASKS["causal"], own.tokenizer, own.model.config, own.data, 0
+    )
+
+
+def tokens(calibration):
+    return sum(int((batch["segment_ids"] > 0).sum()) for batch in calibration.batches)
+
+
+def test_as_many_rows_as_asked_for_or_there_are(recipe):
+    few = calibration_of(recipe(), samples=5, batch_size=4)
+    assert [len(batch["input_ids"]) for batch in few.batches] == [4, 4], "one shape"
+    assert [int((batch["segment_ids"] > 0).any(1).sum()) for batch in few.batches] == [4, 1]
+    assert few.facts() == {"source": recipe().data.train, "samples": 5, "tokens": tokens(few)}
+    every = calibration_of(recipe(), samples=10**6, batch_size=7)
+    rows = np.concatenate([b["segment_ids"] for b in every.batches])
+    filled = rows[(rows > 0).any(1)]
+    assert len(filled) < len(rows) and (filled > 0).sum() == tokens(every), "fillers are padding"
+    again = calibration_of(recipe(), samples=5, batch_size=4)
+    assert all(np.array_equal(a["input_ids"], b["input_ids"]) for a, b in zip(few.batches, again.batches, strict=True))
+
+
+def test_fillers_and_what_only_keeps():
+    batch = {
+        "input_ids": np.ones((3, 4), np.int32),
+        "attention_mask": np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0]]),
+        "labels": np.array([1.0, np.nan, 2.0]),
+    }
+    assert fillers(batch).tolist() == [False, True, False]
+    kept = only(batch, np.array([2]))
+    assert kept["attention_mask"].sum(1).tolist() == [0, 0, 1] and np.isnan(kept["labels"]).tolist() == [1, 1, 0]
+    batch["labels"] = np.array([[-100] * 4, [-100] * 4, [3, -100, -100, -100]])
+    assert fillers(batch).tolist() == [False, True, False], "a row of several tokens is data, predicted or not"

@@ -1,0 +1,153 @@
+"""Pruned models in sizes that transformers can express: it loads them, and its logits are the small model's."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.compress.quantize import quantize
+from jaxlm.compress.structured.gates import open_gates, prune
+from jaxlm.compress.structured.shrink import shrink
+from jaxlm.core import Gate, flatten, map_leaves
+from jaxlm.io.directory import PADDED
+from jaxlm.models.model import Model
+
+PRUNED = {
+    "bert": {"heads": (0.5, 0.25), "ffn": (0.5, 0.25)},
+    "bert, narrow": {"heads": 0.5, "hidden": 0.25},
+    "bert, wide heads": {"heads": 0.5, "hidden": 0.125},
+    "gpt2": {"heads": (0.5, 0.75), "ffn": 0.5},
+    "llama": {"heads": (0.5, 0.0), "ffn": (0.5, 0.25), "hidden": 0.3},
+    "llama, 3 heads": {"heads": 0.25},
+    "t5": {"heads": 0.5, "ffn": (0.0, 0.5, 0.25, 0.5), "hidden": 0.25},
+}
+
+
+def theirs(name):
+    """A model of transformers, and the class's body is random."""
+    import torch
+    import transformers as tf
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 23, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 24}
+    small |= {"hidden_size": 32, "max_position_embeddings": 16}
+    if name == "bert":
+        return tf.BertForSequenceClassification(tf.BertConfig(**small, num_labels=3))
+    if name == "gpt2":
+        return tf.GPT2LMHeadModel(
+            tf.GPT2Config(vocab_size=23, n_embd=32, n_head=4, n_layer=2, n_inner=24, n_positions=16)
+        )
+    if name == "llama":
+        return tf.LlamaForCausalLM(
+            tf.LlamaConfig(**small | {"num_attention_heads": 8}, num_key_value_heads=4, head_dim=8)
+        )
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=23, d_model=32, d_kv=8, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    )
+
+
+def batch_of(config):
+    rng = np.random.default_rng(0)
+    batch = {"input_ids": rng.integers(3, 23, (2, 7)), "attention_mask": np.array([[1] * 7, [1] * 5 + [0] * 2])}
+    return batch | ({"decoder_input_ids": rng.integers(3, 23, (2, 5))} if config.encoder_decoder else {})
+
+
+def real(config, values, batch):
+    """Logits at tokens (or rows) that are real."""
+    tokens = config.head == "causal"
+    return np.asarray(values)[batch["attention_mask"] > 0] if tokens else np.asarray(values)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", PRUNED)
+def test_transformers_loads_the_padded_model(name, tmp_path):
+    import torch
+    import transformers as tf
+
+    family = name.split(",")[0]
+    model = theirs(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "theirs")
+    lm = jaxlm.load(tmp_path / "theirs")
+    small, params, _ = prune(Model(lm.config), lm.params, lm.axes, **PRUNED[name])
+    little = dataclasses.replace(lm, config=small.config, params=params)
+    reason = jaxlm.save(little, tmp_path / "small", padded=True)
+    assert reason is not None, "transformers cannot hold these sizes"
+
+    batch = batch_of(small.config)
+    expected = real(small.config, little.apply(params, batch)["logits"], batch)
+    loaded, info = type(model).from_pretrained(tmp_path / "small" / PADDED, output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        found = loaded.eval()(**{n: torch.tensor(v) for n, v in batch.items()}).logits.numpy()
+    assert np.abs(expected).max() > 0.1 and np.abs(real(small.config, found, batch) - expected).max() <= 1e-4
+    assert isinstance(loaded, tf.PreTrainedModel)
+
+    back = jaxlm.load(tmp_path / "small" / PADDED)
+    assert np.abs(real(small.config, back.apply(back.params, batch)["logits"], batch) - expected).max() <= 1e-5
+    again = jaxlm.load(tmp_path / "small")
+    assert again.config == small.config
+    assert all(np.array_equal(a, flatten(params)[path]) for path, a in flatten(again.params).items())
+
+
+def tiny(family, **fields):
+    """A model in memory, without torch."""
+    import jax
+
+    from jaxlm.models import model_config
+
+    model = Model(model_config(family, vocab_size=23, hidden_size=16, num_heads=4, num_layers=2, ffn_size=12, **fields))
+    return model, map_leaves(
+        lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(len(path)), a.shape), model.init(jax.random.key(0))
+    )
+
+
+def test_t5_heads_stand_where_their_bias_is(tmp_path):
+    """Layers that keep different heads share one table of relative positions."""
+    model, params = tiny("t5")
+    params, axes = open_gates(model, params, model.axes(), ("heads",))
+    flat = flatten(params)
+    for i, heads in enumerate(((1.0, 0.0, 0.0, 1.0), (0.0, 1.0, 0.0, 1.0))):
+        for stack in ("encoder", "decoder"):
+            path = f"{stack}/layers_{i}/attention/gate"
+            flat[path] = Gate(jnp.array(heads).reshape(4, 1, 1))
+    from jaxlm.core import unflatten
+
+    small, little, _ = shrink(model, unflatten(flat), axes)
+    lm = jaxlm.LM(small.config, little)
+    jaxlm.save(lm, tmp_path / "m", padded=True)
+    back, batch = jaxlm.load(tmp_path / "m" / PADDED), batch_of(small.config)
+    assert (
+        np.abs(np.asarray(back.apply(back.params, batch)["logits"] - lm.apply(little, batch)["logits"])).max() <= 1e-5
+    )
+
+
+def test_saving_again_without_it_removes_the_padded_model(tmp_path):
+    model, params = tiny("bert", max_positions=16)
+    small, little, _ = prune(model, params, model.axes(), heads=0.25)
+    jaxlm.save(jaxlm.LM(small.config, little), tmp_path / "m", padded=True)
+    assert json.loads((tmp_path / "m" / PADDED / "config.json").read_text())["model_type"] == "bert"
+    jaxlm.save(jaxlm.LM(small.config, little), tmp_path / "m")
+    assert not (tmp_path / "m" / PADDED).exists()
+
+
+def test_what_transformers_can_hold_needs_no_padding(tmp_path):
+    model, params = tiny("bert", max_positions=16)
+    assert jaxlm.save(jaxlm.LM(model.config, params), tmp_path / "m", padded=True) is None
+    assert not (tmp_path / "m" / PADDED).exists()
+
+
+def test_what_no_padding_can_help_is_said(tmp_path):
+    model, params = tiny("bert", max_positions=16)
+    narrow, little, _ = prune(model, params, model.axes(), hidden=0.2)  # 13 dimensions, 4 heads of 4
+    with pytest.raises(ValueError, match="hidden_size 13 divided by the number of heads, and no number from 4 on"):
+        jaxlm.save(jaxlm.LM(narrow.config, little), tmp_path / "m", padded=True)
+    assert not (tmp_path / "m").exists()
+    _, coded, _ = quantize(model, params, model.axes())
+    with pytest.raises(ValueError, match=r"transformers has no Quantized .*bake the model first"):
+        jaxlm.save(jaxlm.LM(model.config, coded), tmp_path / "m", padded=True)
