@@ -5,7 +5,8 @@
 
 DIR is any model directory or hub id; the columns are those of SST-2 (docs/data.md). Hardware: two CPU cores are enough
 for 22M parameters and 7,000 sentences.
-Not measured yet.
+Result on SST-2, all-MiniLM-L6-v2, two epochs (--config.train.epochs=2): test accuracy 87.9 ± 0.6, mean of three seeds;
+training every parameter 88.7 ± 1.0 (docs/results.md).
 """
 
 from jaxlm.build.config import default_config

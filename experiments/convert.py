@@ -66,8 +66,10 @@ def convert(options: argparse.Namespace) -> None:
             progress=lambda nbytes: progress.advance(bar, nbytes),
         )
     layout = "transformers' layout" if reason is None else f"jaxlm's own layout ({reason})"
+    disk = sum(file.stat().st_size for file in options.target.glob("*.safetensors"))
+    sparse = f" ({total / 1e6:.1f} MB with its zeros)" if disk < 0.98 * total else ""
     print(
-        f"{options.target}: {stored.config.family} with the head {stored.config.head!r}, {total / 1e6:.1f} MB, "
+        f"{options.target}: {stored.config.family} with the head {stored.config.head!r}, {disk / 1e6:.1f} MB{sparse}, "
         f"{layout}, {time.perf_counter() - started:.1f} s"
     )
 

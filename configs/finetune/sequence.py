@@ -4,7 +4,8 @@
         --config.model.init=DIR --config.data.train=train.tsv --config.data.eval=dev.tsv --config.data.test=test.tsv
 
 DIR is any model directory or hub id. Hardware: two CPU cores are enough for 22M parameters and 7,000 sentences.
-Not measured yet.
+Result on SST-2, all-MiniLM-L6-v2, two epochs (--config.train.epochs=2): test accuracy 88.7 ± 1.0, mean of three seeds;
+torch + transformers 88.4 ± 1.0 (docs/results.md).
 """
 
 from jaxlm.build.config import default_config

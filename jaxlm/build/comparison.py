@@ -264,16 +264,16 @@ def _peak(compiled: Any) -> int:
 
 def flops(lm: LM, lengths: tuple[int, ...]) -> int:
     """Floating-point operations a token of a forward pass over rows of these lengths."""
-    config = lm.config
+    config, params = lm.config, Model(lm.config).unshared(lm.params)  # a shared layer computes as often as it is used
     head_dim = config.layers()[0].head_dim
     tied = config.tie_embeddings and config.head in ("causal", "masked", "seq2seq")
     if config.encoder_decoder:
         heads = (config.num_heads, config.decoder_num_heads, config.cross_num_heads)
         return flops_per_token_of_pairs(
-            lm.params, lengths=(lengths[0], lengths[1]), heads=heads, head_dim=head_dim, tied_head=tied
+            params, lengths=(lengths[0], lengths[1]), heads=heads, head_dim=head_dim, tied_head=tied
         )
     return flops_per_token(
-        lm.params,
+        params,
         context=lengths[0],
         heads=config.num_heads,
         head_dim=head_dim,

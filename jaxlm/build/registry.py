@@ -6,11 +6,15 @@ from typing import Any
 
 from jaxlm.compress.awq import awq
 from jaxlm.compress.bake import bake
+from jaxlm.compress.cluster import cluster
 from jaxlm.compress.gptq import gptq
-from jaxlm.compress.magnitude import magnitude
+from jaxlm.compress.magnitude import magnitude, prune_magnitude
 from jaxlm.compress.mixed_precision import mixed_precision, mixed_precision_weights
+from jaxlm.compress.movement import movement
 from jaxlm.compress.qat import lsq, pact, qat
 from jaxlm.compress.quantize import quantize
+from jaxlm.compress.regrow import regrow
+from jaxlm.compress.share import share, unshare
 from jaxlm.compress.smoothquant import smoothquant
 from jaxlm.compress.sparsegpt import sparsegpt
 from jaxlm.compress.static import quantize_static
@@ -18,6 +22,7 @@ from jaxlm.compress.structured.gates import prune, structured
 from jaxlm.compress.structured.l0 import l0
 from jaxlm.compress.structured.layers import drop_layers, keep_layers
 from jaxlm.compress.svd import activation_svd, svd
+from jaxlm.compress.taylor import taylor
 from jaxlm.compress.vocabulary import trim_vocabulary
 from jaxlm.compress.wanda import wanda
 from jaxlm.core import Method, call, lookup
@@ -29,27 +34,34 @@ METHODS = {
     "lora": lora,
     "lsq": lsq,
     "magnitude": magnitude,
+    "movement": movement,
     "pact": pact,
     "qat": qat,
+    "regrow": regrow,
     "structured": structured,
+    "taylor": taylor,
 }
 LOSSES = {"distill": distill}
 SURGERY = {
     "activation_svd": activation_svd,
     "awq": awq,
     "bake": bake,
+    "cluster": cluster,
     "drop_layers": drop_layers,
     "gptq": gptq,
     "keep_layers": keep_layers,
+    "magnitude": prune_magnitude,
     "mixed_precision": mixed_precision,
     "mixed_precision_weights": mixed_precision_weights,
     "prune": prune,
     "quantize": quantize,
     "quantize_static": quantize_static,
+    "share": share,
     "smoothquant": smoothquant,
     "sparsegpt": sparsegpt,
     "svd": svd,
     "trim_vocabulary": trim_vocabulary,
+    "unshare": unshare,
     "wanda": wanda,
 }
 

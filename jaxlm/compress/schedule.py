@@ -1,10 +1,12 @@
 """The cubic sparsity schedule, and when it is looked at."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 
-def cubic(step: jax.Array | int, final: float, begin: int, end: int, initial: float = 0.0) -> jax.Array:
+def cubic(step: jax.Array | int, final: Any, begin: int, end: int, initial: float = 0.0) -> jax.Array:
     """`s_f + (s_0 - s_f) (1 - (t - t_0) / (t_1 - t_0))³`, `s_0` before `begin` and `s_f` after `end`.
 
     Fast at first, when there is much to remove, and slow towards the end. Source: Zhu and Gupta 2017, arXiv:1710.01878.
@@ -18,9 +20,17 @@ def cubic(step: jax.Array | int, final: float, begin: int, end: int, initial: fl
     return final + (initial - final) * left**3
 
 
-def due(step: jax.Array | int, begin: int, end: int, every: int) -> jax.Array | bool:
-    """Whether a step brings a new mask: `begin`, every `every` steps from there, and `end`."""
-    return (step >= begin) & (step <= end) & (((step - begin) % every == 0) | (step == end))
+def overdue(step: jax.Array | int, last: jax.Array | int, begin: int, end: int, every: int) -> jax.Array | bool:
+    """Whether a newer mask is due than that of step `last` (0: none): at `begin`, every `every` steps, and at `end`.
+
+    The update of such a step may be skipped, because a gradient was not finite; the next one then makes up for it, also
+    after `end`, where no other would follow.
+
+    >>> [bool(overdue(t, 5, begin=0, end=10, every=5)) for t in (5, 9, 10, 11)]
+    [False, False, True, True]
+    """
+    newest = jnp.where(step >= end, end, begin + (step - begin) // every * every)
+    return (step >= begin) & (newest > last)
 
 
 def check_schedule(who: str, begin: int, end: int, every: int) -> None:

@@ -32,6 +32,7 @@ from jaxlm.core.weights import (
     LSQ,
     PACT,
     WEIGHTS,
+    Clustered,
     Factored,
     FakeQuant,
     InputScaled,
@@ -40,4 +41,5 @@ from jaxlm.core.weights import (
     Observed,
     Quantized,
     Scheme,
+    Scored,
 )

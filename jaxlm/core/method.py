@@ -34,11 +34,13 @@ class Step(NamedTuple):
       params: the parameters, already updated.
       moments: optimizer state as a list of flat dicts by array name, those that mirror the parameters (Adam has two).
       state: the method's own state.
+      previous: the parameters before the update, those that the gradients belong to; to read.
     """
 
     params: Tree
     moments: list[dict[str, jax.Array]]
     state: dict[str, Any]
+    previous: Tree = {}
 
 
 class Method(NamedTuple):
@@ -50,6 +52,7 @@ class Method(NamedTuple):
       trainable: ArrayInfo -> True, False or None; the last method with an opinion wins.
       loss: Loss -> Loss.
       grad: GradFn -> GradFn.
+      mask: `(params, grads) -> grads` that clipping and the optimizer see; `update` is given them as they were before.
       update: `(Step, grads, constants, step number) -> Step`, inside the compiled step.
       eval_params: `(params, state) -> params` seen by evaluation.
       bake: `(model, params, axes, state) -> (model, params, axes)`: plain leaves again, the same function.
@@ -60,6 +63,7 @@ class Method(NamedTuple):
     trainable: Verdict = lambda info: None
     loss: Callable[[Loss], Loss] = lambda loss: loss
     grad: Callable[[Callable], Callable] = lambda grad: grad
+    mask: Callable[[Tree, dict[str, jax.Array]], dict[str, jax.Array]] = lambda params, grads: grads
     update: Callable[..., Step] = lambda step, grads, constants, number: step
     eval_params: Callable[[Tree, dict], Tree] = lambda params, state: params
     bake: Callable[..., tuple[Any, Tree, dict[str, Axes]]] = lambda model, params, axes, state: (model, params, axes)
@@ -104,6 +108,11 @@ def chain(methods: Sequence[tuple[str, Method]]) -> Method:
             inner = method.grad(inner)
         return inner
 
+    def mask(params, grads):
+        for _, method in methods:
+            grads = method.mask(params, grads)
+        return grads
+
     def update(step, grads, constants, number):
         for _, method in methods:
             step = method.update(step, grads, constants, number)
@@ -122,4 +131,4 @@ def chain(methods: Sequence[tuple[str, Method]]) -> Method:
     def claims(params):
         return set[tuple[str, str]]().union(*(method.claims(params) for _, method in methods))
 
-    return Method(init, trainable, loss, grad, update, eval_params, bake, claims)
+    return Method(init, trainable, loss, grad, mask, update, eval_params, bake, claims)

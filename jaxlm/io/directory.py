@@ -2,8 +2,8 @@
 
 *transformers*: that library's own (config.json, model.safetensors, tokenizer files), whenever it can express the model.
 *native*: config.json says `model_type: jaxlm`, which transformers refuses plainly; arrays go by their names in the
-parameter tree, and what kind of Weight or Site holds them is in jaxlm.json, with every static field. Both carry
-jaxlm.json: format, layout and the whole ModelConfig.
+parameter tree, and what kind of Weight or Site holds them is in jaxlm.json, with every static field. Tensors with many
+zeros take less than their shape (`sparse`). Both carry jaxlm.json: format, layout and the whole ModelConfig.
 """
 
 import json
@@ -29,6 +29,7 @@ from jaxlm.core import (
 from jaxlm.io.names import from_transformers, to_transformers
 from jaxlm.io.nodes import build_node, describe_node, take_tensor, tuples
 from jaxlm.io.padding import pad_model
+from jaxlm.io.sparse import compress, expand
 from jaxlm.io.tensors import INDEX, MAX_SHARD_BYTES, SINGLE, open_tensors, read_json, write_tensors, write_text
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
@@ -152,7 +153,7 @@ def _transformers_config(hf: Mapping[str, Any], own: Mapping[str, Any] | None, h
 
 def _open_native(directory: Path, own: Mapping[str, Any]) -> Stored:
     config = call(ModelConfig, own["config"], str(directory / OWN))
-    tensors = open_tensors(directory)
+    tensors = expand(open_tensors(directory), own.get("sparse", {}), directory / OWN)
     spec, weights = flatten(model_spec(config)), own["weights"]
     leaves: dict[str, Any] = {}
     for path in [*spec, *(path for path in weights if path not in spec)]:
@@ -238,7 +239,8 @@ def _write(
         tensors = to_transformers(stored.config, flat)
     except NotExpressible as error:
         reason = str(error)
-        tensors = arrays(stored.params)
+        tensors, sparse = compress(arrays(stored.params))
+        own |= {"sparse": sparse} if sparse else {}
         nodes = {path: describe_node(leaf) for path, leaf in flat.items() if isinstance(leaf, Node)}
         axes = {path: names for path, names in stored.axes.items() if isinstance(flat.get(path), Site)}
         own |= {"layout": "native", "weights": nodes, "axes": axes, "carried": stored.carried}

@@ -22,6 +22,8 @@ class ModelConfig:
         to `num_heads`, `head_dim` to `hidden_size / num_heads`, `ffn_size` to `4 hidden_size`.
       num_decoder_layers, decoder_num_heads, cross_num_heads, decoder_ffn_size: the decoder of a T5, by default as the
         encoder; 0 layers: no decoder.
+      layer_map, decoder_layer_map: which stored layer each layer of the stack is, `(0, 0, 1, 1)` for four layers of two
+        sets of parameters; `None`: each is its own. Layers that share parameters have equal sizes.
       max_positions: longest row, 0 where positions have no table; position_offset: first row used (2 in RoBERTa,
         which counts positions over tokens that are not `pad_token_id`).
       type_vocab_size: token types (BERT), 0 for none.
@@ -52,6 +54,8 @@ class ModelConfig:
     decoder_num_heads: Sizes = None
     cross_num_heads: Sizes = None
     decoder_ffn_size: Sizes = None
+    layer_map: tuple[int, ...] | None = None
+    decoder_layer_map: tuple[int, ...] | None = None
     max_positions: int = 0
     position_offset: int = 0
     type_vocab_size: int = 0
@@ -124,6 +128,46 @@ class ModelConfig:
             ):
                 value = getattr(self, name) or (default[0] if len(set(default)) == 1 else default)
                 put(name, self._per_layer(name, value, self.num_decoder_layers))
+        self._check_map("layer_map", self.num_layers, "num_heads", "num_kv_heads", "ffn_size")
+        self._check_map(
+            "decoder_layer_map", self.num_decoder_layers, "decoder_num_heads", "cross_num_heads", "decoder_ffn_size"
+        )
+
+    def _check_map(self, name: str, layers: int, *sizes: str) -> None:
+        """Checks a map of shared layers; one that shares nothing becomes `None`."""
+        shared = getattr(self, name)
+        if shared is None:
+            return
+        if len(shared) != layers or list(dict.fromkeys(shared)) != list(range(len(set(shared)))):
+            raise ValueError(
+                f"{name} {shared} must name a stored layer for each of {layers} layers, numbered from 0 in the order "
+                "of their first use"
+            )
+        for i, owner in enumerate(shared):
+            first = shared.index(owner)
+            for field in sizes:
+                own, other = getattr(self, field)[i], getattr(self, field)[first]
+                if own != other:
+                    raise ValueError(
+                        f"{name}: layers {first} and {i} share their parameters, but {field} is {other} and {own}"
+                    )
+        if shared == tuple(range(layers)):
+            object.__setattr__(self, name, None)
+
+    def stored_layers(self, decoder: bool = False) -> tuple[int, ...]:
+        """For every stored layer, the first layer of the stack that it is.
+
+        >>> ModelConfig("gpt2", num_layers=4, layer_map=(0, 0, 1, 0)).stored_layers()
+        (0, 2)
+        """
+        owners = self.owners(decoder)
+        return tuple(owners.index(n) for n in sorted(set(owners)))
+
+    def owners(self, decoder: bool = False) -> tuple[int, ...]:
+        """For every layer of the stack, the number of the stored layer that it is."""
+        if decoder:
+            return self.decoder_layer_map or tuple(range(self.num_decoder_layers))
+        return self.layer_map or tuple(range(self.num_layers))
 
     @staticmethod
     def _per_layer(name: str, value: Sizes, layers: int) -> tuple[int, ...]:

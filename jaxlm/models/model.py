@@ -1,6 +1,7 @@
 """Model: a config and the pure functions that follow from it."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import Axes, Context, Tree, abstract, axis_names, axis_sizes, initialize
+from jaxlm.core import Axes, Context, Tree, abstract, axis_names, axis_sizes, flatten, initialize, unflatten
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.heads import apply_head
 from jaxlm.models.transformer import Stream, check_length, enter, forward, leave, model_spec, opened
@@ -105,19 +106,36 @@ class Model:
         Args:
           params: canonical view.
           verdict: what else must be equal (whether a layer trains, for instance).
-          breaks: layers that begin a new segment, because the activation before them is tapped.
+          breaks: layers that begin a new segment, because the activation before them is tapped; no matter where
+            layers share their parameters.
         """
+        shares = self.config.layer_map or self.config.decoder_layer_map
 
         def kind(path: str) -> Hashable:
             number = int(path.rpartition("layers_")[2])
-            return self.layer(path), verdict(path), sum(b <= number for b in breaks)
+            return self.layer(path), verdict(path), 0 if shares else sum(b <= number for b in breaks)
 
         return run_view(params, kind)
 
     def layer(self, path: str) -> Layer:
-        """Structure of the layer at `layers_3` or `decoder/layers_3`."""
-        layers = self.config.decoder_layers() if path.startswith("decoder/") else self.config.layers()
-        return layers[int(path.rpartition("layers_")[2])]
+        """Structure of the stored layer at `layers_3` or `decoder/layers_3`, where it is applied first."""
+        decoder = path.startswith("decoder/")
+        layers = self.config.decoder_layers() if decoder else self.config.layers()
+        return layers[self.config.stored_layers(decoder)[int(path.rpartition("layers_")[2])]]
+
+    def unshared(self, params: Tree) -> dict[str, Any]:
+        """The tree (canonical view) of the same network without sharing: shared leaves are repeated, not copied."""
+        maps = {"decoder/": self.config.decoder_layer_map}
+        maps["encoder/" if self.config.encoder_decoder else ""] = self.config.layer_map
+        flat: dict[str, Any] = {}
+        for path, leaf in flatten(params).items():
+            found = re.fullmatch(r"((?:encoder/|decoder/)?)layers_(\d+)/(.*)", path)
+            shared = maps.get(found[1]) if found else None
+            if found is None or shared is None:
+                flat[path] = leaf
+            else:
+                flat |= {f"{found[1]}layers_{i}/{found[3]}": leaf for i, n in enumerate(shared) if n == int(found[2])}
+        return unflatten(flat)
 
     def replace(self, config: ModelConfig) -> "Model":
         """The same with another structure."""

@@ -15,7 +15,7 @@ from jaxlm.nn.block import Surroundings, block_spec
 from jaxlm.nn.dense import embed, embedding_spec, norm, norm_spec, residual_std
 from jaxlm.nn.layer import Layer
 from jaxlm.nn.position import relative_bucket
-from jaxlm.nn.stack import segments, stack
+from jaxlm.nn.stack import runs, stack
 
 
 def model_spec(config: ModelConfig) -> dict[str, Any]:
@@ -32,14 +32,14 @@ def model_spec(config: ModelConfig) -> dict[str, Any]:
         table["norm"] = norm_spec(config.norm, width)
     spec: dict[str, Any] = {"embed": table}
     if config.encoder_decoder:
-        spec["encoder"] = _stack_spec(config, config.layers())
-        spec["decoder"] = _stack_spec(config, config.decoder_layers())
+        spec["encoder"] = _stack_spec(config, config.layers(), config.stored_layers())
+        spec["decoder"] = _stack_spec(config, config.decoder_layers(), config.stored_layers(decoder=True))
     else:
-        spec |= _stack_spec(config, config.layers())
+        spec |= _stack_spec(config, config.layers(), config.stored_layers())
     return spec | {"head": top} if (top := heads.head_spec(config)) else spec
 
 
-def _stack_spec(config: ModelConfig, layers: tuple[Layer, ...]) -> dict[str, Any]:
+def _stack_spec(config: ModelConfig, layers: tuple[Layer, ...], stored: tuple[int, ...]) -> dict[str, Any]:
     spec: dict[str, Any] = {}
     if config.relative_buckets:
         columns = max(
@@ -47,8 +47,8 @@ def _stack_spec(config: ModelConfig, layers: tuple[Layer, ...]) -> dict[str, Any
         )
         shape = (dim(buckets=config.relative_buckets), dim(position_heads=columns))
         spec["relative_positions"] = {"embedding": Parameter(shape, std=config.init_std)}
-    for i, layer in enumerate(layers):
-        spec[f"layers_{i}"] = block_spec(layer, residual_std(len(layers), config.init_std))
+    for number, first in enumerate(stored):
+        spec[f"layers_{number}"] = block_spec(layers[first], residual_std(len(layers), config.init_std))
     if config.final_norm:
         spec["final_norm"] = norm_spec(config.norm, config.hidden_size)
     return spec
@@ -161,7 +161,9 @@ def _single_stack(config, params, batch, *, ctx, taps, cache, remat, dtype):
     """An encoder or a decoder alone: its output, the segments of its tokens, and taps and cache."""
     x, around, _ = enter(config, params, batch, cache=cache, ctx=ctx, dtype=dtype)
     own_cache = None if cache is None else cache["layers"]
-    x, tapped, own_cache = stack(params, x, config.layers(), around, cache=own_cache, ctx=ctx, taps=taps, remat=remat)
+    x, tapped, own_cache = stack(
+        params, x, config.layers(), around, config.layer_map, cache=own_cache, ctx=ctx, taps=taps, remat=remat
+    )
     outputs: dict[str, Any] = {"taps": tapped}
     if cache is not None:
         length = around.start + batch["input_ids"].shape[1]
@@ -176,7 +178,9 @@ def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
         own_ctx = ctx.at("encoder")
         x, around, _ = enter(config, params, batch, "encoder/", ctx=own_ctx, dtype=dtype)
         inner = {Tap(t.site.removeprefix("encoder_"), t.depth) for t in taps if t.site.startswith("encoder_")}
-        x, found, _ = stack(params["encoder"], x, config.layers(), around, ctx=own_ctx, taps=inner, remat=remat)
+        x, found, _ = stack(
+            params["encoder"], x, config.layers(), around, config.layer_map, ctx=own_ctx, taps=inner, remat=remat
+        )
         source = dropout(leave(config, params, x, ctx, "encoder/"), config.dropout, ctx.at("source"))
         source_tokens = around.queries
         tapped = {Tap(f"encoder_{t.site}", t.depth): value for t, value in found.items()}
@@ -188,7 +192,15 @@ def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
     inner = {t for t in taps if not t.site.startswith("encoder_")}
     own_cache = None if cache is None else cache["layers"]
     x, found, own_cache = stack(
-        params["decoder"], x, config.decoder_layers(), around, cache=own_cache, ctx=own_ctx, taps=inner, remat=remat
+        params["decoder"],
+        x,
+        config.decoder_layers(),
+        around,
+        config.decoder_layer_map,
+        cache=own_cache,
+        ctx=own_ctx,
+        taps=inner,
+        remat=remat,
     )
     x = dropout(leave(config, params, x, ctx, "decoder/"), config.dropout, ctx.at("output"))
     outputs: dict[str, Any] = {"taps": tapped | found}
@@ -254,17 +266,18 @@ def empty_cache(
     """A cache for `length` tokens of `batch` rows (and `source` encoder positions), shaped as `params` is."""
     own = params["decoder"] if config.encoder_decoder else params
     layers = config.decoder_layers() if config.encoder_decoder else config.layers()
+    shared = config.decoder_layer_map if config.encoder_decoder else config.layer_map
 
     def zeros(lead, kv_heads, positions, head_dim):
         return {n: jnp.zeros((*lead, batch, positions, kv_heads, head_dim), dtype) for n in ("key", "value")}
 
     layer_cache = {}
-    for segment in segments(own):
-        layer = layers[segment.first]
-        lead = () if segment.length is None else (segment.length,)
-        layer_cache[segment.key] = {"attention": zeros(lead, layer.kv_heads, length, layer.head_dim)}
+    for run in runs(own, layers, shared):
+        layer = layers[run.first]
+        lead = () if run.length is None else (run.length,)
+        layer_cache[run.name] = {"attention": zeros(lead, layer.kv_heads, length, layer.head_dim)}
         if layer.cross_heads:
-            layer_cache[segment.key]["cross_attention"] = zeros(lead, layer.cross_heads, source, layer.head_dim)
+            layer_cache[run.name]["cross_attention"] = zeros(lead, layer.cross_heads, source, layer.head_dim)
     cache = {"layers": layer_cache, "segments": jnp.zeros((batch, length), jnp.int32), "length": jnp.int32(0)}
     return cache | {"source_segments": jnp.zeros((batch, source), jnp.int32)} if config.encoder_decoder else cache
 

@@ -101,11 +101,59 @@ def segments(params: Mapping[str, Any]) -> list[Segment]:
     return sorted(found, key=lambda s: s.first)
 
 
+class Run(NamedTuple):
+    """Consecutive layers of a stack that are one scan, or one layer that is called alone.
+
+    Attributes:
+      name: `layers_4-7`, or `layers_4` of one alone: by numbers in the stack, as their cache is named.
+      first: number in the stack; length: how many (`None`: one, whose parameters are not stacked).
+      key: of the parameters; rows: which of the layers stacked there each one is, `None` for each in turn.
+    """
+
+    name: str
+    first: int
+    length: int | None
+    key: str
+    rows: tuple[int, ...] | None = None
+
+
+def runs(params: Mapping[str, Any], layers: tuple[Layer, ...], layer_map: tuple[int, ...] | None = None) -> list[Run]:
+    """The layers of a stack in the order of their application, in either view.
+
+    Without a map those are the segments. With one (`layer_map[i]` is the stored layer that layer i is), layers that
+    find their parameters in one segment and have equal structure are one run, in whatever order they come.
+    """
+    stored = segments(params)
+    if layer_map is None:
+        return [Run(s.key, s.first, s.length, s.key) for s in stored]
+    owner = {n: s for s in stored for n in range(s.first, s.first + (s.length or 1))}
+    members: list[list[int]] = []
+    for i, n in enumerate(layer_map):
+        last = members[-1][-1] if members else None
+        alone = owner[n].length is None or last is None or owner[layer_map[last]] != owner[n]
+        if alone or layers[i] != layers[members[-1][0]]:
+            members.append([i])
+        else:
+            members[-1].append(i)
+    found = []
+    for own in members:
+        segment = owner[layer_map[own[0]]]
+        if segment.length is None:
+            found.append(Run(f"layers_{own[0]}", own[0], None, segment.key))
+        else:
+            rows = tuple(layer_map[i] - segment.first for i in own)
+            in_turn = rows == tuple(range(segment.length))
+            name = f"layers_{own[0]}-{own[-1]}"
+            found.append(Run(name, own[0], len(own), segment.key, None if in_turn else rows))
+    return found
+
+
 def stack(
     params: Mapping[str, Any],
     x: jax.Array,
     layers: tuple[Layer, ...],
     around: Surroundings,
+    layer_map: tuple[int, ...] | None = None,
     *,
     cache: Mapping[str, Any] | None = None,
     ctx: Context,
@@ -114,33 +162,48 @@ def stack(
 ) -> tuple[jax.Array, dict[Tap, jax.Array], dict[str, Any]]:
     """All layers on `x [batch, length, hidden]`, in either view.
 
+    Layers that share their parameters (`layer_map`) still have dropout of their own, and each its own cache.
+
     Returns:
-      the residual stream, the tapped activations, and the updated cache (keys as in `params`).
+      the residual stream, the tapped activations, and the updated cache (by names of the runs).
     """
     policy = lookup(REMAT, remat, "remat policy")
     tapped = {tap: x for tap in taps if tap == Tap("hidden", 0)}
     new_cache: dict[str, Any] = {}
-    for segment in segments(params):
-        numbers = range(segment.first, segment.first + (segment.length or 1))
+    for run in runs(params, layers, layer_map):
+        numbers = range(run.first, run.first + (run.length or 1))
         inside = {t for t in taps if (t.depth - 1 if t.site == "hidden" else t.depth) in numbers}
         kept_sites = {t.site for t in inside if t != Tap("hidden", numbers.stop)}
+        own_params, row = params[run.key], _row_of(params[run.key], run)
 
-        def layer_step(x, inputs, layer=layers[segment.first], kept_sites=kept_sites):
+        def layer_step(x, inputs, layer=layers[run.first], kept_sites=kept_sites, row=row):
             own, number, own_cache = inputs
-            out = block(own, x, layer, around, own_cache, ctx.at(number), taps=kept_sites)
+            out = block(row(own), x, layer, around, own_cache, ctx.at(number), taps=kept_sites)
             return out.x, (out.taps, out.cache)
 
         if policy is not None:
-            layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=segment.length is None)
-        own_cache = None if cache is None else cache[segment.key]
-        if segment.length is None:
-            x, (kept, own_cache) = layer_step(x, (params[segment.key], segment.first, own_cache))
+            layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=run.length is None)
+        own_cache = None if cache is None else cache[run.name]
+        if run.length is None:
+            x, (kept, own_cache) = layer_step(x, (own_params, run.first, own_cache))
             kept = {site: value[None] for site, value in kept.items()}
         else:
             counter = jnp.arange(numbers.start, numbers.stop)
-            x, (kept, own_cache) = jax.lax.scan(layer_step, x, (params[segment.key], counter, own_cache))
-        new_cache[segment.key] = own_cache
+            each = own_params if run.rows is None else jnp.array(run.rows)
+            x, (kept, own_cache) = jax.lax.scan(layer_step, x, (each, counter, own_cache))
+        new_cache[run.name] = own_cache
         for tap in inside:
-            own = tap.depth - segment.first - (tap.site == "hidden")
+            own = tap.depth - run.first - (tap.site == "hidden")
             tapped[tap] = x if tap == Tap("hidden", numbers.stop) else kept[tap.site][own]
     return x, tapped, new_cache
+
+
+def _row_of(stacked: Any, run: Run) -> Callable[[Any], Any]:
+    """From what a scan hands to a layer to its parameters: the parameters, or the number of a row of the stack."""
+    rows = run.rows
+    if rows is None:
+        return lambda own: own
+    if len(set(rows)) == 1:  # no choice to make, so the stack is not indexed anew in every layer
+        only = jax.tree.map(lambda leaf: leaf[rows[0]], stacked)
+        return lambda row: only
+    return lambda row: jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), stacked)

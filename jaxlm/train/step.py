@@ -1,4 +1,4 @@
-"""One update: loss, gradients, gradient transforms, clipping, optimizer, methods."""
+"""One update: loss, gradients, gradient transforms, masks, clipping, optimizer, methods."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -95,14 +95,16 @@ def make_step(
         now = ctx.replace(key=jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step))
         grads, terms = grad(state.params, constants, batch, now)
         trained, frozen = partition(state.params, verdicts)
-        norm = optax.tree.norm(grads)
         finite = {name: _finite(name, g) for name, g in grads.items()}
-        ok = jnp.isfinite(norm)
-        updates, new_optimizer = optimizer.update(clip(grads, norm, largest_norm), state.optimizer, trained)
+        seen = method.mask(state.params, grads)
+        norm = optax.tree.norm(seen)
+        ok = jnp.isfinite(norm) & jnp.array([each.all() for each in finite.values()]).all()
+        updates, new_optimizer = optimizer.update(clip(seen, norm, largest_norm), state.optimizer, trained)
         updated = optax.apply_updates(trained, updates)
 
         names = frozenset(trained)
-        result = Step(merge(state.params, updated, frozen), moments(new_optimizer, names), state.method)
+        updated = merge(state.params, updated, frozen)
+        result = Step(updated, moments(new_optimizer, names), state.method, previous=state.params)
         result = method.update(result, grads, constants, state.step + 1)
         new = TrainState(
             state.step + 1,

@@ -12,10 +12,12 @@ from jaxlm.train.loop import Run
 
 MAGNITUDE = {"name": "magnitude", "sparsity": 0.5, "begin": 2, "end": 9, "every": 3}
 STRUCTURED = {"name": "structured", "heads": 0.5, "ffn": 0.5, "begin": 2, "end": 9, "every": 3}
+MOVEMENT = {"name": "movement", "sparsity": 0.5, "begin": 2, "end": 9, "every": 3}
 
 VARIANTS = {
     "averaging": {"grad_accum": 2, "average_last": 2},
     "pruning": {"methods": (MAGNITUDE, STRUCTURED)},
+    "movement in shared layers": {"methods": (MOVEMENT,), "model": {"layer_map": (0, 0)}},
     "selecting": {"select": "loss", "eval_every": 3, "patience": 1},
 }
 
@@ -52,7 +54,8 @@ def best_at_6(monkeypatch) -> None:
 def test_bit_for_bit(variant, recipe, tmp_path, cut_at, monkeypatch):
     config, run = recipe(), tmp_path / "run"
     config.update(methods=VARIANTS[variant].get("methods", ()))
-    config.train.update({k: v for k, v in VARIANTS[variant].items() if k != "methods"})
+    config.model.update(VARIANTS[variant].get("model", {}))
+    config.train.update({k: v for k, v in VARIANTS[variant].items() if k not in ("methods", "model")})
     whole = stage.run(config, tmp_path / "whole")
 
     cut_at(6, signal.SIGTERM)  # SIGTERM where an evaluation and no checkpoint is due

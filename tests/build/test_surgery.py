@@ -70,6 +70,21 @@ def test_a_trimmed_vocabulary_is_the_stage_s_own(recipe, dense, tmp_path_factory
     assert flatten(lm.params)["embed/tokens/embedding"].shape[0] == len(lm.tokenizer)
 
 
+def test_scores_from_data_read_calibration_and_others_do_not(recipe, dense, tmp_path_factory):
+    config, _ = trained(recipe, dense, tmp_path_factory)
+    config.calibration.update(samples=4, batch_size=2, length=16)
+    config.surgery = ({"name": "prune", "ffn": 0.5},)
+    assert operate(set_up(config)).calibration is None
+    config.surgery = (
+        {"name": "trim_vocabulary"},
+        {"name": "prune", "heads": 0.5, "ffn": 0.5, "score": "taylor", "budget": "global"},
+        {"name": "drop_layers", "share": 0.5},
+    )
+    setting = operate(set_up(config))
+    assert setting.calibration["samples"] == 4 and setting.model.config.num_layers == 1
+    assert setting.model.config.vocab_size == len(setting.tokenizer)
+
+
 def test_what_a_surgery_names_it_is_given(recipe, dense, tmp_path_factory, monkeypatch):
     config, _ = trained(recipe, dense, tmp_path_factory)
     seen = {}

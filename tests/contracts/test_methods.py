@@ -54,10 +54,13 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "l0": {"size": 0.5, "end": 2, "speed": 50.0},
     "lora": {"rank": 2, "alpha": 8.0},
     "magnitude": {"sparsity": 0.5, "end": 2, "every": 1},
+    "movement": {"sparsity": 0.5, "end": 2, "every": 1},
     "qat": {"dynamic": False},
     "lsq": {"bits": "int4", "group": 8},
     "pact": {"clip": 0.05},
+    "regrow": {"pattern": "2:4", "end": 2, "every": 1},
     "structured": {"heads": 0.5, "ffn": 0.25, "end": 2, "every": 1},
+    "taylor": {"sparsity": 0.5, "end": 2, "every": 1},
     "distill": {"alpha": 0.7, "hidden": 1.0, "attention": 1.0, "relations": 1.0},
 }
 # At zero strength a method changes nothing. Rounding has no such setting.
@@ -265,6 +268,7 @@ def test_distillation_learns_through_its_projection():
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
 ROUNDING = ("qat", "lsq", "pact")
+SPARSE, BY_GRADIENT = ("magnitude", "movement", "regrow", "taylor"), ("movement", "regrow", "taylor")
 REFUSED = {
     **{(name, "structured"): r"layers_0/.*prune first" for name in ROUNDING},
     **{(name, "l0"): "both claim the bits of layers_0/attention/output/kernel" for name in ROUNDING},
@@ -273,9 +277,12 @@ REFUSED = {
     ("structured", "l0"): "both claim the width of layers_0/",
     ("structured", "lsq"): "groups would fall apart",
     ("pact", "lora"): "both claim the update",
+    **dict.fromkeys(itertools.permutations(SPARSE, 2), "both claim the sparsity of"),
+    **{pair: "both claim the update of" for name in BY_GRADIENT for pair in ((name, "lora"), ("lora", name))},
 }
 """Scales of a rounding span what pruning removes (the other order is fine, without groups); an update beside clipped
-inputs cannot be merged. A width has one owner; gates that may stay half open go into weights that nothing rounds."""
+inputs cannot be merged. A width has one owner; gates that may stay half open go into weights that nothing rounds. LoRA
+freezes the weight whose gradient would be the score."""
 
 
 def perturbed(params, verdicts, seed):
@@ -303,9 +310,15 @@ def test_pairs_compose_or_are_refused(first, second):
     model, _ = model_of("gpt2")
     method, adapted = prepared("gpt2", (first, second))
     params, state = model.run_view(adapted.params), adapted.state
-    update = quick(lambda params, state, number: method.update(Step(params, [], state), {}, {}, number))
+
+    def follow(before, params, state, number):
+        grads = {name: jnp.sin(1e3 * a) for name, a in arrays(before).items() if a.dtype == jnp.float32}
+        return method.update(Step(params, [], state, before), grads, {}, number)
+
+    update = quick(follow)
     for number in (1, 2):
-        params, _, state = update(perturbed(params, [method.trainable], number), state, number)
+        moved = perturbed(params, [method.trainable], number)
+        params, _, state, _ = update(params, moved, state, number)
     masks = [a for name, a in arrays(params).items() if name.endswith("mask")]
     expected = logits(model, method.eval_params(params, state))
     model, params, axes = method.bake(model, canonical_view(params), adapted.axes, state)
@@ -316,7 +329,7 @@ def test_pairs_compose_or_are_refused(first, second):
     up = flat["layers_0/mlp/up/kernel"]
     if "structured" in (first, second):
         assert model.config.num_heads == (2, 2) and model.config.ffn_size == (9, 9)
-    if "magnitude" in (first, second):
+    if {first, second} & set(SPARSE):
         assert masks and all(np.mean(mask) == 0.5 for mask in masks)
         assert {"structured", "l0"} & {first, second} or np.mean(materialize(up) == 0) >= 0.5
     assert isinstance(up, Quantized) == (first in ROUNDING or second in ROUNDING)
@@ -342,7 +355,8 @@ def test_claims_of_a_chain_are_those_of_its_methods():
     ("entry", "message"),
     [
         ({"name": "lorra"}, "did you mean 'lora'"),
-        ({"name": "magnitude", "end": 5}, "needs sparsity"),
+        ({"name": "magnitude", "sparsity": 0.5}, "needs end"),
+        ({"name": "magnitude", "end": 5}, "sparsity must be in"),
         ({"name": "magnitude", "sparsity": 1.0, "end": 5}, "sparsity must be in"),
         ({"name": "magnitude", "sparsity": 0.5, "end": 0}, "no interval"),
         ({"name": "magnitude", "sparsity": 0.5, "begin": 9, "end": 5}, "no interval"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.compress.cluster import clustered
 from jaxlm.core import (
     LSQ,
     PACT,
@@ -22,6 +23,7 @@ from jaxlm.core import (
     Observed,
     Quantized,
     Scheme,
+    Scored,
     Weight,
     attend,
     components,
@@ -46,12 +48,15 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
+OPEN = jax.random.bernoulli(jax.random.key(1), 0.6, (IN, OUT))
 MAKE = {
-    "Masked": lambda base: Masked(base, jax.random.bernoulli(jax.random.key(1), 0.6, (IN, OUT))),
+    "Masked": lambda base: Masked(base, OPEN),
+    "Scored": lambda base: Scored(base, OPEN, scores=normal(4, IN, OUT)),
     "FakeQuant": lambda base: FakeQuant(base),
     "LSQ": lambda base: LSQ.of(base, Scheme("int4")),
     "PACT": lambda base: PACT.of(base, clip=4.0),
     "Quantized": lambda base: Quantized.of(materialize(base)),
+    "Clustered": lambda base: clustered(materialize(base), 16, group=8),
     "LowRank": lambda base: LowRank(base, normal(2, IN, 4), normal(3, 4, OUT), scale=0.5, rate=0.25),
     "InputScaled": lambda base: InputScaled(base, jnp.exp(normal(4, IN))),
     "Factored": lambda base: Factored(normal(6, IN, 4), normal(7, 4, OUT)),
@@ -63,6 +68,7 @@ NESTED = {f"{outer}({inner})": MAKE[outer](SINGLE[inner]) for outer in OUTER for
 INT4, ASYMMETRIC, UNSIGNED = Scheme("int4", 6), Scheme("int8", None, False), Scheme("int8", "tensor", False)
 RANGE = (-4.0, 5.0)
 VARIANTS = {
+    "Masked, dense gradient": Masked(DENSE, OPEN, dense_grad=True),
     "FakeQuant, dynamic": FakeQuant.of(DENSE, dynamic=True),
     "FakeQuant, rows": FakeQuant.of(DENSE, dynamic=True, channel=-2),
     "FakeQuant, int4 groups": FakeQuant.of(DENSE, Scheme("int4", 6, False), dynamic=True),
@@ -331,6 +337,14 @@ def test_masked_is_the_product_with_the_mask():
     assert np.array_equal(results("Masked")["dense"], np.asarray(DENSE) * np.asarray(w.mask))
     gradient = results("Masked")["gradient"][0][0].base
     assert not gradient[~np.asarray(w.mask)].any() and gradient[np.asarray(w.mask)].all()
+
+
+def test_masked_passes_the_gradient_through_where_it_is_asked_to():
+    """The matrix is the masked one to the bit, the gradient that of a matrix without a mask."""
+    name = "Masked, dense gradient"
+    assert np.array_equal(results(name)["dense"], results("Masked")["dense"])
+    dense, masked = (results(n)["gradient"][0][0].base for n in (name, "Masked"))
+    assert np.array_equal(np.where(np.asarray(OPEN), dense, 0), masked) and dense.all()
 
 
 def test_low_rank_is_the_sum():

@@ -51,11 +51,11 @@ def test_only_factors_and_the_head_train():
 
 
 def test_the_factors_of_a_factored_base_stay():
-    base = {"layers_0": {"query": {"kernel": Factored(jnp.ones((8, 2)), jnp.ones((2, 6)))}}}
+    base = {"layers_0": {"attention": {"query": {"kernel": Factored(jnp.ones((8, 2)), jnp.ones((2, 6)))}}}}
     method = lora()
     infos = describe(method.init(jax.random.key(0), None, base, {}).params)
     learns = {n for n, info in infos.items() if trainable([method.trainable], info)}
-    assert learns == {f"layers_0/query/kernel.{f}" for f in "ab"}
+    assert learns == {f"layers_0/attention/query/kernel.{f}" for f in "ab"}
 
 
 def test_baking_over_int8_is_dense_and_never_rounds():

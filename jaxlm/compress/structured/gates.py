@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compress.schedule import check_schedule, cubic, due
+from jaxlm.compress.schedule import check_schedule, cubic, overdue
 from jaxlm.compress.structured.scores import Calibration, Loss, magnitude_of, scores_of
 from jaxlm.compress.structured.shrink import shrink
 from jaxlm.core import (
@@ -72,6 +72,8 @@ def open_gates(
     if "hidden" in kinds:
         check_exact(flat, "")
     if "layers" in kinds:
+        if model.config.layer_map or model.config.decoder_layer_map:
+            raise ValueError("pruning layers: they share their parameters; put the surgery unshare first")
         gates |= dict.fromkeys(layer_paths(model.config), ((), ()))
     named = {f"{module}/gate": gate for module, gate in gates.items()}
     if "hidden" in kinds:
@@ -299,14 +301,18 @@ def structured(
         params, axes = open_gates(model, params, axes, shares)
         names.clear()
         names.update(axes)
-        return Adapted(params, axes)
+        return Adapted(params, axes, {}, {"structured": {"renewed": jnp.int32(0)}})
 
     def update(step: Step, grads: dict, constants: dict, number: jax.Array) -> Step:
         def new() -> Tree:
             now = {kind: cubic(number, share, begin, end) for kind, share in shares.items()}
             return close_gates(step.params, magnitude_of(step.params, names), now, budget, multiple)
 
-        return step._replace(params=jax.lax.cond(due(number, begin, end, every), new, lambda: step.params))
+        last = step.state["structured"]["renewed"]
+        now_due = overdue(number, last, begin, end, every)
+        params = jax.lax.cond(now_due, new, lambda: step.params)
+        state = {**step.state, "structured": {"renewed": jnp.where(now_due, number, last)}}
+        return step._replace(params=params, state=state)
 
     def bake(model: Any, params: Tree, axes: dict, state: dict):
         return shrink(model, params, axes)

@@ -239,11 +239,12 @@ def expected_latency(params: Tree, config: Any, table: Table) -> Expected:
             # Without a gate a module is whole.
             groups, heads = config.num_kv_heads[i], config.num_heads[i]
             whole = heads if groups == 1 else groups
-            attention, mlp = f"layers_{i}/attention/gate", f"layers_{i}/mlp/gate"
+            layer = f"layers_{config.owners()[i]}"
+            attention, mlp = f"{layer}/attention/gate", f"{layer}/mlp/gate"
             heads_left = counts.get(attention, whole) * shares.get(attention, jnp.ones(()))
             units_left = counts.get(mlp, config.ffn_size[i]) * shares.get(mlp, jnp.ones(()))
             time = table.layer + table.heads(heads_left) + table.ffn(units_left)
-            spent = spent + shares.get(f"layers_{i}/gate", jnp.ones(())) * time
+            spent = spent + shares.get(f"{layer}/gate", jnp.ones(())) * time
         return spent
 
     dense = seconds({})

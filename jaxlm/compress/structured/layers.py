@@ -28,9 +28,13 @@ def without_layers(model: Any, params: Tree, axes: Mapping[str, Axes], gone: Col
     """The model without the layers at the paths `gone`, the rest renumbered: `(model, params, axes)`.
 
     Raises:
-      ValueError: nothing would stay of a stack.
+      ValueError: nothing would stay of a stack, or its layers share their parameters.
     """
     flat, axes, config = flatten(params), dict(axes), model.config
+    if gone and (config.layer_map or config.decoder_layer_map):
+        raise ValueError(
+            "layers that share their parameters cannot be removed one by one: put the surgery unshare first"
+        )
     for stack in stacks(config):
         count = COUNTS[stack]
         stay = [i for i in range(getattr(config, count)) if f"{stack}layers_{i}" not in gone]

@@ -112,7 +112,8 @@ def resized(config: Any, kept: Mapping[str, Kept]) -> Any:
     for stack in stacks(config):
         decoder = stack == "decoder/"
         layers = range(config.num_decoder_layers if decoder else config.num_layers)
-        own = lambda i, module, stack=stack: kept.get(f"{stack}layers_{i}/{module}", {})  # noqa: E731
+        owners = config.owners(decoder)
+        own = lambda i, module, stack=stack, owners=owners: kept.get(f"{stack}layers_{owners[i]}/{module}", {})  # noqa: E731
         count = lambda i, module, axis, before, own=own: len(own(i, module).get(axis, range(before)))  # noqa: E731
         if decoder:
             before = config.decoder_num_heads

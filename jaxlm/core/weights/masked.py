@@ -1,7 +1,8 @@
-"""Masked: a weight with entries switched off."""
+"""Masked: a weight with entries switched off, and with the scores that decide which."""
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxlm.core.weight import Axes, Component, Weight, materialize
 
@@ -9,15 +10,18 @@ from jaxlm.core.weight import Axes, Component, Weight, materialize
 class Masked(Weight):
     """`W = base ⊙ mask`.
 
-    The gradient of a masked entry is exactly zero.
+    The gradient of a masked entry is exactly zero, or with `dense_grad` that of `W`: what the entry would learn if it
+    were there, which methods that bring entries back have to know (the straight-through estimator).
 
     Attributes:
       base: array or Weight `[in, out]`.
       mask: bool `[in, out]`, true where the entry is kept.
+      dense_grad: the gradient passes where the mask is false, too. Static.
     """
 
     base: jax.Array | Weight
     mask: jax.Array
+    dense_grad: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -29,7 +33,22 @@ class Masked(Weight):
 
     def materialize(self) -> jax.Array:
         dense = materialize(self.base)
-        return jnp.where(self.mask, dense, jnp.zeros((), dense.dtype))
+        # x - x is exactly zero, and has the gradient of x where only the second is held constant.
+        hidden = dense - jax.lax.stop_gradient(dense) if self.dense_grad else jnp.zeros((), dense.dtype)
+        return jnp.where(self.mask, dense, hidden)
 
     def components(self, axes: Axes) -> dict[str, Component]:
         return {"base": Component(axes, "base"), "mask": Component(axes, "mask")}
+
+
+class Scored(Masked):
+    """A Masked weight whose entries carry scores, gathered while it trains.
+
+    Attributes:
+      scores: float32 `[in, out]`; a method says what they are. They lie where the weight lies.
+    """
+
+    scores: jax.Array = struct.field(kw_only=True)
+
+    def components(self, axes: Axes) -> dict[str, Component]:
+        return {**super().components(axes), "scores": Component(axes, "mask")}
