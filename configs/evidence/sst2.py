@@ -77,6 +77,14 @@ def get_config():
             "train": {"epochs": 3.0},
         },
         {
+            "name": "student-trimmed",
+            "description": "the student without the tokens that the training data never use",
+            "after": "student",
+            "reference": "teacher",
+            "beside": ("student",),
+            "surgery": ({"name": "trim_vocabulary"},),
+        },
+        {
             **after,
             "name": "student-alone",
             "description": "the same three layers, the same steps, without the teacher",
@@ -123,6 +131,15 @@ def claims(found: Evidence) -> list[Claim]:
         positive("three layers: distilled minus undistilled", found.gain("student", "student-alone"), "points"),
         at_least("three layers: share of the teacher's score", found.share("student", "teacher"), 0.96, "%"),
         at_most("three layers: non-embedding parameters", found.parameters("student", "teacher"), 0.505, "%"),
+        at_most(
+            "three layers, vocabulary trimmed: parameters",
+            found.parameters("student-trimmed", "teacher", embeddings=True),
+            0.60,
+            "%",
+        ),
+        at_least(
+            "three layers, vocabulary trimmed: share of the score", found.share("student-trimmed", "teacher"), 0.96, "%"
+        ),
         at_least("chain: times smaller", 1 / found.bytes("chain", "teacher"), 3.0, "×"),
         at_least("chain: times as fast", found.speed("chain", "teacher"), 2.5, "×"),
         at_least("chain: share of the teacher's score", found.share("chain", "teacher"), 0.97, "%"),

@@ -164,18 +164,33 @@ def check_comparable(candidate: Candidate, lm: LM, trial: Trial, first: Loaded |
 
 
 class Answers(NamedTuple):
-    """What a model predicted, batch by batch, and the batches' shapes."""
+    """What a model predicted, batch by batch; the labels it was asked for, and which examples they are of."""
 
     seen: list[dict[str, np.ndarray]]
-    shapes: list[tuple[int, ...]]
+    labels: list[np.ndarray]
+    rows: list[np.ndarray | None]
+
+    def beside(self, other: "Answers") -> list[dict[str, np.ndarray]] | None:
+        """These answers in the order of another model's batches, `None` where they answer other questions.
+
+        Another tokenizer sorts examples in another way, and cuts text in other places: answers about whole examples can
+        still be told, those about tokens cannot.
+        """
+        pairs: list[tuple[Any, Any]] = [*zip(self.labels, other.labels, strict=False)]
+        pairs += zip(self.rows, other.rows, strict=False)
+        if len(self.labels) == len(other.labels) and all(np.array_equal(a, b) for a, b in pairs):
+            return self.seen
+        rows = [each for each in (*self.rows, *other.rows) if each is not None]
+        if len(rows) < len(self.rows) + len(other.rows) or self.seen[0]["predicted"].ndim > 1:
+            return None
+        order = np.argsort(np.concatenate(rows[: len(self.rows)]), kind="stable")
+        fillers = sum(int((each < 0).sum()) for each in rows[: len(self.rows)])
+        by_row = {name: np.concatenate([each[name] for each in self.seen])[order[fillers:]] for name in self.seen[0]}
+        return [{name: values[each] for name, values in by_row.items()} for each in rows[len(self.rows) :]]
 
 
 def read_held_out(loaded: Loaded, trial: Trial, teacher: Answers | None) -> tuple[HeldOut, Answers]:
-    """The pieces of the held-out data as the task's quality sees them, and the model's own predictions.
-
-    A teacher whose tokenizer cuts the data into other batches cannot be compared token by token: then there is no
-    agreement.
-    """
+    """The pieces of the held-out data as the task's quality sees them, and the model's own predictions."""
     quality, model, lm = trial.task.quality, loaded.model, loaded.lm
 
     @jax.jit
@@ -184,13 +199,13 @@ def read_held_out(loaded: Loaded, trial: Trial, teacher: Answers | None) -> tupl
 
     batches = [loaded.batches(number) for number in range(loaded.batches.steps_per_epoch)]
     numbers = [batch.pop("row", None) for batch in batches]
-    shapes = [batch["labels"].shape for batch in batches]
-    own = Answers([jax.device_get(read(loaded.params, batch)) for batch in batches], shapes)
-    known = teacher if teacher is not None and teacher.shapes == shapes else None
+    seen = [jax.device_get(read(loaded.params, batch)) for batch in batches]
+    own = Answers(seen, [batch["labels"] for batch in batches], numbers)
+    known = None if teacher is None else teacher.beside(own)
     parts = []
     for number, batch in enumerate(batches):
-        taught = None if known is None else known.seen[number]
-        parts.append(quality.pieces(Read(own.seen[number], taught, batch, lm.tokenizer, lm.config.labels)))
+        taught = None if known is None else known[number]
+        parts.append(quality.pieces(Read(seen[number], taught, batch, lm.tokenizer, lm.config.labels)))
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     rows = np.concatenate([each[each >= 0] for each in numbers if each is not None] or [np.empty(0, np.int64)])
     if len(rows) == len(columns[quality.same]):  # as in the file, whatever lengths a tokenizer gives them

@@ -3,10 +3,12 @@
 import json
 import random
 
+import numpy as np
 import pytest
 
 import jaxlm
 from jaxlm.build import registry
+from jaxlm.build.comparison import Answers
 from jaxlm.build.config import default_config, overlay
 from jaxlm.build.pipeline import fingerprint, run, stage_config
 
@@ -212,3 +214,22 @@ def test_what_cannot_be_compared_is_refused_before_it_runs(files, tmp_path):
     config.report.split = "dev"
     with pytest.raises(ValueError, match=r"config.report.split = 'dev': eval or test"):
         run(config, tmp_path)
+
+
+def answers(rows, predicted, labels):
+    return Answers(
+        [{"predicted": np.array(p)} for p in predicted], list(map(np.array, labels)), list(map(np.array, rows))
+    )
+
+
+def test_answers_about_examples_are_put_beside_those_of_another_tokenizer():
+    teacher = answers([[2, 0], [1, -1]], [[20, 0], [10, 99]], [[7, 5], [6, -100]])
+    other = answers([[1, 2], [0, -1]], [[0, 0], [0, 0]], [[6, 7], [5, -100]])
+    first, second = teacher.beside(other)
+    assert first["predicted"].tolist() == [10, 20] and second["predicted"][0] == 0
+    assert teacher.beside(teacher) is teacher.seen
+    tokens = answers([[0, 1]], [[[1, 2], [3, 4]]], [[[1, 2], [3, 4]]])
+    assert tokens.beside(answers([[1, 0]], [[[1, 2], [3, 4]]], [[[3, 4], [1, 2]]])) is None
+    packed = Answers([{"predicted": np.ones((1, 4))}], [np.ones((1, 4))], [None])
+    assert packed.beside(packed) is packed.seen
+    assert packed.beside(packed._replace(labels=[np.zeros((1, 4))])) is None
