@@ -59,6 +59,7 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("methods", "l0"): {"size": 0.5, "end": 2, "speed": 50.0},
     ("surgery", "mixed_precision"): {"budget": 0.6, "choices": FORMATS, "dynamic": False},
     ("surgery", "mixed_precision_weights"): {"budget": 0.6, "choices": FORMATS, "dynamic": False},
+    ("surgery", "share"): {"layer_map": (0, 0, 1)},
 }
 """Options of an entry that cannot do with the typical ones, by table and name."""
 ALONE = {"trim_vocabulary"}
