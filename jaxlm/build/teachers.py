@@ -235,7 +235,10 @@ def check_teacher(lm: LM, directory: str, setting: Setting) -> None:
                 f"one by one, so choose a teacher of the same task, tokenizer and labels"
             )
     if lm.tokenizer is not None and lm.tokenizer.get_vocab() != setting.tokenizer.get_vocab():
-        raise ValueError(f"teacher {directory} has another tokenizer; distillation compares token by token")
+        raise ValueError(
+            f"teacher {directory} has another tokenizer; distillation compares token by token, so choose a teacher of "
+            f"the same tokenizer, or set config.data.tokenizer to the teacher's"
+        )
     if lm.config.vocab_size < len(setting.tokenizer):
         raise ValueError(
             f"teacher {directory} knows {lm.config.vocab_size} tokens, the tokenizer has {len(setting.tokenizer)}; "

@@ -408,7 +408,7 @@ def test_training_with_rounding_stores_the_function_that_it_trains(name):
     same(attend(INPUTS.h, stored), results(name)["attend"][0])
 
 
-@pytest.mark.parametrize("name", [n for n in VARIANTS if hasattr(CASES[n], "scheme")])
+@pytest.mark.parametrize("name", [n for n in VARIANTS if isinstance(CASES[n], FakeQuant | Quantized)])
 def test_zero_channels_and_constant_inputs(name):
     dense = DENSE.at[:, 3].set(0).at[2].set(0)
     w = CASES[name]
