@@ -4,10 +4,10 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from jaxlm.core import Context, dim, dropout, visit
+from jaxlm.core import Context, dim, visit
 from jaxlm.nn.dense import dense, dense_spec
+from jaxlm.nn.dot_product import dot_product_attention, scores
 from jaxlm.nn.layer import Layer
 from jaxlm.nn.position import rotate
 
@@ -114,15 +114,12 @@ def attention(
     q, k, v = (ctx.place(t, ("batch", None, "kv_heads") + (None,) * (t.ndim - 3)) for t in (q, k, v))
     if layer.scale_scores:
         q = q * layer.head_dim**-0.5
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
-        scores = scores + bias.reshape(bias.shape[0], kv_heads, q_per_kv, *bias.shape[2:])
+        bias = bias.reshape(bias.shape[0], kv_heads, q_per_kv, *bias.shape[2:])
     seen = allowed(layer, queries, keys, causal=layer.causal and not cross)
-    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    kept = dropout(probabilities, layer.attention_dropout, ctx.at("probabilities"))
-    mixed = visit(params, "gate", jnp.einsum("bkgqs,bskd->bqkgd", kept, v), ctx)
-    output = dense(params["output"], mixed.reshape(*x.shape[:-1], -1), ctx.at("output"))
-    merged = lambda a: a.reshape(x.shape[0], -1, *a.shape[3:])  # noqa: E731
-    found |= {"scores": merged(scores), "attention": merged(probabilities)}
+    mixed = dot_product_attention(layer.attention_dropout, q, k, v, bias, seen, ctx.at("probabilities").key)
+    output = dense(params["output"], visit(params, "gate", mixed, ctx).reshape(*x.shape[:-1], -1), ctx.at("output"))
+    if not found.keys() >= set(taps):
+        found["scores"] = scores(q, k, bias, seen).reshape(x.shape[0], -1, *seen.shape[1:])
+        found["attention"] = jax.nn.softmax(found["scores"], axis=-1).astype(x.dtype)
     return Attended(output, {site: found[site] for site in taps}, new_cache)
