@@ -64,7 +64,7 @@ def test_bfloat16_is_near_float32(inputs):
 
 
 def test_no_matrix_of_queries_by_keys_is_kept_a_head(inputs):
-    q, k, v, bias, seen, _ = inputs
+    q, k, v, _, seen, _ = inputs
     pull = jax.eval_shape(
         lambda *a: jax.vjp(lambda *b: dot_product_attention(0.1, *b, None, seen, None), *a)[1], q, k, v
     )
