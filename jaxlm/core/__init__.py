@@ -23,7 +23,7 @@ from jaxlm.core.paths import (
     unflatten,
     with_arrays,
 )
-from jaxlm.core.product import PRODUCT, matmul, matmul_transposed
+from jaxlm.core.product import PRODUCT, kept, matmul, matmul_transposed
 from jaxlm.core.registry import call, lookup, nearest
 from jaxlm.core.site import SITES, Gate, HardConcrete, Site, Switch, visit
 from jaxlm.core.surgery import Operated

@@ -51,4 +51,4 @@ def dropout(x: jax.Array, rate: float, ctx: Context) -> jax.Array:
     if ctx.key is None or rate == 0.0:
         return x
     keep = random_bits(ctx.key, x.shape) >= jnp.uint32(round(rate * 2**32))
-    return jnp.where(keep, x * (1 / (1 - rate)), 0).astype(x.dtype)
+    return jnp.where(keep, x.astype(jnp.float32) * (1 / (1 - rate)), 0).astype(x.dtype)

@@ -29,7 +29,7 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     >>> matmul(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[4.0, 6.0]]
     """
-    return checkpoint_name(_matmul(x, _floating(w, x)), PRODUCT)
+    return _matmul(x, _floating(w, x))
 
 
 def matmul_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -38,7 +38,19 @@ def matmul_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
     >>> matmul_transposed(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[3.0, 7.0]]
     """
-    return checkpoint_name(_matmul_transposed(x, _floating(w, x)), PRODUCT)
+    return _matmul_transposed(x, _floating(w, x))
+
+
+def kept(y: jax.Array) -> jax.Array:
+    """`y`, with the name by which layers keep it for the backward pass instead of computing it anew.
+
+    For the forward rules of gradients: by itself it has none. A bfloat16 array is kept as its bits, since XLA's CPU
+    back end widens stacks of bfloat16 arrays to float32, whole and in every layer.
+    """
+    if y.dtype != jnp.bfloat16:
+        return checkpoint_name(y, PRODUCT)
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(y, jnp.uint16), PRODUCT)
+    return jax.lax.bitcast_convert_type(bits, y.dtype)
 
 
 def _floating(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -67,8 +79,8 @@ def _transposed_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tup
     return _matmul(g, w), _outer(x, g).T.astype(w.dtype)
 
 
-_matmul.defvjp(lambda x, w: (_matmul(x, w), (x, w)), _matmul_backward)
-_matmul_transposed.defvjp(lambda x, w: (_matmul_transposed(x, w), (x, w)), _transposed_backward)
+_matmul.defvjp(lambda x, w: (kept(_matmul(x, w)), (x, w)), _matmul_backward)
+_matmul_transposed.defvjp(lambda x, w: (kept(_matmul_transposed(x, w)), (x, w)), _transposed_backward)
 
 
 def _outer(x: jax.Array, g: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.core import Context, dim, dropout, lookup, visit
 from jaxlm.nn.attention import Tokens, attention, attention_spec
@@ -112,7 +113,8 @@ def block(
 
 def mlp(params: Mapping[str, Any], x: jax.Array, layer: Layer, ctx: Context) -> jax.Array:
     """`act(x up) down`, or gated: `(act(x gate_proj) * (x up)) down`; the site `gate` acts on the units."""
-    activate = lookup(ACTIVATIONS, layer.activation, "activation")
+    function = lookup(ACTIVATIONS, layer.activation, "activation")
+    activate = lambda h: function(h.astype(jnp.float32)).astype(h.dtype)  # noqa: E731
     h = dense(params["up"], x, ctx.at("up"))
     h = activate(dense(params["gate_proj"], x, ctx.at("gate_proj"))) * h if layer.gated else activate(h)
     h = visit(params, "gate", ctx.place(h, ("batch", "length", "ffn")), ctx)
@@ -123,4 +125,4 @@ def _own_heads(layer: Layer, bias: jax.Array | None) -> jax.Array | None:
     """The shared relative-position bias, for the heads that this layer still has."""
     if bias is None or layer.position_heads is None:
         return bias
-    return bias[:, jax.numpy.array(layer.position_heads)]
+    return bias[:, jnp.array(layer.position_heads)]

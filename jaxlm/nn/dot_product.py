@@ -9,9 +9,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.core import PRODUCT, Context, dropout
+from jaxlm.core import Context, dropout, kept
 
 
 def scores(q: jax.Array, k: jax.Array, bias: jax.Array | None, seen: jax.Array) -> jax.Array:
@@ -24,10 +23,27 @@ def scores(q: jax.Array, k: jax.Array, bias: jax.Array | None, seen: jax.Array) 
     Returns:
       `[batch, kv_heads, q_per_kv, queries, keys]`.
     """
-    found = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)
+    found = _product(_heads_first(q), _heads_first(k), (4,), (3,))
     if bias is not None:
         found = found + bias
     return jnp.where(seen[:, None, None], found, jnp.finfo(jnp.float32).min)
+
+
+def _heads_first(a: jax.Array) -> jax.Array:
+    """`[batch, length, …, head_dim]` to `[batch, …, length, head_dim]`: a row of a head is moved as a whole."""
+    return jnp.moveaxis(a, 1, -2)
+
+
+def _heads_last(a: jax.Array) -> jax.Array:
+    return jnp.moveaxis(a, -2, 1)
+
+
+def _product(a: jax.Array, b: jax.Array, of_a: tuple[int, ...], of_b: tuple[int, ...]) -> jax.Array:
+    """Each batch entry's and KV head's own product over the named axes, in float32.
+
+    Written out, because an einsum may exchange its sides, and the result is then turned entry by entry.
+    """
+    return jax.lax.dot_general(a, b, ((of_a, of_b), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -59,24 +75,26 @@ def _forward(rate, q, k, v, bias, seen, key):
     top = jnp.max(found, -1, keepdims=True)
     weights = jnp.exp(found - top)
     total = jnp.sum(weights, -1, keepdims=True)
-    kept = dropout((weights / total).astype(q.dtype), rate, Context(key))
-    out, top, total = (checkpoint_name(a, PRODUCT) for a in (jnp.einsum("bkgqs,bskd->bqkgd", kept, v), top, total))
+    left = dropout((weights / total).astype(q.dtype), rate, Context(key))
+    out = _heads_last(_product(left, _heads_first(v), (4,), (2,)).astype(q.dtype))
+    out = kept(out.reshape(*out.shape[:2], -1)).reshape(out.shape)
+    top, total = kept(top), kept(total)
     return out, (q, k, v, bias, seen, key, out, top, total)
 
 
 def _backward(rate, residuals, g):
     q, k, v, bias, seen, key, out, top, total = residuals
     probabilities = jnp.exp(scores(q, k, bias, seen) - top) / total
-    kept = dropout(probabilities.astype(q.dtype), rate, Context(key))
-    row = jnp.sum(g.astype(jnp.float32) * out, -1)
-    of_kept = jnp.einsum("bqkgd,bskd->bkgqs", g, v, preferred_element_type=jnp.float32)
-    of_scores = kept * of_kept - probabilities * jnp.moveaxis(row, 1, -1)[..., None]
+    left = dropout(probabilities.astype(q.dtype), rate, Context(key))
+    row = _heads_first(jnp.sum(g.astype(jnp.float32) * out, -1, keepdims=True))
+    q, k, v, g = map(_heads_first, (q, k, v, g))
+    of_scores = left * _product(g, v, (4,), (3,)) - probabilities * row
     of_scores = jnp.where(seen[:, None, None], of_scores, 0)
     of_bias = None if bias is None else of_scores.sum(0, keepdims=True) if bias.shape[0] == 1 else of_scores
     of_scores = of_scores.astype(q.dtype)
-    of_q = jnp.einsum("bkgqs,bskd->bqkgd", of_scores, k)
-    of_k = jnp.einsum("bkgqs,bqkgd->bskd", of_scores, q)
-    of_v = jnp.einsum("bkgqs,bqkgd->bskd", kept, g)
+    of_q, of_k = _product(of_scores, k, (4,), (2,)), _product(of_scores, q, (2, 3), (2, 3))
+    of_v = _product(left, g, (2, 3), (2, 3))
+    of_q, of_k, of_v = (_heads_last(a.astype(q.dtype)) for a in (of_q, of_k, of_v))
     return of_q, of_k, of_v, of_bias, None, None
 
 

@@ -182,7 +182,7 @@ def stack(
             return out.x, (out.taps, out.cache)
 
         if policy is not None:
-            layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=run.length is None)
+            layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=True)
         own_cache = None if cache is None else cache[run.name]
         if run.length is None:
             x, (kept, own_cache) = layer_step(x, (own_params, run.first, own_cache))
