@@ -182,7 +182,8 @@ def stack(
             return out.x, (out.taps, out.cache)
 
         if policy is not None:
-            layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=True)
+            # With its barrier (prevent_cse) in a scan too: without it XLA widens what is kept before the loop begins.
+            layer_step = jax.checkpoint(layer_step, policy=policy)
         own_cache = None if cache is None else cache[run.name]
         if run.length is None:
             x, (kept, own_cache) = layer_step(x, (own_params, run.first, own_cache))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import matmul, matmul_transposed
+from jaxlm.core import PRODUCT, matmul, matmul_transposed
 
 SHAPES = [(5,), (2, 5), (3, 2, 5), (2, 1, 3, 5)]
 
@@ -63,3 +63,14 @@ def test_codes_are_widened_and_have_no_gradient():
     codes, x = jnp.array([[1, -2], [3, 4]], jnp.int8), jnp.array([[1.0, 2.0]])
     assert matmul(x, codes).tolist() == [[7, 6]] and matmul_transposed(x, codes).tolist() == [[-3, 11]]
     assert jax.grad(lambda x: matmul(x, codes).sum())(x).tolist() == [[-1, 7]]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.uint16)])
+def test_results_are_kept_by_name_and_bfloat16_as_bits(dtype, bits):
+    """Of a layer of two products, what lies between them is kept; the activation of it is not."""
+    x, w = jnp.ones((2, 3, 5), dtype), jnp.ones((5, 7), dtype)
+    policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    layer = jax.checkpoint(lambda x, w: matmul_transposed(jnp.sin(matmul(x, w)), w), policy=policy)
+    pull = jax.eval_shape(lambda x, w: jax.vjp(layer, x, w)[1], x, w)
+    kept = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(pull)]
+    assert kept.count(((2, 3, 7), bits)) == 1 and sum(shape == (2, 3, 7) for shape, _ in kept) == 1
