@@ -8,11 +8,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
+from jaxlm.data.growing import Growing
 from jaxlm.data.ragged import Ragged, offsets_of
 from jaxlm.data.sources.places import nearest
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 TRAINED = ("bpe", "wordpiece", "character")
 END = "<|endoftext|>"
+CHARACTERS = 1 << 20
+"""Of text that is encoded at a time: enough to keep all cores busy; an encoding takes some 100 bytes a token."""
 _BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -31,7 +34,8 @@ def load_tokenizer(spec: str, texts: Iterable[str] | None = None, *, sentinels: 
       spec: a directory or hub id, or what to train: ``"bpe:4096"`` (bytes, so nothing is unknown; ``<|endoftext|>``
         begins and ends documents), ``"wordpiece:8000"`` (BERT's uncased form with [CLS] and [SEP]) or ``"character"``.
         The number is the size of the whole vocabulary.
-      texts: the texts to train on.
+      texts: the texts to train on. They are read anew, one after the other, for every pass that training makes, so
+        they need not fit in memory, and an iterator, which can be read once, does not do.
       sentinels: number of ``<extra_id_0>``, ``<extra_id_1>``, .. to put in a trained vocabulary, for span denoising.
 
     Raises:
@@ -45,8 +49,9 @@ def load_tokenizer(spec: str, texts: Iterable[str] | None = None, *, sentinels: 
         raise ValueError(f"tokenizer {spec!r}: cannot train a {kind!r}; {nearest(kind, TRAINED)}")
     if (kind == "character") != (not size) or (size and not size.isdecimal()):
         raise ValueError(f"tokenizer {spec!r}: write 'bpe:SIZE', 'wordpiece:SIZE' or 'character'")
-    texts = [] if texts is None else list(texts)
-    if not any(texts):
+    if isinstance(texts, Iterator):
+        raise ValueError(f"tokenizer {spec!r}: training reads the texts several times; give a list, not an iterator")
+    if texts is None or not any(texts):
         raise ValueError(f"tokenizer {spec!r} is trained in place and needs texts, of which there are none")
     extra = [f"<extra_id_{i}>" for i in range(sentinels)]
     if kind == "bpe":
@@ -71,7 +76,7 @@ def _pretrained(spec: str) -> "PreTrainedTokenizerFast":
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
-def _train_bpe(texts: list[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
+def _train_bpe(texts: Iterable[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = [END, "<|pad|>", *extra]
@@ -89,7 +94,7 @@ def _train_bpe(texts: list[str], size: int, extra: list[str]) -> "PreTrainedToke
     return _wrap(tokenizer, extra, bos_token=END, eos_token=END, pad_token="<|pad|>")
 
 
-def _train_wordpiece(texts: list[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
+def _train_wordpiece(texts: Iterable[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     def blank(vocabulary: dict[str, int]) -> Any:
@@ -132,7 +137,7 @@ def _train_wordpiece(texts: list[str], size: int, extra: list[str]) -> "PreTrain
     return _wrap(tokenizer, extra, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names)
 
 
-def _train_character(texts: list[str], extra: list[str]) -> "PreTrainedTokenizerFast":
+def _train_character(texts: Iterable[str], extra: list[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models
 
     special = [END, "<|pad|>", "<|unknown|>", *extra]
@@ -175,7 +180,7 @@ def padding_id(tokenizer: "PreTrainedTokenizerFast") -> int:
 
 
 class Encoded(NamedTuple):
-    """Encoded texts, row by row of equal lengths (int32)."""
+    """Encoded texts, row by row of equal lengths."""
 
     ids: Ragged
     types: Ragged  # 0 in the first text, 1 in the second of a pair
@@ -188,53 +193,83 @@ def encode(
     *,
     max_length: int | None = None,
     special_tokens: bool = True,
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
     words: bool = False,
     chunk: int = 1024,
 ) -> Encoded:
-    """Encodes texts, pairs of texts, or (``words=True``) sentences split in words, ``chunk`` at a time on all cores.
+    """Encodes texts, pairs of texts, or (``words=True``) sentences split in words, on all cores.
+
+    At most ``chunk`` of them, and few more than a million characters, are in memory at a time; the result is mapped
+    from files, so neither texts nor ids have to fit (see ``Growing``). What does is one number a text.
 
     Longer results are truncated to ``max_length`` as Hugging Face tokenizers do: the longer text of a pair first, the
     special tokens kept. ``Encoded.words`` is only filled for words.
+
+    Args:
+      before, after: ids that begin and end every row, not counted by ``max_length``.
     """
     backend = tokenizer.backend_tokenizer
     prefix = " " if words and _wants_leading_space(backend) else ""
-    ids, types, firsts = [np.empty(0, np.int32)], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-    lengths: list[int] = []
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    ids, types, firsts = Growing(np.uint16 if largest < 1 << 16 else np.int32), Growing(np.uint8), Growing(np.int32)
+    lengths, paired, begun = [np.empty(0, np.int64)], False, 0
     with _truncating(backend, max_length):
-        remaining = iter(texts)
-        while some := list(islice(remaining, chunk)):
+        for some in _chunks(texts, chunk):
+            paired = paired or not isinstance(some[0], str)
             if words:
                 some = [[prefix + word for word in sentence] for sentence in some]
             run = backend.encode_batch if words else backend.encode_batch_fast  # the fast one forgets the words
             try:
                 encodings = run(some, is_pretokenized=words, add_special_tokens=special_tokens)
             except TypeError as error:
-                raise ValueError(
-                    f"texts {len(lengths)} to {len(lengths) + len(some) - 1}: {_not_text(some)}"
-                ) from error
-            lengths += [len(e) for e in encodings]
-            ids.append(_joined(e.ids for e in encodings))
-            types.append(_joined(e.type_ids for e in encodings))
+                raise ValueError(f"texts {begun} to {begun + len(some) - 1}: {_not_text(some)}") from error
+            begun += len(some)
+            lengths.append(np.array([len(before) + len(e) + len(after) for e in encodings], np.int64))
+            ids.append(_joined((e.ids for e in encodings), before, after, ids.dtype))
+            if paired:
+                types.append(_joined((e.type_ids for e in encodings), [0] * len(before), [0] * len(after), types.dtype))
             if words:
-                firsts += [_first_pieces(e.word_ids) for e in encodings]
-    offsets = offsets_of(lengths)
-    first = np.concatenate(firsts) if words else np.full(offsets[-1], -1, np.int32)
-    return Encoded(*(Ragged(v, offsets) for v in (np.concatenate(ids), np.concatenate(types), first)))
+                pieces = (_first_pieces(e.word_ids) for e in encodings)
+                firsts.append(_joined(pieces, [-1] * len(before), [-1] * len(after), firsts.dtype))
+    offsets = offsets_of(np.concatenate(lengths))
+    type_ids = types.array() if paired else np.broadcast_to(np.uint8(0), offsets[-1])
+    first = firsts.array() if words else np.broadcast_to(np.int32(-1), offsets[-1])
+    return Encoded(*(Ragged(values, offsets) for values in (ids.array(), type_ids, first)))
+
+
+def _chunks(texts: Iterable, most: int) -> Iterator[list]:
+    """The texts in lists of so many, or of a million characters if that is fewer."""
+    some: list = []
+    characters = 0
+    for text in texts:
+        some.append(text)
+        characters += sum(len(part) for part in _parts(text) if isinstance(part, str))
+        if len(some) == most or characters >= CHARACTERS:
+            yield some
+            some, characters = [], 0
+    if some:
+        yield some
+
+
+def _parts(text: Any) -> Sequence:
+    """A text by itself, those of a pair, or words."""
+    return text if isinstance(text, list | tuple) else (text,)
 
 
 def _not_text(texts: list) -> str:
     """What stands among texts and is none."""
-    parts = (part for text in texts for part in (text if isinstance(text, list | tuple) else [text]))
+    parts = chain.from_iterable(map(_parts, texts))
     return next((f"{part!r} is {type(part).__name__}, not a string" for part in parts if not isinstance(part, str)), "")
 
 
-def _joined(sequences: Iterable[list[int]]) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(sequences), np.int32)
+def _joined(rows: Iterable[list[int]], before: Sequence[int], after: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Rows end to end, each between what stands before and after every one."""
+    return np.fromiter(chain.from_iterable(chain.from_iterable((before, row, after) for row in rows)), dtype)
 
 
-def _first_pieces(word_ids: list[int | None]) -> np.ndarray:
-    pieces = pairwise([None, *word_ids])
-    return np.array([-1 if word is None or word == before else word for before, word in pieces], np.int32)
+def _first_pieces(word_ids: list[int | None]) -> list[int]:
+    return [-1 if word is None or word == last else word for last, word in pairwise([None, *word_ids])]
 
 
 def _wants_leading_space(backend: Any) -> bool:

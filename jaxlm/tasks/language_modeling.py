@@ -1,7 +1,7 @@
 """Causal language modelling on packed documents; also what every language-modelling task shares."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from jaxlm.tasks.task import (
     Score,
     Task,
     batch_pieces,
-    column,
+    documents_of,
     scalar,
 )
 
@@ -35,12 +35,18 @@ def documents(source: Source, tokenizer: Any, labels: tuple[str, ...], settings:
 
     With a begin token the first token of a document is predicted too, so the loss accounts for every byte.
     """
-    texts = [column(record, "text", source) for record in source]
-    encoded = encode(tokenizer, texts, special_tokens=False).ids
+    size = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal size
+        for text in documents_of(source):
+            size += len(text.encode("utf8"))
+            yield text
+
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    ids = Ragged.of([np.concatenate([first, row, last]).astype(np.int32) for row in encoded])
-    return Prepared(Examples({"input_ids": ids}), {"bytes": sum(len(t.encode("utf8")) for t in texts)})
+    ids = encode(tokenizer, texts(), special_tokens=False, before=first, after=last).ids
+    return Prepared(Examples({"input_ids": ids}), {"bytes": size})
 
 
 def packed_batches(
