@@ -215,7 +215,7 @@ def encode(
     ids, types, firsts = Growing(np.uint16 if largest < 1 << 16 else np.int32), Growing(np.uint8), Growing(np.int32)
     lengths, paired, begun = [np.empty(0, np.int64)], False, 0
     with _truncating(backend, max_length):
-        for some in _chunks(texts, chunk):
+        for some in chunks(texts, chunk):
             paired = paired or not isinstance(some[0], str)
             if words:
                 some = [[prefix + word for word in sentence] for sentence in some]
@@ -238,7 +238,7 @@ def encode(
     return Encoded(*(Ragged(values, offsets) for values in (ids.array(), type_ids, first)))
 
 
-def _chunks(texts: Iterable, most: int) -> Iterator[list]:
+def chunks(texts: Iterable, most: int) -> Iterator[list]:
     """The texts in lists of so many, or of a million characters if that is fewer."""
     some: list = []
     characters = 0
