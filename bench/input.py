@@ -2,11 +2,12 @@
 
     python bench/input.py [--megabytes=32] [--text=FILE] [--rounds=3]
 
-The text is Python's own library, or the paragraphs of a file, repeated until it is long enough; as JSON lines it is what
-a pre-training run reads. Three tables. In turn, in one process: encoding beside `encode_batch` of the tokenizers library,
-and beside its faster form without offsets, on the same chunks and threads, their results thrown away; and packing beside
-a million tokens a second. Growth: a sixteenth of the corpus, a quarter and all of it, each in a process of its own;
-`memory` is the peak that is resident above what is resident after the imports. `--megabytes=1000` is the full size.
+The text is Python's own library, or the paragraphs of a file, repeated until it is long enough; as JSON lines it is
+what a pre-training run reads. First, in turn in one process: encoding beside `encode_batch` of the tokenizers library
+and beside its faster form without offsets, on the same chunks and threads, their results thrown away; and packing
+beside a million tokens a second. Then growth: a sixteenth of the corpus, a quarter and all of it, each in a process of
+its own; `memory` is the peak that is resident above what is resident after the imports. `--megabytes=1000` is the full
+size.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ def encoding(texts: list[str], rounds: int) -> list[Row]:
         "encode_batch": lambda: bare(backend.encode_batch),
         "encode_batch_fast": lambda: bare(backend.encode_batch_fast),
     }
-    found = in_turn({name: lambda side=side: seconds(side) for name, side in sides.items()}, rounds, "encoding")
+    found = in_turn({name: partial(seconds, side) for name, side in sides.items()}, rounds, "encoding")
     own, *others = ([each["seconds"] for each in runs] for runs in found.values())
     what = f"encoding {sum(map(len, texts)) / 1e6:.0f} million characters"
     return [Row(what, "s", own, other, name) for name, other in zip(list(sides)[1:], others, strict=True)]
@@ -156,10 +158,9 @@ def prepared(task: str, corpus: Path, tokenizer: Path) -> dict[str, float]:
 
 def growth(texts: list[str], megabytes: float) -> str:
     """Two tables in Markdown."""
-    heads = ("training a tokenizer", "characters", "s a million characters", "memory")
-    training = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    heads = ("preparing for", "characters", "tokens", "µs a token", "the epoch's plan", "batches")
-    preparing = [f"| {' | '.join((*heads, 'memory', 'with batches'))} |", "|---" * (len(heads) + 2) + "|"]
+    training = head("training a tokenizer", "characters", "s a million characters", "memory")
+    columns = ("characters", "tokens", "µs a token", "the epoch's plan", "batches", "memory", "with batches")
+    preparing = head("preparing for", *columns)
     with tempfile.TemporaryDirectory() as place:
         for part in PARTS:
             corpus, size = Path(place) / "corpus.jsonl", megabytes * 1e6 / part
@@ -175,6 +176,10 @@ def growth(texts: list[str], megabytes: float) -> str:
                 preparing.append(line(task, millions(size), millions(run["tokens"]), *times, *spent))
                 print(f"{task}: {millions(size)} characters", file=sys.stderr)
     return "\n".join([*training, "", *preparing])
+
+
+def head(*cells: str) -> list[str]:
+    return [line(*cells), "|---" * len(cells) + "|"]
 
 
 def line(*cells: str | float) -> str:

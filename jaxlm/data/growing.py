@@ -23,7 +23,7 @@ class Growing:
         Raises:
           OSError: when the disk is full, saying which one.
         """
-        rest = memoryview(np.ascontiguousarray(values, self.dtype)).cast("B")
+        rest = np.ascontiguousarray(values, self.dtype).view(np.uint8).data
         try:
             while rest:  # what is almost full takes a part
                 rest = rest[self._file.write(rest) :]
