@@ -53,7 +53,7 @@ def repeated(texts: list[str], size: float) -> Iterator[str]:
 def encoding(texts: list[str], rounds: int) -> list[Row]:
     """The same texts through jaxlm and through the bare library."""
     from jaxlm.data import encode, load_tokenizer
-    from jaxlm.data.tokenizer import chunks
+    from jaxlm.data.encoding import chunks
 
     tokenizer = load_tokenizer(TOKENIZERS["causal"], texts)
     backend = tokenizer.backend_tokenizer

@@ -1,20 +1,16 @@
-"""Tokenizers: any Hugging Face fast tokenizer, or one trained in place; and encoding of many texts at once.
+"""Tokenizers: any Hugging Face fast tokenizer, or one trained in place.
 
 Training is deterministic: the same texts give the same vocabulary with the same ids.
 """
 
-import contextlib
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from jaxlm.data.growing import Growing
-from jaxlm.data.ragged import Ragged, offsets_of
 from jaxlm.data.sources.places import nearest
 
 if TYPE_CHECKING:
@@ -22,8 +18,6 @@ if TYPE_CHECKING:
 
 TRAINED = ("bpe", "wordpiece", "character")
 END = "<|endoftext|>"
-CHARACTERS = 1 << 20
-"""Of text that is encoded at a time: enough to keep all cores busy; an encoding takes some 100 bytes a token."""
 _BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -177,122 +171,3 @@ def padding_id(tokenizer: "PreTrainedTokenizerFast") -> int:
     """The id to pad with. Any id does where padding is masked, so without one (GPT-2) it is that of the end."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in ids if i is not None)
-
-
-class Encoded(NamedTuple):
-    """Encoded texts, row by row of equal lengths."""
-
-    ids: Ragged
-    types: Ragged  # 0 in the first text, 1 in the second of a pair
-    words: Ragged  # number of the word whose first piece stands here, else -1
-
-
-def encode(
-    tokenizer: "PreTrainedTokenizerFast",
-    texts: Iterable[str] | Iterable[tuple[str, str]] | Iterable[Sequence[str]],
-    *,
-    max_length: int | None = None,
-    special_tokens: bool = True,
-    before: Sequence[int] = (),
-    after: Sequence[int] = (),
-    words: bool = False,
-    chunk: int = 1024,
-) -> Encoded:
-    """Encodes texts, pairs of texts, or (``words=True``) sentences split in words, on all cores.
-
-    At most ``chunk`` of them, and few more than a million characters, are in memory at a time; the result is mapped
-    from files, so neither texts nor ids have to fit (see ``Growing``). What does is one number a text.
-
-    Longer results are truncated to ``max_length`` as Hugging Face tokenizers do: the longer text of a pair first, the
-    special tokens kept. ``Encoded.words`` is only filled for words.
-
-    Args:
-      before, after: ids that begin and end every row, not counted by ``max_length``.
-    """
-    backend = tokenizer.backend_tokenizer
-    prefix = " " if words and _wants_leading_space(backend) else ""
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    ids, types, firsts = Growing(np.uint16 if largest < 1 << 16 else np.int32), Growing(np.uint8), Growing(np.int32)
-    lengths, paired, begun = [np.empty(0, np.int64)], False, 0
-    with _truncating(backend, max_length):
-        for some in chunks(texts, chunk):
-            paired = paired or not isinstance(some[0], str)
-            if words:
-                some = [[prefix + word for word in sentence] for sentence in some]
-            run = backend.encode_batch if words else backend.encode_batch_fast  # the fast one forgets the words
-            try:
-                encodings = run(some, is_pretokenized=words, add_special_tokens=special_tokens)
-            except TypeError as error:
-                raise ValueError(f"texts {begun} to {begun + len(some) - 1}: {_not_text(some)}") from error
-            begun += len(some)
-            lengths.append(np.array([len(before) + len(e) + len(after) for e in encodings], np.int64))
-            ids.append(_joined((e.ids for e in encodings), before, after, ids.dtype))
-            if paired:
-                types.append(_joined((e.type_ids for e in encodings), [0] * len(before), [0] * len(after), types.dtype))
-            if words:
-                pieces = (_first_pieces(e.word_ids) for e in encodings)
-                firsts.append(_joined(pieces, [-1] * len(before), [-1] * len(after), firsts.dtype))
-    offsets = offsets_of(np.concatenate(lengths))
-    type_ids = types.array() if paired else np.broadcast_to(np.uint8(0), offsets[-1])
-    first = firsts.array() if words else np.broadcast_to(np.int32(-1), offsets[-1])
-    return Encoded(*(Ragged(values, offsets) for values in (ids.array(), type_ids, first)))
-
-
-def chunks(texts: Iterable, most: int) -> Iterator[list]:
-    """The texts in lists of so many, or of a million characters if that is fewer."""
-    some: list = []
-    characters = 0
-    for text in texts:
-        some.append(text)
-        characters += sum(len(part) for part in _parts(text) if isinstance(part, str))
-        if len(some) == most or characters >= CHARACTERS:
-            yield some
-            some, characters = [], 0
-    if some:
-        yield some
-
-
-def _parts(text: Any) -> Sequence:
-    """A text by itself, those of a pair, or words."""
-    return text if isinstance(text, list | tuple) else (text,)
-
-
-def _not_text(texts: list) -> str:
-    """What stands among texts and is none."""
-    parts = chain.from_iterable(map(_parts, texts))
-    return next((f"{part!r} is {type(part).__name__}, not a string" for part in parts if not isinstance(part, str)), "")
-
-
-def _joined(rows: Iterable[list[int]], before: Sequence[int], after: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Rows end to end, each between what stands before and after every one."""
-    return np.fromiter(chain.from_iterable(chain.from_iterable((before, row, after) for row in rows)), dtype)
-
-
-def _first_pieces(word_ids: list[int | None]) -> list[int]:
-    return [-1 if word is None or word == last else word for last, word in pairwise([None, *word_ids])]
-
-
-def _wants_leading_space(backend: Any) -> bool:
-    """Byte-level tokenizers mark a word's beginning by the space before it, which split words have lost."""
-    parts = json.loads(backend.to_str())["pre_tokenizer"] or {}
-    return any(
-        part["type"] == "ByteLevel" and not part["add_prefix_space"]
-        for part in parts.get("pretokenizers", [parts])
-        if part
-    )
-
-
-@contextlib.contextmanager
-def _truncating(backend: Any, max_length: int | None) -> Iterator[None]:
-    """Sets truncation and no padding, and restores what the tokenizer had."""
-    truncation, padding = backend.truncation, backend.padding
-    backend.no_padding()
-    if max_length is None:
-        backend.no_truncation()
-    else:
-        backend.enable_truncation(max_length)
-    try:
-        yield
-    finally:
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-        backend.no_padding() if padding is None else backend.enable_padding(**padding)

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from jaxlm.core import Term, Terms
+from jaxlm.data.encoding import encode
 from jaxlm.data.loader import Batches, packed
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
-from jaxlm.data.tokenizer import encode, padding_id
+from jaxlm.data.tokenizer import padding_id
 from jaxlm.losses.cross_entropy import IGNORED, accuracy, cross_entropy
 from jaxlm.tasks.measure import bits_per_byte, perplexity
 from jaxlm.tasks.task import (

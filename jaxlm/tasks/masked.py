@@ -9,11 +9,12 @@ import numpy as np
 
 from jaxlm.core import Terms
 from jaxlm.data.corruption import mask_tokens, next_sentence_pairs
+from jaxlm.data.encoding import encode, frame
 from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed
 from jaxlm.data.ragged import Examples, Ragged, offsets_of
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
-from jaxlm.data.tokenizer import encode, padding_id
+from jaxlm.data.tokenizer import padding_id
 from jaxlm.losses.cross_entropy import accuracy, cross_entropy
 from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
 from jaxlm.tasks.measure import loss, perplexity
@@ -34,7 +35,9 @@ from jaxlm.tasks.task import (
 
 def framed(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """Documents between the tokenizer's first and last special tokens."""
-    return Prepared(Examples({"input_ids": encode(tokenizer, documents_of(source)).ids}), {})
+    first, last = frame(tokenizer)
+    ids = encode(tokenizer, documents_of(source), special_tokens=False, before=first, after=last).ids
+    return Prepared(Examples({"input_ids": ids}), {})
 
 
 def sentence_pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.corruption import denoise_spans, denoising_length
+from jaxlm.data.encoding import encode
 from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
-from jaxlm.data.tokenizer import encode, padding_id, sentinel_ids
+from jaxlm.data.tokenizer import padding_id, sentinel_ids
 from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
 from jaxlm.tasks.measure import loss, perplexity
 from jaxlm.tasks.task import (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data import Examples, Ragged, bucketed, encode, in_order, load_tokenizer, packed, packed_examples, read
-from jaxlm.data import tokenizer as module
+from jaxlm.data import encoding as module
 from jaxlm.data.growing import Growing
 from jaxlm.data.packing import join
 from jaxlm.data.ragged import offsets_of
@@ -102,6 +102,46 @@ def test_no_more_than_a_chunk_is_read_ahead(tokenizer):
     with pytest.raises(ValueError, match="texts 20 to 29: None"):
         encode(tokenizer, stream(), chunk=10)
     assert read_so_far == 30
+
+
+def metaspace(texts, normalizer=None):
+    """As in many models that were trained with SentencePiece."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token="?"))
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never" if normalizer else "always")
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, special_tokens=["?"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+
+
+@pytest.mark.parametrize("kind", ["bpe:600", "wordpiece:400", "character", "metaspace", "prefixed"])
+def test_a_long_text_in_pieces_equals_the_whole(texts, tokenizer, monkeypatch, kind):
+    from tokenizers import normalizers
+
+    if kind in ("metaspace", "prefixed"):
+        tokenizer = metaspace(texts, normalizers.Prepend("_") if kind == "prefixed" else None)
+    elif kind != "bpe:600":
+        tokenizer = load_tokenizer(kind, texts)
+    monkeypatch.setattr(module, "LONG", 50)
+    monkeypatch.setattr(module, "CHARACTERS", 300)  # a text may end in another chunk than it began
+    backend = tokenizer.backend_tokenizer
+    counts = [len(module.pieces(backend, text)) for text in texts]
+    assert max(counts) == 1 if kind == "prefixed" else max(counts) > 10  # one that marks beginnings cannot be cut
+    assert all("".join(module.pieces(backend, text)) == text for text in texts)
+    got = encode(tokenizer, texts, special_tokens=False, before=[1, 2], after=[3], chunk=4).ids
+    assert len(got) == len(texts)
+    for row, text in zip(got, texts, strict=True):
+        assert row.tolist() == [1, 2, *tokenizer(text, add_special_tokens=False)["input_ids"], 3]
+
+
+def test_the_frame_is_what_a_tokenizer_adds(texts, tokenizer):
+    bert = load_tokenizer("wordpiece:400", texts)
+    assert module.frame(bert) == ([bert.cls_token_id], [bert.sep_token_id]) and module.frame(tokenizer) == ([], [])
+    first, last = module.frame(bert)
+    framed = encode(bert, texts, special_tokens=False, before=first, after=last).ids
+    assert np.array_equal(framed.values, encode(bert, texts).ids.values)
 
 
 def test_pairs_and_words_of_streamed_rows(texts, monkeypatch):
