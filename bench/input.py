@@ -1,6 +1,6 @@
 """What feeds a training step: encoding beside the bare tokenizers library, packing, and how both grow with the corpus.
 
-    python bench/input.py [--megabytes=32] [--text=FILE] [--rounds=3]
+    python bench/input.py [--megabytes=16] [--text=FILE] [--rounds=3]
 
 The text is Python's own library, or the paragraphs of a file, repeated until it is long enough; as JSON lines it is
 what a pre-training run reads. First, in turn in one process: encoding beside `encode_batch` of the tokenizers library
@@ -195,7 +195,7 @@ def mib(size: float) -> str:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--megabytes", type=float, default=32, help="of the whole corpus (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=16, help="of the whole corpus (default: %(default)s)")
     parser.add_argument("--text", type=Path, help="a text file to repeat")
     parser.add_argument("--rounds", type=int, default=3, help="of the comparisons (default: %(default)s)")
 
