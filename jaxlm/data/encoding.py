@@ -82,7 +82,7 @@ def encode(
             edges = pairwise(ends[begun : begun + len(some) + 1])
             begun += len(some)
             rows = [(before if a else (), e, after if b else ()) for (a, b), e in zip(edges, encodings, strict=True)]
-            lengths.append(np.array([sum(map(len, row)) for row in rows], np.int64))
+            lengths.append(np.array([len(a) + len(e) + len(b) for a, e, b in rows], np.int64))
             ids.append(_joined(((a, e.ids, b) for a, e, b in rows), ids.dtype))
             if paired:
                 types.append(_joined((([0] * len(a), e.type_ids, [0] * len(b)) for a, e, b in rows), types.dtype))
