@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from turns import memory
+
 OPERATIONS = (
     ("load", None),
     ("load", "bfloat16"),
@@ -45,12 +47,6 @@ def make(directory: Path, layers: int) -> None:
     write_model(directory, Stored(config, unflatten(params)))
 
 
-def memory(field: str) -> int:
-    """A field of the kernel's account of this process, in bytes: VmRSS is resident now, VmHWM its peak (Linux)."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields[field].split()[0]) * 1024
-
-
 def measure(operation: str, dtype: str | None, source: Path, target: Path) -> dict[str, float]:
     """Runs one operation in this process."""
     import jax.numpy as jnp
@@ -72,7 +68,6 @@ def measure(operation: str, dtype: str | None, source: Path, target: Path) -> di
         if operation == "load and save":
             jaxlm.save(lm, target)
     seconds = time.perf_counter() - started
-    # Not getrusage: its peak is inherited from the process that started this one.
     peak = memory("VmHWM")
     return {"model": sum(sizes), "largest": max(sizes), "extra": peak - base, "seconds": seconds}
 

@@ -53,6 +53,15 @@ def resident_bytes() -> int:
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else peak_bytes()
 
 
+def memory(field: str) -> int:
+    """A field of the kernel's account of this process, in bytes: VmRSS is resident now, VmHWM its peak (Linux).
+
+    Unlike getrusage's, that peak is not inherited from the process that started this one.
+    """
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
+
+
 class Row(NamedTuple):
     """One line of a table: a quantity of which less is better, once a round and side.
 

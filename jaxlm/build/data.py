@@ -1,7 +1,8 @@
 """From `config.data` to tokenizers, prepared splits and batches on devices."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,14 +20,19 @@ from jaxlm.tasks import Prepared, Task
 _prepared: dict[str, Prepared] = {}
 
 
-def texts_of(source: Source) -> Iterable[str]:
-    """Every text of every record, whatever its columns: what a tokenizer is trained on."""
-    for record in source:
-        for name in ("text", "text_pair", "source", "target"):
-            if name in record:
-                yield record[name]
-        if "tokens" in record:
-            yield " " + " ".join(record["tokens"])  # as words are encoded, every one after a space
+@dataclass(frozen=True)
+class Texts:
+    """Every text of every record, whatever its columns, read anew on every pass: what a tokenizer is trained on."""
+
+    source: Source
+
+    def __iter__(self) -> Iterator[str]:
+        for record in self.source:
+            for name in ("text", "text_pair", "source", "target"):
+                if name in record:
+                    yield record[name]
+            if "tokens" in record:
+                yield " " + " ".join(record["tokens"])  # as words are encoded, every one after a space
 
 
 def tokenizer_for(settings: DataSettings, task: Task, own: Any) -> Any:
@@ -39,7 +45,7 @@ def tokenizer_for(settings: DataSettings, task: Task, own: Any) -> Any:
             )
         return own
     trained = settings.tokenizer.partition(":")[0] in ("bpe", "wordpiece", "character")
-    texts = texts_of(settings.source("train")) if trained else None
+    texts = Texts(settings.source("train")) if trained else None
     return load_tokenizer(settings.tokenizer, texts, sentinels=task.sentinels)
 
 

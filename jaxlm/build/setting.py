@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlm.build import registry
 from jaxlm.build.calibration import read_calibration
 from jaxlm.build.config import plain, set_fields
-from jaxlm.build.data import prepare, texts_of, to_devices, tokenizer_for
+from jaxlm.build.data import Texts, prepare, to_devices, tokenizer_for
 from jaxlm.build.evaluation import evaluator
 from jaxlm.compress.calibrate import Calibration
 from jaxlm.core import Axes, Context, Operated, Tree, lookup
@@ -161,7 +161,7 @@ def operate(setting: Setting) -> Setting:
             "calibrate": functools.partial(lambda function: function, calibration),
             "loss": functools.partial(getattr, setting.task, "loss"),
             "tokenizer": functools.partial(getattr, now, "tokenizer"),
-            "texts": lambda: lambda split: texts_of(setting.data.source(split)),
+            "texts": lambda: lambda split: Texts(setting.data.source(split)),
         }
         given = {"model": now.model, "params": now.params, "axes": now.axes}
         done = Operated(*registry.make(registry.SURGERY, entry, "surgery", offered, **given))

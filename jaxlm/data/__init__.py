@@ -4,12 +4,13 @@ numpy only; what needs a heavy library imports it when called.
 """
 
 from jaxlm.data.corruption import denoise_spans, denoising_length, mask_tokens, next_sentence_pairs
+from jaxlm.data.encoding import Encoded, encode
 from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed, packed_examples, shapes, shard
 from jaxlm.data.packing import IGNORED, Batch
 from jaxlm.data.prefetch import prefetch
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.sources import BadRow, BadRowError, Source, read
-from jaxlm.data.tokenizer import Encoded, encode, load_tokenizer, padding_id, sentinel_ids
+from jaxlm.data.tokenizer import load_tokenizer, padding_id, sentinel_ids
 
 __all__ = [
     "IGNORED",

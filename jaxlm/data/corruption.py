@@ -3,13 +3,15 @@
 All randomness is a function of (seed, step), so a batch is the same whenever, and on whatever host, it is made.
 """
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
 
+from jaxlm.data.growing import Growing
 from jaxlm.data.loader import Batches, generator
 from jaxlm.data.packing import IGNORED, Batch
-from jaxlm.data.ragged import Examples, Ragged
+from jaxlm.data.ragged import Examples, Ragged, offsets_of
 
 _MASKING, _DENOISING = 1, 2  # kinds of draws, so that two corruptions of one seed are independent
 
@@ -198,7 +200,8 @@ def next_sentence_pairs(
     filled = np.flatnonzero(sizes)
     random = generator(seed)
     room = max_length - 3
-    ids, types, labels = [], [], []
+    ids, types = Growing(sentences.values.dtype), Growing(np.uint8)
+    lengths, labels = array("q"), array("i")
     for document in filled:
         position, end = int(documents[document]), int(documents[document + 1])
         while position < end:
@@ -220,8 +223,10 @@ def next_sentence_pairs(
             first, second = _shorten(random, first, second, room)
             ids.append(np.concatenate([[first_id], first, [between_id], second, [between_id]]))
             types.append(np.repeat([0, 1], [len(first) + 2, len(second) + 1]))
-            labels.append(int(unrelated))
-    columns = {"input_ids": Ragged.of(ids), "token_type_ids": Ragged.of(types)}
+            lengths.append(len(first) + len(second) + 3)
+            labels.append(unrelated)
+    offsets = offsets_of(np.array(lengths, np.int64))
+    columns = {"input_ids": Ragged(ids.array(), offsets), "token_type_ids": Ragged(types.array(), offsets)}
     return Examples(columns | {"next_sentence_labels": np.array(labels, np.int32)})
 
 

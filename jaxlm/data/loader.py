@@ -145,7 +145,7 @@ def assemble(examples: Examples, rows: np.ndarray, length: int, target: int | No
             assert width is not None
             batch[name] = column.padded(rows, width, fill)
             if name.endswith("input_ids"):
-                sizes = np.where(rows >= 0, column.lengths[rows], 0)
+                sizes = np.where(rows >= 0, column.places(rows)[1], 0)
                 mask = "decoder_attention_mask" if decoder else "attention_mask"
                 batch[mask] = (np.arange(width) < np.maximum(sizes, 1)[:, None]).astype(np.int32)
         else:
@@ -247,7 +247,7 @@ def packed(
     Every epoch permutes the documents, cuts in other places and permutes the rows. With ``seed=None`` (evaluation)
     documents and rows stand in order. Each token is in exactly one row of an epoch (all but the remainder of "drop").
     """
-    steps = steps_per_epoch(join(documents, length).rows, batch_size, remainder)
+    steps = steps_per_epoch(-(-len(documents.values) // length), batch_size, remainder)
     filled = np.flatnonzero(documents.lengths)
 
     @functools.lru_cache(maxsize=2)

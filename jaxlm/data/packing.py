@@ -23,7 +23,7 @@ class Joined:
     Only the order is stored; rows are gathered when asked for.
     """
 
-    values: np.ndarray
+    values: np.ndarray  # not copied: they may be mapped from a file
     starts: np.ndarray  # int64 [pieces], where each piece begins in values
     ends: np.ndarray  # int64 [pieces], where it ends in the stream
     length: int
@@ -73,9 +73,9 @@ def cut(joined: Joined, rows: np.ndarray, pad_id: int = 0) -> Batch:
         return {name: np.full(place.shape, value, np.int32) for name, value in fill.items()}
     place = np.minimum(place, total - 1)
     document = _document_of(place, ends)
-    start = np.concatenate([[0], ends[:-1]])[document]
+    start = np.where(document > 0, ends[document - 1], 0)
     source = joined.starts[document] + place - start
-    following = values[np.minimum(source + 1, len(values) - 1)]
+    following = values[np.minimum(source + 1, len(values) - 1)].astype(np.int32)  # unsigned, it has no IGNORED
     inside = real & (place + 1 < ends[document])
     return {
         "input_ids": np.where(real, values[source], pad_id).astype(np.int32),
@@ -132,9 +132,10 @@ def lay_out(columns: dict[str, Ragged], packed: Ragged, rows: np.ndarray, length
 
     Adds ``segment_ids`` (1, 2, .. by example, 0 on padding) and ``positions`` (from 0 in each), both int32.
     """
-    sizes = np.where(rows >= 0, packed.lengths[rows], 0)
-    examples = packed.values[spans(packed.offsets[:-1][rows], sizes)]
-    lengths = next(iter(columns.values())).lengths[examples]
+    first, sizes = packed.places(rows)
+    sizes = np.where(rows >= 0, sizes, 0)
+    examples = packed.values[spans(first, sizes)]
+    starts, lengths = next(iter(columns.values())).places(examples)  # of every column
     row_lengths = np.add.reduceat(np.append(lengths, 0), offsets_of(sizes)[:-1]) * (sizes > 0)
     real = np.arange(length) < row_lengths[:, None]
     number = np.arange(len(examples)) - np.repeat(offsets_of(sizes)[:-1], sizes)
@@ -142,7 +143,7 @@ def lay_out(columns: dict[str, Ragged], packed: Ragged, rows: np.ndarray, length
     for name, values in {
         "segment_ids": np.repeat(number + 1, lengths),
         "positions": spans(np.zeros_like(lengths), lengths),
-        **{name: column.values[spans(column.offsets[:-1][examples], lengths)] for name, column in columns.items()},
+        **{name: column.values[spans(starts, lengths)] for name, column in columns.items()},
     }.items():
         batch[name] = np.full(real.shape, fill.get(name, 0), np.int32)
         batch[name][real] = values

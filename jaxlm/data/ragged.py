@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_PART = 1 << 20  # values that are looked at together, of more than fit in memory
+
 
 @dataclass(frozen=True)
 class Ragged:
     """``n`` sequences in one array: sequence ``i`` is ``values[offsets[i]:offsets[i + 1]]``.
 
     Attributes:
-      values: any dtype, ``[total]``.
+      values: integers, ``[total]``; in memory, or mapped from a file and of the narrowest type that holds them.
       offsets: int64 ``[n + 1]``, from 0 to ``total``, never falling.
     """
 
@@ -55,22 +57,26 @@ class Ragged:
         """int64 [n]."""
         return np.diff(self.offsets)
 
+    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the given rows begin in ``values``, and their lengths; costs nothing for the others."""
+        starts = self.offsets[:-1][rows]
+        return starts, self.offsets[1:][rows] - starts
+
     def take(self, rows: np.ndarray) -> "Ragged":
         """The given rows, in the given order."""
-        lengths = self.lengths[rows]
-        return Ragged(self.values[spans(self.offsets[:-1][rows], lengths)], offsets_of(lengths))
+        starts, lengths = self.places(rows)
+        return Ragged(self.values[spans(starts, lengths)], offsets_of(lengths))
 
-    def padded(self, rows: np.ndarray, length: int, fill: int | float) -> np.ndarray:
-        """``[len(rows), length]``: the given rows, right-padded with ``fill``; row -1 is all ``fill``.
+    def padded(self, rows: np.ndarray, length: int, fill: int) -> np.ndarray:
+        """int32 ``[len(rows), length]``: the given rows, right-padded with ``fill``; row -1 is all ``fill``.
 
         Raises ValueError if a row is longer than ``length``.
         """
-        real = rows >= 0
-        lengths = np.where(real, self.lengths[rows] if len(self) else 0, 0)
+        starts, lengths = self.places(rows) if len(self) else (np.zeros_like(rows),) * 2
+        lengths = np.where(rows >= 0, lengths, 0)
         if lengths.max(initial=0) > length:
             raise ValueError(f"row {rows[lengths.argmax()]} has {lengths.max()} values, more than {length}")
-        result = np.full((len(rows), length), fill, self.values.dtype)
-        starts = self.offsets[:-1][rows] if len(self) else lengths
+        result = np.full((len(rows), length), fill, np.int32)
         result[np.arange(length) < lengths[:, None]] = self.values[spans(starts, lengths)]
         return result
 
@@ -142,11 +148,13 @@ class Examples:
         return Examples({n: c.take(rows) if isinstance(c, Ragged) else c[rows] for n, c in self.columns.items()})
 
     def fingerprint(self) -> str:
-        """sha256 over names, dtypes and contents: equal for equal data, whatever it was read from."""
+        """sha256 over names, dtypes and contents: equal for equal data, whatever it was read from or lies in."""
         digest = hashlib.sha256()
         for name in sorted(self.columns):
             column = self.columns[name]
             for array in (column.offsets, column.values) if isinstance(column, Ragged) else (column,):
-                digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
-                digest.update(np.ascontiguousarray(array).data)
+                dtype = np.promote_types(array.dtype, np.int32) if isinstance(column, Ragged) else array.dtype
+                digest.update(f"{name} {dtype.str} {array.shape};".encode())
+                for start in range(0, len(array), _PART):
+                    digest.update(np.ascontiguousarray(array[start : start + _PART], dtype).data)
         return digest.hexdigest()

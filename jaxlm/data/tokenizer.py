@@ -1,19 +1,16 @@
-"""Tokenizers: any Hugging Face fast tokenizer, or one trained in place; and encoding of many texts at once.
+"""Tokenizers: any Hugging Face fast tokenizer, or one trained in place.
 
 Training is deterministic: the same texts give the same vocabulary with the same ids.
 """
 
-import contextlib
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from jaxlm.data.ragged import Ragged, offsets_of
 from jaxlm.data.sources.places import nearest
 
 if TYPE_CHECKING:
@@ -31,7 +28,8 @@ def load_tokenizer(spec: str, texts: Iterable[str] | None = None, *, sentinels: 
       spec: a directory or hub id, or what to train: ``"bpe:4096"`` (bytes, so nothing is unknown; ``<|endoftext|>``
         begins and ends documents), ``"wordpiece:8000"`` (BERT's uncased form with [CLS] and [SEP]) or ``"character"``.
         The number is the size of the whole vocabulary.
-      texts: the texts to train on.
+      texts: the texts to train on. They are read anew, one after the other, for every pass that training makes, so
+        they need not fit in memory, and an iterator, which can be read once, does not do.
       sentinels: number of ``<extra_id_0>``, ``<extra_id_1>``, .. to put in a trained vocabulary, for span denoising.
 
     Raises:
@@ -45,8 +43,9 @@ def load_tokenizer(spec: str, texts: Iterable[str] | None = None, *, sentinels: 
         raise ValueError(f"tokenizer {spec!r}: cannot train a {kind!r}; {nearest(kind, TRAINED)}")
     if (kind == "character") != (not size) or (size and not size.isdecimal()):
         raise ValueError(f"tokenizer {spec!r}: write 'bpe:SIZE', 'wordpiece:SIZE' or 'character'")
-    texts = [] if texts is None else list(texts)
-    if not any(texts):
+    if isinstance(texts, Iterator):
+        raise ValueError(f"tokenizer {spec!r}: training reads the texts several times; give a list, not an iterator")
+    if texts is None or not any(texts):
         raise ValueError(f"tokenizer {spec!r} is trained in place and needs texts, of which there are none")
     extra = [f"<extra_id_{i}>" for i in range(sentinels)]
     if kind == "bpe":
@@ -71,7 +70,7 @@ def _pretrained(spec: str) -> "PreTrainedTokenizerFast":
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
-def _train_bpe(texts: list[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
+def _train_bpe(texts: Iterable[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = [END, "<|pad|>", *extra]
@@ -89,7 +88,7 @@ def _train_bpe(texts: list[str], size: int, extra: list[str]) -> "PreTrainedToke
     return _wrap(tokenizer, extra, bos_token=END, eos_token=END, pad_token="<|pad|>")
 
 
-def _train_wordpiece(texts: list[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
+def _train_wordpiece(texts: Iterable[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     def blank(vocabulary: dict[str, int]) -> Any:
@@ -132,7 +131,7 @@ def _train_wordpiece(texts: list[str], size: int, extra: list[str]) -> "PreTrain
     return _wrap(tokenizer, extra, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names)
 
 
-def _train_character(texts: list[str], extra: list[str]) -> "PreTrainedTokenizerFast":
+def _train_character(texts: Iterable[str], extra: list[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models
 
     special = [END, "<|pad|>", "<|unknown|>", *extra]
@@ -172,92 +171,3 @@ def padding_id(tokenizer: "PreTrainedTokenizerFast") -> int:
     """The id to pad with. Any id does where padding is masked, so without one (GPT-2) it is that of the end."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in ids if i is not None)
-
-
-class Encoded(NamedTuple):
-    """Encoded texts, row by row of equal lengths (int32)."""
-
-    ids: Ragged
-    types: Ragged  # 0 in the first text, 1 in the second of a pair
-    words: Ragged  # number of the word whose first piece stands here, else -1
-
-
-def encode(
-    tokenizer: "PreTrainedTokenizerFast",
-    texts: Iterable[str] | Iterable[tuple[str, str]] | Iterable[Sequence[str]],
-    *,
-    max_length: int | None = None,
-    special_tokens: bool = True,
-    words: bool = False,
-    chunk: int = 1024,
-) -> Encoded:
-    """Encodes texts, pairs of texts, or (``words=True``) sentences split in words, ``chunk`` at a time on all cores.
-
-    Longer results are truncated to ``max_length`` as Hugging Face tokenizers do: the longer text of a pair first, the
-    special tokens kept. ``Encoded.words`` is only filled for words.
-    """
-    backend = tokenizer.backend_tokenizer
-    prefix = " " if words and _wants_leading_space(backend) else ""
-    ids, types, firsts = [np.empty(0, np.int32)], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-    lengths: list[int] = []
-    with _truncating(backend, max_length):
-        remaining = iter(texts)
-        while some := list(islice(remaining, chunk)):
-            if words:
-                some = [[prefix + word for word in sentence] for sentence in some]
-            run = backend.encode_batch if words else backend.encode_batch_fast  # the fast one forgets the words
-            try:
-                encodings = run(some, is_pretokenized=words, add_special_tokens=special_tokens)
-            except TypeError as error:
-                raise ValueError(
-                    f"texts {len(lengths)} to {len(lengths) + len(some) - 1}: {_not_text(some)}"
-                ) from error
-            lengths += [len(e) for e in encodings]
-            ids.append(_joined(e.ids for e in encodings))
-            types.append(_joined(e.type_ids for e in encodings))
-            if words:
-                firsts += [_first_pieces(e.word_ids) for e in encodings]
-    offsets = offsets_of(lengths)
-    first = np.concatenate(firsts) if words else np.full(offsets[-1], -1, np.int32)
-    return Encoded(*(Ragged(v, offsets) for v in (np.concatenate(ids), np.concatenate(types), first)))
-
-
-def _not_text(texts: list) -> str:
-    """What stands among texts and is none."""
-    parts = (part for text in texts for part in (text if isinstance(text, list | tuple) else [text]))
-    return next((f"{part!r} is {type(part).__name__}, not a string" for part in parts if not isinstance(part, str)), "")
-
-
-def _joined(sequences: Iterable[list[int]]) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(sequences), np.int32)
-
-
-def _first_pieces(word_ids: list[int | None]) -> np.ndarray:
-    pieces = pairwise([None, *word_ids])
-    return np.array([-1 if word is None or word == before else word for before, word in pieces], np.int32)
-
-
-def _wants_leading_space(backend: Any) -> bool:
-    """Byte-level tokenizers mark a word's beginning by the space before it, which split words have lost."""
-    parts = json.loads(backend.to_str())["pre_tokenizer"] or {}
-    return any(
-        part["type"] == "ByteLevel" and not part["add_prefix_space"]
-        for part in parts.get("pretokenizers", [parts])
-        if part
-    )
-
-
-@contextlib.contextmanager
-def _truncating(backend: Any, max_length: int | None) -> Iterator[None]:
-    """Sets truncation and no padding, and restores what the tokenizer had."""
-    truncation, padding = backend.truncation, backend.padding
-    backend.no_padding()
-    if max_length is None:
-        backend.no_truncation()
-    else:
-        backend.enable_truncation(max_length)
-    try:
-        yield
-    finally:
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-        backend.no_padding() if padding is None else backend.enable_padding(**padding)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import Term, Terms
+from jaxlm.data.encoding import encode
 from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed_examples
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
-from jaxlm.data.tokenizer import encode, padding_id
+from jaxlm.data.tokenizer import padding_id
 from jaxlm.losses.cross_entropy import IGNORED, cross_entropy, squared_error
 from jaxlm.tasks.measure import accuracy, correlation, entity_f1, macro_f1, matthews, pearson, word_accuracy
 from jaxlm.tasks.task import (

@@ -1,17 +1,18 @@
 """Causal language modelling on packed documents; also what every language-modelling task shares."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxlm.core import Term, Terms
+from jaxlm.data.encoding import encode
 from jaxlm.data.loader import Batches, packed
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
-from jaxlm.data.tokenizer import encode, padding_id
+from jaxlm.data.tokenizer import padding_id
 from jaxlm.losses.cross_entropy import IGNORED, accuracy, cross_entropy
 from jaxlm.tasks.measure import bits_per_byte, perplexity
 from jaxlm.tasks.task import (
@@ -25,7 +26,7 @@ from jaxlm.tasks.task import (
     Score,
     Task,
     batch_pieces,
-    column,
+    documents_of,
     scalar,
 )
 
@@ -35,12 +36,18 @@ def documents(source: Source, tokenizer: Any, labels: tuple[str, ...], settings:
 
     With a begin token the first token of a document is predicted too, so the loss accounts for every byte.
     """
-    texts = [column(record, "text", source) for record in source]
-    encoded = encode(tokenizer, texts, special_tokens=False).ids
+    size = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal size
+        for text in documents_of(source):
+            size += len(text.encode("utf8"))
+            yield text
+
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    ids = Ragged.of([np.concatenate([first, row, last]).astype(np.int32) for row in encoded])
-    return Prepared(Examples({"input_ids": ids}), {"bytes": sum(len(t.encode("utf8")) for t in texts)})
+    ids = encode(tokenizer, texts(), special_tokens=False, before=first, after=last).ids
+    return Prepared(Examples({"input_ids": ids}), {"bytes": size})
 
 
 def packed_batches(

@@ -1,17 +1,20 @@
 """Masked language modelling, with next-sentence prediction where the model has a head for it."""
 
 import re
+from array import array
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from jaxlm.core import Terms
 from jaxlm.data.corruption import mask_tokens, next_sentence_pairs
+from jaxlm.data.encoding import encode, frame
 from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed
-from jaxlm.data.ragged import Examples, Ragged
+from jaxlm.data.ragged import Examples, Ragged, offsets_of
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
-from jaxlm.data.tokenizer import encode, padding_id
+from jaxlm.data.tokenizer import padding_id
 from jaxlm.losses.cross_entropy import accuracy, cross_entropy
 from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
 from jaxlm.tasks.measure import loss, perplexity
@@ -25,29 +28,33 @@ from jaxlm.tasks.task import (
     Quality,
     Task,
     batch_pieces,
-    column,
+    documents_of,
     token_pieces,
 )
 
 
 def framed(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """Documents between the tokenizer's first and last special tokens."""
-    texts = [column(record, "text", source) for record in source]
-    return Prepared(Examples({"input_ids": encode(tokenizer, texts).ids}), {})
+    first, last = frame(tokenizer)
+    ids = encode(tokenizer, documents_of(source), special_tokens=False, before=first, after=last).ids
+    return Prepared(Examples({"input_ids": ids}), {})
 
 
 def sentence_pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """Pairs of passages for next-sentence prediction; a sentence ends at `.`, `!`, `?` or a line's end."""
-    sentences, offsets = [], [0]
-    for record in source:
-        parts = re.split(r"(?<=[.!?])\s+|\n+", column(record, "text", source))
-        sentences += [part for part in parts if part.strip()]
-        offsets.append(len(sentences))
-    ids = encode(tokenizer, sentences, special_tokens=False).ids
+    counts = array("q")
+
+    def sentences() -> Iterator[str]:
+        for text in documents_of(source):
+            parts = [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if part.strip()]
+            counts.append(len(parts))
+            yield from parts
+
+    ids = encode(tokenizer, sentences(), special_tokens=False).ids
     return Prepared(
         next_sentence_pairs(
             ids,
-            np.array(offsets, np.int64),
+            offsets_of(np.array(counts, np.int64)),
             seed=0,
             max_length=settings.max_length,
             first_id=tokenizer.cls_token_id,

@@ -1,15 +1,17 @@
 """Sequence to sequence: supervised pairs, and T5's span denoising of plain text."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from jaxlm.data.corruption import denoise_spans, denoising_length
+from jaxlm.data.encoding import encode
 from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
-from jaxlm.data.tokenizer import encode, padding_id, sentinel_ids
+from jaxlm.data.tokenizer import padding_id, sentinel_ids
 from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
 from jaxlm.tasks.measure import loss, perplexity
 from jaxlm.tasks.task import (
@@ -21,6 +23,7 @@ from jaxlm.tasks.task import (
     Task,
     batch_pieces,
     column,
+    documents_of,
     sample_weights,
     token_pieces,
 )
@@ -38,14 +41,13 @@ def pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: Dat
     return Prepared(Examples(columns | sample_weights(records, source)), {})
 
 
-def ended(texts: list[str], tokenizer: Any, max_length: int | None = None) -> Ragged:
+def ended(texts: Iterable[str], tokenizer: Any, max_length: int | None = None) -> Ragged:
     """Encoded texts that end with the end token, whether the tokenizer adds it (T5's does) or not."""
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no end token (eos_token), without which a decoder never learns to stop")
     room = None if max_length is None else max_length - 1
-    rows = encode(tokenizer, texts, max_length=room, special_tokens=False).ids
-    return Ragged.of([np.append(row, end).astype(np.int32) for row in rows])
+    return encode(tokenizer, texts, max_length=room, special_tokens=False, after=[end]).ids
 
 
 def padded_batches(
@@ -60,8 +62,7 @@ def padded_batches(
 
 def plain(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """Every record's `text`, ended by the end token."""
-    texts = [column(record, "text", source) for record in source]
-    return Prepared(Examples({"input_ids": ended(texts, tokenizer)}), {})
+    return Prepared(Examples({"input_ids": ended(documents_of(source), tokenizer)}), {})
 
 
 def denoising_batches(

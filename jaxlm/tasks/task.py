@@ -1,6 +1,6 @@
 """Task: how records become batches, outputs a loss, and predictions a score."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -149,6 +149,16 @@ def column(record: Mapping[str, Any], name: str, source: Source) -> Any:
             f"rename with config.data.columns = {{{name!r}: ...}}"
         )
     return record[name]
+
+
+def documents_of(source: Source) -> Iterator[str]:
+    """Every record's `text`, read as it is asked for; one that is no string is a bad row."""
+    for row in source.located():
+        text = column(row.record or {}, "text", source)
+        if isinstance(text, str):
+            yield text
+        else:
+            source.reject(row, f"the text {text!r} is {type(text).__name__}, not a string")
 
 
 def texts_of(record: Mapping[str, Any], source: Source) -> tuple[str, ...]:

@@ -125,10 +125,12 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
             elapsed = time.perf_counter() - began
             progress.steps = number
             progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + elapsed
-            progress.waited_seconds, batches.waited = progress.waited_seconds + batches.waited, 0.0
+            waited, batches.waited = batches.waited, 0.0
+            progress.waited_seconds += waited
             progress.skipped += sum(bool(log["nonfinite"]) for log in logs)
             progress.metrics["train"] = summarize(logs)
-            journal.write(number, "train", progress.metrics["train"] | {"tokens_per_second": tokens / elapsed})
+            pace = {"tokens_per_second": tokens / elapsed, "input_wait": waited / elapsed}
+            journal.write(number, "train", progress.metrics["train"] | pace)
             report_nonfinite(logs, [n for n, _ in pending], settings, journal)
             pending, tokens = [], 0
 

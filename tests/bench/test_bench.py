@@ -59,7 +59,7 @@ def test_curve_of_a_run(turns: ModuleType, tmp_path: Path):
     assert turns.evaluations(tmp_path, "loss", began=10.0) == [(2.0, 2.0)]
 
 
-@pytest.mark.parametrize("name", ["step", "characters", "finetune", "run"])
+@pytest.mark.parametrize("name", ["step", "characters", "finetune", "input", "growth", "run"])
 def test_explains_itself(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])

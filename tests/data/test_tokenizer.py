@@ -64,6 +64,22 @@ for kind in sys.argv[1:]:
     assert runs == {("\n".join(here) + "\n").encode()}
 
 
+def test_training_streams(texts, tokenizers):
+    class Stream:
+        """Yields texts anew on every pass, and holds none."""
+
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter(texts)
+
+    for kind in KINDS:
+        stream = Stream()
+        again = load_tokenizer(kind, stream)
+        assert again.backend_tokenizer.to_str() == tokenizers[kind].backend_tokenizer.to_str() and stream.passes > 1
+
+
 def test_saved_and_loaded(tokenizers, texts, tmp_path):
     for kind, tokenizer in tokenizers.items():
         folder = str(tmp_path / kind.partition(":")[0])
@@ -170,6 +186,8 @@ def test_nothing_to_train_on_or_to_load(tmp_path):
     for texts in (None, [], [""]):
         with pytest.raises(ValueError, match="needs texts"):
             load_tokenizer("bpe:600", texts)
+    with pytest.raises(ValueError, match="several times; give a list, not an iterator"):
+        load_tokenizer("bpe:600", iter(["a"]))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_tokenizer(str(tmp_path / "absent"))
     with pytest.raises(OSError, match="no readable tokenizer"):

@@ -35,3 +35,17 @@ def test_a_rating_that_is_no_number_is_a_bad_row(tmp_path, label):
     prepared = TASKS["regression"].prepare(source, load_tokenizer("character", ["ab"]), (), settings)
     np.testing.assert_array_equal(prepared.examples.columns["labels"], np.float32([1.5]))
     assert [bad.line for bad in source.bad] == [2] and "is not a number" in source.bad[0].reason
+
+
+@pytest.mark.parametrize("task", ["causal", "denoising", "masked"])
+def test_a_text_that_is_no_string_is_a_bad_row(tmp_path, task):
+    file = write(tmp_path / "texts.jsonl", [{"text": "ab"}, {"text": None}, {"text": ""}, {"text": "b"}])
+    tokenizer = load_tokenizer("wordpiece:80" if task == "masked" else "character", ["ab"])
+    settings = DataSettings(format="jsonl", train=str(file))
+    with pytest.raises(ValueError, match=r"texts.jsonl:2: the text None is NoneType, not a string"):
+        TASKS[task].prepare(settings.source("train"), tokenizer, (), settings)
+    source = DataSettings(format="jsonl", train=str(file), bad_rows="skip").source("train")
+    prepared = TASKS[task].prepare(source, tokenizer, (), settings)
+    assert len(prepared.examples) == 3 and [bad.line for bad in source.bad] == [2]
+    if task == "causal":
+        assert prepared.facts == {"bytes": 3} and prepared.examples.lengths.tolist() == [4, 2, 3]

@@ -144,13 +144,17 @@ def lines(file: str) -> Iterator[str]:
 
     Only ``\\n`` and ``\\r\\n`` end a line: form feeds and Unicode separators are part of the text.
     """
+    return (line.rstrip("\n").removesuffix("\r") for line in whole_lines(file))
+
+
+def whole_lines(file: str) -> Iterator[str]:
+    """The same with their line ends."""
     with open_bytes(file) as handle:
         for number, raw in enumerate(handle, start=1):
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise not_utf8(file, number, error) from None
-            yield line.rstrip("\n").removesuffix("\r")
 
 
 def not_utf8(file: str, line: int, error: UnicodeDecodeError) -> ValueError:

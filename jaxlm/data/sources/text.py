@@ -1,13 +1,12 @@
 """Plain text: a document is a file, a line or a paragraph."""
 
-import re
 from collections.abc import Iterator
+from itertools import chain
 
 from jaxlm.data.sources.places import Slice, find_files, nearest
-from jaxlm.data.sources.rows import Options, Row, Stream, lines, not_utf8, open_bytes, sliced
+from jaxlm.data.sources.rows import Options, Row, Stream, lines, not_utf8, open_bytes, sliced, whole_lines
 
 DOCUMENTS = ("file", "line", "paragraph")
-_BREAK = re.compile(r"\n[ \t\r]*\n\s*")
 
 
 def rows(place: str, part: Slice, options: Options) -> Stream:
@@ -56,12 +55,13 @@ def _lines(file: str) -> Iterator[Row]:
 
 
 def _paragraphs(file: str) -> Iterator[Row]:
-    text = _whole(file)
-    number, start = 1, 0
-    for end, after in [*((m.start(), m.end()) for m in _BREAK.finditer(text)), (len(text), len(text))]:
-        paragraph = text[start:end]
-        if paragraph.strip():
-            skipped = len(paragraph) - len(paragraph.lstrip())
-            yield Row(file, number + paragraph.count("\n", 0, skipped), {"text": paragraph.strip()})
-        number += text.count("\n", start, after)
-        start = after
+    start, paragraph = 1, ""
+    for number, line in enumerate(chain(whole_lines(file), [""]), start=1):
+        if line.strip(" \t\r\n"):  # a form feed is text
+            paragraph += line
+            continue
+        text = paragraph.lstrip()
+        if text:
+            skipped = paragraph.count("\n", 0, len(paragraph) - len(text))
+            yield Row(file, start + skipped, {"text": text.rstrip()})
+        start, paragraph = number + 1, ""
