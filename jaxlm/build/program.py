@@ -17,6 +17,7 @@ def start() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jaxlm" / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # the many small ones take seconds together
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     logging.set_verbosity(logging.WARNING)
     initialize()

@@ -1,10 +1,10 @@
-"""The training loop. It reads from top to bottom: restore, compile, step, log, evaluate, save, choose."""
+"""The training loop. It reads from top to bottom: restore, step, log, evaluate, save, choose."""
 
 import contextlib
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxlm.core import SEGMENT
+from jaxlm.train.compiled import compiled
 from jaxlm.train.interruption import Interrupted, Interruption
 from jaxlm.train.journal import Journal
 from jaxlm.train.profile import Profile
@@ -23,8 +24,6 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 IN_FLIGHT = 2
 """Steps that are handed to the device before an earlier one is done: enough to keep it busy, few enough to hold back
 neither the progress bar nor a signal."""
-
-Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class Feed(Protocol):
@@ -45,7 +44,7 @@ class Run:
       step: `(state, constants, batch) -> (state, log)`, not compiled yet.
       shardings: of the state, a tree like it.
       constants: teacher and the like, on the devices.
-      shapes: `{name: ShapeDtypeStruct}` of every batch that will come; all are compiled before the first step.
+      shapes: `{name: ShapeDtypeStruct}` of every batch that will come.
       batches: `(start, stop)` to the feed of those steps.
       evaluate: `(state) -> metrics`.
       stores: where checkpoints go.
@@ -92,16 +91,13 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
         journal.say(f"resumed from step {start}")
     stopped = start == run.steps or progress.exhausted(settings)
 
-    began = time.perf_counter()
-    steps = {} if stopped else compile_all(run, state)
-    progress.compile_seconds += time.perf_counter() - began
-
     journal.begin(start, run.steps, progress.assessed)
     if run.assesses(start) and progress.assessed < start:  # it was interrupted between step and evaluation
         assess(run, state, start, progress)
         stopped = stopped or progress.exhausted(settings)
     with (
         contextlib.closing(run.batches(start, start if stopped else run.steps)) as batches,
+        contextlib.closing(compiled(run.step, run.shardings, state, run.constants, run.shapes)) as steps,
         Interruption() as interruption,
         Profile(journal.path.parent / "profile", settings.profile_from, settings.profile_steps) as profile,
     ):
@@ -110,7 +106,11 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
         for number in range(start + 1, start if stopped else run.steps + 1):
             count, batch = next(batches)
             profile.at(number, state)
-            state, log = steps[shape_of(batch)](state, run.constants, batch)
+            asked = time.perf_counter()
+            step = steps.of(batch)
+            compiling = time.perf_counter() - asked
+            progress.compile_seconds, began = progress.compile_seconds + compiling, began + compiling
+            state, log = step(state, run.constants, batch)
             pending.append((number, log))
             tokens += count
             if len(pending) > IN_FLIGHT:
@@ -157,17 +157,6 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
 def _is_due(every: int, number: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens after this one."""
     return every > 0 and number > 0 and number % every == 0
-
-
-def shape_of(batch: Mapping[str, Any]) -> Shape:
-    """What distinguishes one compiled step from another."""
-    return tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))
-
-
-def compile_all(run: Run, state: TrainState) -> dict[Shape, Callable]:
-    """One executable a batch shape. An executable cannot recompile, so nothing compiles after this."""
-    jitted = jax.jit(run.step, donate_argnums=0, out_shardings=(run.shardings, None))
-    return {shape_of(batch): jitted.lower(state, run.constants, batch).compile() for batch in run.shapes}
 
 
 def summarize(logs: list[dict[str, Any]]) -> dict[str, float]:
