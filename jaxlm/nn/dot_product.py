@@ -3,6 +3,7 @@
 Differentiated as it stands, `softmax(q kᵀ) v` keeps or computes anew a matrix `[queries, keys]` a head for every step
 of the softmax, and sums over one of them. What is kept here are the output and, for each query, the largest score and
 the sum of the exponentials; the sum that the gradient of the softmax needs is taken over the output, which is shorter.
+Of a long row one block of queries after the other is taken, so that no matrix `[queries, keys]` exists at all.
 """
 
 from functools import partial
@@ -11,6 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import Context, dropout, kept
+
+BLOCK = 256
+"""Queries that are taken together: enough for a product to run at full speed, few enough for its result to stay in a
+cache."""
 
 
 def scores(q: jax.Array, k: jax.Array, bias: jax.Array | None, seen: jax.Array) -> jax.Array:
@@ -46,7 +51,6 @@ def _product(a: jax.Array, b: jax.Array, of_a: tuple[int, ...], of_b: tuple[int,
     return jax.lax.dot_general(a, b, ((of_a, of_b), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dot_product_attention(
     rate: float,
     q: jax.Array,
@@ -58,14 +62,36 @@ def dot_product_attention(
 ) -> jax.Array:
     """`dropout(softmax(scores)) v`, `[batch, queries, kv_heads, q_per_kv, head_dim]` in the dtype of `q`.
 
+    Args:
+      rate: of dropout, drawn with `key`; `None` for a deterministic pass.
+      q, bias, seen: as in `scores`; k, v: `[batch, keys, kv_heads, head_dim]`.
+    """
+    queries, blocks = q.shape[1], -(-q.shape[1] // BLOCK)
+    if blocks == 1:
+        return _attention(rate, q, k, v, bias, seen, key)
+
+    def split(a: jax.Array, axis: int) -> jax.Array:
+        """`[blocks, …, BLOCK, …]`; the last block is filled with queries that see nothing."""
+        a = jnp.pad(a, [(0, blocks * BLOCK - queries if i == axis else 0) for i in range(a.ndim)])
+        return jnp.moveaxis(a.reshape(*a.shape[:axis], blocks, BLOCK, *a.shape[axis + 1 :]), axis, 0)
+
+    def attention(block: tuple) -> jax.Array:
+        number, q, bias, seen = block
+        return _attention(rate, q, k, v, bias, seen, None if key is None else jax.random.fold_in(key, number))
+
+    each = (jnp.arange(blocks), split(q, 1), None if bias is None else split(bias, 3), split(seen, 1))
+    out = jnp.moveaxis(jax.lax.map(attention, each), 0, 1)
+    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :queries]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(rate, q, k, v, bias, seen, key):
+    """One block.
+
     With P the probabilities, P' those that dropout left, O = P' V and the cotangent G of O, the gradient of the scores
     is `P' ∘ (G Vᵀ) - P ∘ r` with `r = Σ_keys P' ∘ (G Vᵀ) = Σ_dims G ∘ O`.
 
     Source of r: Dao et al., "FlashAttention", 2022, appendix B.2.
-
-    Args:
-      rate: of dropout, drawn with `key`; `None` for a deterministic pass.
-      q, bias, seen: as in `scores`; k, v: `[batch, keys, kv_heads, head_dim]`.
     """
     return _forward(rate, q, k, v, bias, seen, key)[0]
 
@@ -98,4 +124,4 @@ def _backward(rate, residuals, g):
     return of_q, of_k, of_v, of_bias, None, None
 
 
-dot_product_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)

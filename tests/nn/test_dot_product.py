@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core import Context, dropout
+from jaxlm.nn import dot_product
 from jaxlm.nn.dot_product import dot_product_attention, scores
 
 BATCH, QUERIES, KEYS, KV_HEADS, Q_PER_KV, HEAD_DIM = 2, 5, 7, 3, 2, 4
@@ -41,6 +42,24 @@ def test_output_and_gradients_are_those_of_the_formula(inputs, rate, biased):
 
     for ours, theirs in zip(*map(jax.tree.leaves, (both(dot_product_attention), both(plain))), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("block", [2, 5])
+def test_blocks_of_queries_change_nothing(inputs, monkeypatch, block):
+    q, k, v, bias, seen, g = inputs
+    whole, pull = jax.vjp(lambda *a: dot_product_attention(0.0, *a, seen, None), q, k, v, bias)
+    monkeypatch.setattr(dot_product, "BLOCK", block)
+    blocks, pull_blocks = jax.vjp(lambda *a: dot_product_attention(0.0, *a, seen, None), q, k, v, bias)
+    for ours, theirs in zip((blocks, *pull_blocks(g)), (whole, *pull(g)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
+def test_blocks_drop_each_their_own(inputs, monkeypatch):
+    """With equal queries, keys and values one all over, what is left of a row is its dropout."""
+    q, k, v, _, seen, _ = (jnp.ones_like(a) for a in inputs)
+    monkeypatch.setattr(dot_product, "BLOCK", 1)
+    out = dot_product_attention(0.5, q, k, v, None, seen, jax.random.key(0))[0, :, :, 0, 0]
+    assert len(np.unique(out, axis=0)) > 1
 
 
 def test_dropout_drops(inputs):
