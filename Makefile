@@ -6,10 +6,10 @@ RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence test test-full bench plan-env python reference clean
+.PHONY: help demo evidence test test-full bench bench-smoke plan-env python reference clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## train, distil, prune and quantize a small GPT, and report what each step gained
 	$(RUN) experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -28,6 +28,9 @@ evidence: $(VENV)/.installed  ## the measurements of docs/results.md: 90 minutes
 
 bench: $(VENV)/.installed-dev reference  ## jaxlm beside torch + transformers, in turn on the same cores
 	$(RUN) bench/run.py
+
+bench-smoke: $(VENV)/.installed-dev reference  ## the shortest of these comparisons, under two minutes: is a release as fast as the last?
+	$(RUN) bench/run.py --smoke
 
 plan-env: $(PLAN)/.installed  ## the environment of experiments/plan.py: the TPU compiler, no TPU needed
 

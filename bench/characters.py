@@ -103,7 +103,6 @@ def run_jaxlm(text: Path, steps: int, every: int, seed: int, cache: str) -> dict
                 f"--config.train.eval_every={every}",
             ],
             JAX_COMPILATION_CACHE_DIR=cache,
-            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
         )
         seconds = time.time() - began
         result = json.loads((Path(place) / "run" / "result.json").read_text())
@@ -149,7 +148,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     what, whole = f"characters, {options.steps} steps", {s: [run["seconds"] for run in runs[s]] for s in SIDES}
     return [
         Row(f"{what}: final validation loss", "nats", final["jaxlm"], final["torch"]),
-        Row(f"{what}: to a loss of {target:.4f}", "s", reached["jaxlm"], reached["torch"]),
+        Row(f"{what}: to a loss of {target:.4f}", "s", reached["jaxlm"], reached["torch"], floor=1 / 0.7),
         Row(f"{what}: the whole run", "s", whole["jaxlm"], whole["torch"]),
         Row(f"{what}: the whole run, compile cache empty", "s", [cold["seconds"]], whole["torch"][:1]),
         Row(f"{what}: peak memory", "MiB", memory["jaxlm"], memory["torch"]),

@@ -1,15 +1,18 @@
 """Every comparison with torch + transformers, one after the other, and one table of them all.
 
-    python bench/run.py [--data=DIR] [--full] [--output=FILE]
+    python bench/run.py [--data=DIR] [--smoke | --full] [--output=FILE]
 
 DIR holds the folders wnut17, sst2 and tinyshakespeare of docs/data.md (default: the environment variable JAXLM_DATA).
 Without it, fine-tuning is left out and the character model reads Python's own library. The default takes about ten
 minutes on two idle cores; --full adds bfloat16, both fine-tunings at three epochs and several rounds, and takes hours.
-Anything else that runs on the machine spoils the numbers; the load is printed with them.
+--smoke takes less than two minutes: the encoder's step and passes in both types, once; it ends with 1 where a ratio is
+below the one that a release must not fall below (the last column). Anything else that runs on the machine spoils the
+numbers; the load is printed with them.
 """
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import characters
@@ -38,22 +41,32 @@ def measure(data: Path | None, full: bool) -> list[Row]:
     return rows
 
 
+def smoke() -> list[Row]:
+    """What shows within two minutes that something became slow."""
+    return step.measure(options_of(step, "--family=bert", "--dtype=both", "--rounds=1", "--steps=5"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("JAXLM_DATA"), help="folder of the data sets")
-    parser.add_argument("--full", action="store_true", help="every comparison, with more rounds")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--smoke", action="store_true", help="the shortest comparison; status 1 if one is lost")
+    size.add_argument("--full", action="store_true", help="every comparison, with more rounds")
     parser.add_argument("--output", type=Path, help="write the table there too")
     options = parser.parse_args()
     data = Path(options.data) if options.data else None
     if data and not (data / "wnut17").is_dir():
         parser.error(f"--data={data}: there is no folder wnut17 (docs/data.md says where the data sets come from)")
     where = machine()
-    page = f"{where}\n\n{table(measure(data, options.full))}\n"
-    if data is None:
+    rows = smoke() if options.smoke else measure(data, options.full)
+    page = f"{where}\n\n{table(rows)}\n"
+    if data is None and not options.smoke:
         page += "\nNo --data: fine-tuning was left out, and the character model read Python's own library.\n"
     print(page)
     if options.output:
         options.output.write_text(page)
+    if options.smoke and any(row.below for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

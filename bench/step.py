@@ -21,6 +21,13 @@ from turns import SIDES, Row, in_turn, machine, peak_bytes, program, resident_by
 from jaxlm.build.command import large_pages
 
 LAYERS, WIDTH, HEADS, FFN, VOCAB = 6, 384, 12, 1536, 30522
+FLOORS = {
+    "float32": {"step": 1.0, "forward": 1.3, "single": 1.0, "steady": 1.0, "peak": 1 / 1.2},
+    "bfloat16": {"step": 0.85, "forward": 1.1, "single": 1.0, "steady": 1.0, "peak": 1 / 1.2},
+}
+"""Ratios to torch that a release must not fall below, by dtype."""
+PRODUCTS, INT8, BFLOAT16 = 0.6, 1.3, 1.35
+"""The same for a float32 step against its products alone, an int8 forward pass and a bfloat16 step against float32."""
 
 
 def timed(function: Callable[[], None], times: int) -> list[float]:
@@ -193,12 +200,16 @@ def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Row]:
         "steady": ("memory while training", "MiB"),
         "peak": ("peak memory, compilation included", "MiB"),
     }
-    rows = [Row(f"{label}: {what}", unit, of("jaxlm", k), of("torch", k)) for k, (label, unit) in kinds.items()]
+    rows = [
+        Row(f"{label}: {what}", unit, of("jaxlm", kind), of("torch", kind), floor=FLOORS[dtype][kind])
+        for kind, (label, unit) in kinds.items()
+    ]
     step = work(options.batch, options.length, VOCAB if family == "gpt" else 0) * 3
     ceiling = [step / (2 * 2048**3) * seconds for seconds in of("jaxlm", "product")]
-    rows.append(Row(f"training step: {what}", "s", of("jaxlm", "step"), ceiling, "its products alone"))
+    rest = PRODUCTS if dtype == "float32" else None
+    rows.append(Row(f"training step: {what}", "s", of("jaxlm", "step"), ceiling, "float32 products alone", rest))
     if dtype == "float32":
-        rows.append(Row(f"int8 forward: {what}", "s", of("jaxlm", "int8"), of("jaxlm", "forward"), "float32"))
+        rows.append(Row(f"int8 forward: {what}", "s", of("jaxlm", "int8"), of("jaxlm", "forward"), "float32", INT8))
         rows.append(Row(f"int8, one row: {what}", "s", of("jaxlm", "int8_single"), of("jaxlm", "single"), "float32"))
     return rows
 
@@ -210,7 +221,8 @@ def own_gain(rows: Sequence[Row], family: str) -> list[Row]:
     for label in ("training step", "forward pass"):
         two = [r for r in rows if r.what.startswith(f"{label}: {name}") and r.against == "torch"]
         if len(two) == 2:
-            found.append(Row(two[1].what, "s", two[1].jaxlm, two[0].jaxlm, "float32"))
+            floor = BFLOAT16 if label == "training step" else None
+            found.append(Row(two[1].what, "s", two[1].jaxlm, two[0].jaxlm, "float32", floor))
     return found
 
 

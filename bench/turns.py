@@ -69,6 +69,7 @@ class Row(NamedTuple):
       what: what was measured; unit: of the numbers.
       jaxlm, other: in order of rounds.
       against: what the other is.
+      floor: the ratio that a release must not fall below, if one is set.
     """
 
     what: str
@@ -76,6 +77,12 @@ class Row(NamedTuple):
     jaxlm: Sequence[float]
     other: Sequence[float]
     against: str = "torch"
+    floor: float | None = None
+
+    @property
+    def below(self) -> bool:
+        """Whether the ratio is less than the floor."""
+        return self.floor is not None and not self.ratio >= self.floor
 
     @property
     def ratio(self) -> float:
@@ -91,13 +98,14 @@ class Row(NamedTuple):
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown. `ratio` is other / jaxlm, above 1 where jaxlm needs less."""
-    lines = ["| | jaxlm | against | ratio of medians | by round |", "|---|---|---|---|---|"]
+    lines = ["| | jaxlm | against | ratio of medians | by round | at least |", "|---|---|---|---|---|---|"]
     for row in rows:
         own, theirs = (f"{_number(statistics.median(v))} {row.unit}" for v in (row.jaxlm, row.other))
         theirs = f"{row.against}: {theirs}"
         low, high = row.spread
         spread = f"{_number(low)} to {_number(high)}" if len(row.jaxlm) > 1 else "one round"
-        lines.append(f"| {row.what} | {own} | {theirs} | **{_number(row.ratio)}** | {spread} |")
+        floor = "" if row.floor is None else f"{_number(row.floor)}{', missed' if row.below else ''}"
+        lines.append(f"| {row.what} | {own} | {theirs} | **{_number(row.ratio)}** | {spread} | {floor} |")
     return "\n".join(lines)
 
 

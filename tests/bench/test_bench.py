@@ -22,7 +22,14 @@ def test_ratio_is_of_medians_and_spread_of_rounds(turns: ModuleType):
     row = turns.Row("step", "s", jaxlm=[1.0, 2.0, 4.0], other=[3.0, 3.0, 6.0])
     assert row.ratio == 1.5
     assert row.spread == (1.5, 3.0)
-    assert "| step | 2 s | torch: 3 s | **1.5** | 1.5 to 3 |" in turns.table([row])
+    assert "| step | 2 s | torch: 3 s | **1.5** | 1.5 to 3 |  |" in turns.table([row])
+
+
+@pytest.mark.parametrize(("seconds", "missed"), [(2.0, False), (2.1, True), (math.inf, True), (math.nan, True)])
+def test_a_floor_is_held_or_missed(turns: ModuleType, seconds: float, missed: bool):
+    row = turns.Row("step", "s", jaxlm=[seconds], other=[3.0], floor=1.5)
+    assert row.below is missed
+    assert turns.table([row]).endswith("1.5, missed |" if missed else "| 1.5 |")
 
 
 def test_a_score_that_is_not_reached_takes_for_ever(turns: ModuleType):
