@@ -118,10 +118,10 @@ def _backward(rate, residuals, g):
     of_scores = jnp.where(seen[:, None, None], of_scores, 0)
     of_bias = None if bias is None else of_scores.sum(0, keepdims=True) if bias.shape[0] == 1 else of_scores
     of_scores = of_scores.astype(q.dtype)
-    of_q, of_k = _product(of_scores, k, (4,), (2,)), _product(of_scores, q, (2, 3), (2, 3))
-    of_v = _product(left, g, (2, 3), (2, 3))
-    of_q, of_k, of_v = (_heads_last(a.astype(q.dtype)) for a in (of_q, of_k, of_v))
-    return of_q, of_k, of_v, of_bias, None, None
+    of_q = _heads_last(_product(of_scores, k, (4,), (2,)).astype(q.dtype))
+    # […, head_dim, keys]: a left side that is summed over its rows is turned first, so it is the narrow one.
+    of_k, of_v = (_product(a, b, (2, 3), (2, 3)).astype(q.dtype) for a, b in ((q, of_scores), (g, left)))
+    return of_q, jnp.moveaxis(of_k, -1, 1), jnp.moveaxis(of_v, -1, 1), of_bias, None, None
 
 
 _attention.defvjp(_forward, _backward)
