@@ -1,5 +1,6 @@
 """Test session: eight CPU devices, a compile cache, and markers that skip with a reason or, under CI=true, fail."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -12,8 +13,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # XLA runs the collectives of all devices in one pool of threads, by default one a device: those that do not depend on
 # each other may fill it and wait for each other until they time out.
 os.environ.setdefault("PJRT_NPROC", "32")
-# Tests compile much and compute little: code that is compiled fast is worth more here than fast code.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Tests compile much and compute little: code that is compiled fast is worth more here than fast code, and splitting a
+# program of this size for several compiling threads costs more than it gains.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -46,6 +51,12 @@ def pytest_configure() -> None:
     data = os.environ.get("JAXLM_DATA")
     if data and not Path(data).is_dir():
         raise pytest.UsageError(f"JAXLM_DATA={data} is not a directory")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector, which tracing calls often, need not look through it each time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

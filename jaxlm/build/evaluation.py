@@ -1,5 +1,6 @@
 """Evaluation of a model on one split."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,13 @@ from jaxlm.data.settings import DataSettings
 from jaxlm.models.model import Model
 from jaxlm.tasks import Prepared, Score, Task
 from jaxlm.tasks.task import stacked
+
+
+@functools.partial(jax.jit, static_argnames=("model", "measure", "predict", "ctx", "dtype"))
+def _read(params: Tree, batch: dict[str, jax.Array], *, model: Model, measure, predict, ctx: Context, dtype: Any):
+    """One batch; compiled once for all splits and stages of a process that evaluate the same structure."""
+    outputs = model.forward(params, batch, ctx=ctx, dtype=dtype)
+    return measure(outputs, batch), predict(outputs, batch)
 
 
 def evaluator(
@@ -35,10 +43,7 @@ def evaluator(
     """
     batches = task.batches(prepared, tokenizer, settings, batch_size, None)
 
-    @jax.jit
-    def step(params: Tree, batch: dict[str, jax.Array]):
-        outputs = model.forward(params, batch, ctx=ctx, dtype=dtype)
-        return task.measure(outputs, batch), task.predict(outputs, batch)
+    read = functools.partial(_read, model=model, measure=task.measure, predict=task.predict, ctx=ctx, dtype=dtype)
 
     def evaluate(params: Tree) -> Score:
         terms: list[dict[str, Term]] = []
@@ -46,7 +51,7 @@ def evaluator(
         for number in range(batches.steps_per_epoch):
             host_batch = batches(number)
             rows = host_batch.pop("row", None)
-            measured, predicted = step(params, place(host_batch)[1])
+            measured, predicted = read(params, place(host_batch)[1])
             terms.append(measured)
             real = slice(None) if rows is None else rows >= 0
             for name, value in predicted.items():

@@ -53,9 +53,8 @@ def canonical_view(params: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in params.items():
         segment = re.fullmatch(SEGMENT, key)
         if segment is not None:
-            first = int(segment[1])
-            for n in range(first, int(key.split("-")[1]) + 1):
-                tree[f"layers_{n}"] = jax.tree.map(lambda leaf, i=n - first: _take(leaf, i), value)
+            for i, layer in enumerate(_layers(value, int(key.split("-")[1]) + 1 - int(segment[1]))):
+                tree[f"layers_{int(segment[1]) + i}"] = layer
         else:
             tree[key] = canonical_view(value) if isinstance(value, Mapping) else value
     return tree
@@ -74,6 +73,20 @@ def _stack(leaves: tuple[Any, ...]) -> Any:
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
     return jnp.stack(leaves)
+
+
+def _layers(stacked: Any, count: int) -> list[Any]:
+    """The subtrees of a segment's layers."""
+    leaves, structure = jax.tree.flatten(stacked)
+    whole = leaves and all(isinstance(leaf, jax.Array) for leaf in leaves)
+    rows = _rows(leaves) if whole else [[_take(leaf, i) for leaf in leaves] for i in range(count)]
+    return [jax.tree.unflatten(structure, row) for row in rows]
+
+
+@jax.jit
+def _rows(leaves: list[jax.Array]) -> list[list[jax.Array]]:
+    """Layer by layer the rows of stacked arrays, in one program: by themselves each of them would be compiled."""
+    return [[jax.lax.index_in_dim(leaf, i, keepdims=False) for leaf in leaves] for i in range(len(leaves[0]))]
 
 
 def _take(leaf: Any, i: int) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -46,9 +47,16 @@ def cut(leaf: Any, axes: Axes, sizes: tuple[tuple[int, ...], ...] | None, kept: 
                     f"{' x '.join(map(str, names))}, which are {int(np.prod(shape))}: prune before it is packed"
                 )
             places = np.arange(array.shape[dimension]).reshape(shape)
-            array = jnp.take(array, jnp.asarray(_chosen(places, names, kept).reshape(-1)), axis=dimension)
+            array = _take(array, _chosen(places, names, kept).reshape(-1), dimension)
         leaf = replace_field(leaf, field, array) if isinstance(leaf, Node) else array
     return leaf
+
+
+def _take(array: Any, places: np.ndarray, dimension: int) -> jax.Array:
+    """On the host where there are values: a device would compile a program a shape, and ragged models have many."""
+    if isinstance(array, jax.core.Tracer):
+        return jnp.take(array, jnp.asarray(places), axis=dimension)
+    return jnp.asarray(np.take(np.asarray(array), places, axis=dimension))
 
 
 def _chosen(places: np.ndarray, names: tuple[Any, ...], kept: Kept) -> np.ndarray:
