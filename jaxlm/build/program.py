@@ -8,10 +8,10 @@ from pathlib import Path
 def start() -> None:
     """Joins the other hosts, if any, and turns on jax's persistent compile cache.
 
+    The cache lies where `JAX_COMPILATION_CACHE_DIR` says, by default in the user's cache directory.
+
     Tracing makes many objects and next to no garbage. Python's collector, which by default comes every 700 objects and
     looks again and again at all that was imported, takes a third of that time; so it is told to come less often.
-
-    The cache lies where `JAX_COMPILATION_CACHE_DIR` says, by default in the user's cache directory.
     """
     import jax
     from absl import logging
