@@ -3,7 +3,7 @@
     python bench/run.py [--data=DIR] [--smoke | --full] [--output=FILE]
 
 DIR holds the folders wnut17, sst2 and tinyshakespeare of docs/data.md (default: the environment variable JAXLM_DATA).
-Without it, fine-tuning is left out and the character model reads Python's own library. The default takes about ten
+Without it, fine-tuning is left out and the character model reads Python's own library. The default takes about fifteen
 minutes on two idle cores; --full adds bfloat16, both fine-tunings at three epochs and several rounds, and takes hours.
 --smoke takes less than two minutes: the encoder's step and passes in both types, once; it ends with 1 where a ratio is
 below the one that a release must not fall below (the last column). Anything else that runs on the machine spoils the
@@ -13,12 +13,13 @@ numbers; the load is printed with them.
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import characters
 import finetune
 import step
-from turns import Row, machine, table
+from turns import HEADING, Row, line, machine
 
 
 def options_of(program, *values: str) -> argparse.Namespace:
@@ -28,22 +29,22 @@ def options_of(program, *values: str) -> argparse.Namespace:
     return parser.parse_args(values)
 
 
-def measure(data: Path | None, full: bool) -> list[Row]:
-    rows = step.measure(options_of(step, *(["--dtype=both", "--rounds=5"] if full else ["--rounds=2", "--steps=5"])))
+def measure(data: Path | None, full: bool) -> Iterator[list[Row]]:
+    """One comparison after the other."""
+    yield step.measure(options_of(step, *(["--dtype=both", "--rounds=5"] if full else ["--rounds=2", "--steps=5"])))
     text = [f"--text={data / 'tinyshakespeare' / 'input.txt'}"] if data else []
-    rows += characters.measure(options_of(characters, *text, *(["--rounds=3"] if full else ["--steps=1000"])))
+    yield characters.measure(options_of(characters, *text, *(["--rounds=3"] if full else ["--steps=1000"])))
     if data is None:
-        return rows
+        return
     for task, folder in (("token", "wnut17"), ("sequence", "sst2")) if full else (("token", "wnut17"),):
         options = options_of(finetune, *(["--rounds=3"] if full else ["--epochs=1"]))
         options.task, options.data = task, data / folder
-        rows += finetune.measure(options)
-    return rows
+        yield finetune.measure(options)
 
 
-def smoke() -> list[Row]:
+def smoke() -> Iterator[list[Row]]:
     """What shows within two minutes that something became slow."""
-    return step.measure(options_of(step, "--family=bert", "--dtype=both", "--rounds=1", "--steps=5"))
+    yield step.measure(options_of(step, "--family=bert", "--dtype=both", "--rounds=1", "--steps=5"))
 
 
 def main() -> None:
@@ -57,15 +58,18 @@ def main() -> None:
     data = Path(options.data) if options.data else None
     if data and not (data / "wnut17").is_dir():
         parser.error(f"--data={data}: there is no folder wnut17 (docs/data.md says where the data sets come from)")
-    where = machine()
-    rows = smoke() if options.smoke else measure(data, options.full)
-    page = f"{where}\n\n{table(rows)}\n"
+    lines, below = [machine(), "", HEADING], False
+    print(*lines, sep="\n", flush=True)
+    for rows in smoke() if options.smoke else measure(data, options.full):
+        below = below or any(row.below for row in rows)
+        lines += map(line, rows)
+        print(*map(line, rows), sep="\n", flush=True)
     if data is None and not options.smoke:
-        page += "\nNo --data: fine-tuning was left out, and the character model read Python's own library.\n"
-    print(page)
+        lines.append("\nNo --data: fine-tuning was left out, and the character model read Python's own library.")
+        print(lines[-1])
     if options.output:
-        options.output.write_text(page)
-    if options.smoke and any(row.below for row in rows):
+        options.output.write_text("\n".join(lines) + "\n")
+    if options.smoke and below:
         sys.exit(1)
 
 

@@ -96,17 +96,21 @@ class Row(NamedTuple):
         return min(each), max(each)
 
 
+HEADING = "| | jaxlm | against | ratio of medians | by round | at least |\n|---|---|---|---|---|---|"
+
+
+def line(row: Row) -> str:
+    """A row of a Markdown table under `HEADING`. The ratio is other / jaxlm, above 1 where jaxlm needs less."""
+    own, theirs = (f"{_number(statistics.median(v))} {row.unit}" for v in (row.jaxlm, row.other))
+    low, high = row.spread
+    spread = f"{_number(low)} to {_number(high)}" if len(row.jaxlm) > 1 else "one round"
+    floor = "" if row.floor is None else f"{_number(row.floor)}{', missed' if row.below else ''}"
+    return f"| {row.what} | {own} | {row.against}: {theirs} | **{_number(row.ratio)}** | {spread} | {floor} |"
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Markdown. `ratio` is other / jaxlm, above 1 where jaxlm needs less."""
-    lines = ["| | jaxlm | against | ratio of medians | by round | at least |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        own, theirs = (f"{_number(statistics.median(v))} {row.unit}" for v in (row.jaxlm, row.other))
-        theirs = f"{row.against}: {theirs}"
-        low, high = row.spread
-        spread = f"{_number(low)} to {_number(high)}" if len(row.jaxlm) > 1 else "one round"
-        floor = "" if row.floor is None else f"{_number(row.floor)}{', missed' if row.below else ''}"
-        lines.append(f"| {row.what} | {own} | {theirs} | **{_number(row.ratio)}** | {spread} | {floor} |")
-    return "\n".join(lines)
+    """All of it."""
+    return "\n".join([HEADING, *map(line, rows)])
 
 
 def _number(value: float) -> str:
