@@ -22,11 +22,11 @@ from jaxlm.build.command import large_pages
 
 LAYERS, WIDTH, HEADS, FFN, VOCAB = 6, 384, 12, 1536, 30522
 FLOORS = {
-    "float32": {"step": 1.0, "forward": 1.3, "single": 1.0, "steady": 1.0, "peak": 1 / 1.2},
-    "bfloat16": {"step": 0.85, "forward": 1.1, "single": 1.0, "steady": 1.0, "peak": 1 / 1.2},
+    "float32": {"step": 1.5, "forward": 1.5, "single": 1.4, "steady": 0.85, "peak": 0.83},
+    "bfloat16": {"step": 1.15, "forward": 0.95, "single": 0.9, "steady": 0.85, "peak": 0.78},
 }
-"""Ratios to torch that a release must not fall below, by dtype."""
-PRODUCTS, INT8, BFLOAT16 = 0.6, 1.3, 1.35
+"""Ratios to torch that a release must not fall below, by dtype: what was measured, less the noise of one round."""
+PRODUCTS, INT8, BFLOAT16 = 0.52, 1.1, 1.35
 """The same for a float32 step against its products alone, an int8 forward pass and a bfloat16 step against float32."""
 
 

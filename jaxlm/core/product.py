@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 PRODUCT = "product"
-"""Name of every result, for `jax.checkpoint` policies."""
+"""Name of what layers keep for the backward pass, for `jax.checkpoint` policies."""
 
 Contract = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -44,7 +44,7 @@ def matmul_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
 def kept(y: jax.Array) -> jax.Array:
     """`y`, with the name by which layers keep it for the backward pass instead of computing it anew.
 
-    For the forward rules of gradients: by itself it has none. A bfloat16 array is kept as its bits, since XLA's CPU
+    For the forward rules of gradients: by itself it has none, so second derivatives exist in float32 only. A bfloat16 array is kept as its bits, since XLA's CPU
     back end widens stacks of bfloat16 arrays to float32, whole and in every layer.
     """
     if y.dtype != jnp.bfloat16:
@@ -67,14 +67,14 @@ def _matmul_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
     return _dot(x, w.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
 
 
-def _matmul_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = kept
+def _matmul_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = residuals
     g = g.astype(x.dtype)
     return _matmul_transposed(g, w), _outer(x, g).astype(w.dtype)
 
 
-def _transposed_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = kept
+def _transposed_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = residuals
     g = g.astype(x.dtype)
     return _matmul(g, w), _outer(x, g).T.astype(w.dtype)
 

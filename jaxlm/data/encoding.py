@@ -100,6 +100,11 @@ def frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     with _truncating(tokenizer.backend_tokenizer, None):
         encoding = tokenizer.backend_tokenizer.encode("a")
     own = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
+    if not len(own):
+        raise ValueError(
+            "the tokenizer has no token for the letter a, so what it puts around a text cannot be told from the text; "
+            "give it an unknown token, or train it on texts that have one (config.data.tokenizer)"
+        )
     return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
 
 

@@ -3,7 +3,7 @@
 Differentiated as it stands, `softmax(q kᵀ) v` keeps or computes anew a matrix `[queries, keys]` a head for every step
 of the softmax, and sums over one of them. What is kept here are the output and, for each query, the largest score and
 the sum of the exponentials; the sum that the gradient of the softmax needs is taken over the output, which is shorter.
-Of a long row one block of queries after the other is taken, so that no matrix `[queries, keys]` exists at all.
+Of a long row one block of queries after the other is taken, so that no head's whole matrix `[queries, keys]` exists.
 """
 
 from functools import partial
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxlm.core import Context, dropout, kept
 
 BLOCK = 256
-"""Queries that are taken together: enough for a product to run at full speed, few enough for its result to stay in a
-cache."""
+"""Queries that are taken together at most: enough for a product to run at full speed, few enough for its result to
+stay in a cache."""
 
 
 def scores(q: jax.Array, k: jax.Array, bias: jax.Array | None, seen: jax.Array) -> jax.Array:
@@ -69,14 +69,17 @@ def dot_product_attention(
     queries, blocks = q.shape[1], -(-q.shape[1] // BLOCK)
     if blocks == 1:
         return _attention(rate, q, k, v, bias, seen, key)
+    size = -(-queries // blocks)
+    wide_k, wide_v = k.astype(jnp.float32), v.astype(jnp.float32)  # so that the blocks' gradients add up in float32
 
     def split(a: jax.Array, axis: int) -> jax.Array:
-        """`[blocks, …, BLOCK, …]`; the last block is filled with queries that see nothing."""
-        a = jnp.pad(a, [(0, blocks * BLOCK - queries if i == axis else 0) for i in range(a.ndim)])
-        return jnp.moveaxis(a.reshape(*a.shape[:axis], blocks, BLOCK, *a.shape[axis + 1 :]), axis, 0)
+        """`[blocks, …, size, …]`; the last block is filled with queries that see nothing."""
+        a = jnp.pad(a, [(0, blocks * size - queries if i == axis else 0) for i in range(a.ndim)])
+        return jnp.moveaxis(a.reshape(*a.shape[:axis], blocks, size, *a.shape[axis + 1 :]), axis, 0)
 
     def attention(block: tuple) -> jax.Array:
         number, q, bias, seen = block
+        k, v = wide_k.astype(q.dtype), wide_v.astype(q.dtype)
         return _attention(rate, q, k, v, bias, seen, None if key is None else jax.random.fold_in(key, number))
 
     each = (jnp.arange(blocks), split(q, 1), None if bias is None else split(bias, 3), split(seen, 1))

@@ -21,7 +21,7 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
-"""What a layer keeps for its backward pass: everything, its input only, or the results of its dense products."""
+"""What a layer keeps for its backward pass: everything, its input only, or the results of products and of attention."""
 
 
 def run_view(params: Mapping[str, Any], kind: Callable[[str], Hashable], prefix: str = "") -> dict[str, Any]:

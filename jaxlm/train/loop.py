@@ -106,6 +106,8 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
         for number in range(start + 1, start if stopped else run.steps + 1):
             count, batch = next(batches)
             profile.at(number, state)
+            if pending and not steps.ready(batch):
+                jax.block_until_ready(pending[-1][1])  # which is training's time, not the compiler's
             asked = time.perf_counter()
             step = steps.of(batch)
             compiling = time.perf_counter() - asked
@@ -121,6 +123,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
             interrupted = interruption.at(number)
             if not (interrupted or run.logs(number) or run.saves(number) or run.assesses(number)):
                 continue
+            steps.check()
             logs = jax.device_get([log for _, log in pending])
             elapsed = time.perf_counter() - began
             progress.steps = number

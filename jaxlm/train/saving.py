@@ -14,7 +14,11 @@ from jaxlm.train.step import TrainState
 
 @dataclass
 class Progress:
-    """What a run knows besides its arrays; saved with every checkpoint."""
+    """What a run knows besides its arrays; saved with every checkpoint.
+
+    `seconds` are those of training, `waited_seconds` the part of them in which it waited for a batch; `compile_seconds`
+    come on top, in which it waited for the compiler.
+    """
 
     steps: int = 0
     tokens: int = 0

@@ -38,7 +38,10 @@ def test_nothing_waits_for_the_others():
     gate = threading.Event()
     lower = lambda b: Lowered(b, done, gate if b["x"].shape[1] > 1 else None)  # noqa: E731
     with closing(Compiled(lower, [batch(1), batch(2)])) as steps:
+        assert not steps.ready(batch(1))
         assert steps.of(batch(1))() == batch(1) and len(done) == 1
+        assert steps.ready(batch(1)) and not steps.ready(batch(2))
+        steps.check()
         gate.set()
         assert steps.of(batch(2))() == batch(2)
 
@@ -53,6 +56,8 @@ def test_an_error_of_the_compiler_comes_up_where_its_shape_is_asked_for():
         steps.of(batch(1))
         with pytest.raises(ValueError, match="out of memory"):
             steps.of(batch(2))
+        with pytest.raises(ValueError, match="out of memory"):
+            steps.check()
         with pytest.raises(KeyError):
             steps.of(batch(3))
 
