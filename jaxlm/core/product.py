@@ -44,8 +44,9 @@ def matmul_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
 def kept(y: jax.Array) -> jax.Array:
     """`y`, with the name by which layers keep it for the backward pass instead of computing it anew.
 
-    For the forward rules of gradients: by itself it has none, so second derivatives exist in float32 only. A bfloat16 array is kept as its bits, since XLA's CPU
-    back end widens stacks of bfloat16 arrays to float32, whole and in every layer.
+    For the forward rules of gradients: by itself it has none, so second derivatives exist in float32 only. A bfloat16
+    array is kept as its bits, since XLA's CPU back end widens stacks of bfloat16 arrays to float32, whole and in every
+    layer.
     """
     if y.dtype != jnp.bfloat16:
         return checkpoint_name(y, PRODUCT)
