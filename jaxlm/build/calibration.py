@@ -40,7 +40,7 @@ def read_calibration(
         raise ValueError(
             f"config.calibration.length = {length}, but the model has {model.max_positions} positions; choose fewer"
         )
-    own = dataclasses.replace(data, train=place, max_length=length, bucket=length)  # one bucket: one shape to compile
+    own = dataclasses.replace(data, train=place, max_length=length, buckets=1)  # one shape to compile
     prepared = prepare(name, task, tokenizer, model.labels, own, "train")
     batches = task.batches(prepared, tokenizer, own, min(settings.batch_size, settings.samples), seed)
     kept: list[dict[str, np.ndarray]] = []

@@ -1,7 +1,7 @@
 """From `config.data` to tokenizers, prepared splits and batches on devices."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.parallel import spec_of, ways
-from jaxlm.tasks import Prepared, Task
+from jaxlm.tasks import TASKS, Prepared, Task
 
 _prepared: dict[str, Prepared] = {}
 
@@ -69,6 +69,20 @@ def prepare(
         if len(source.bad) > 5:
             say(f"{split}: skipped {len(source.bad)} rows in all")
     return _prepared[key]
+
+
+def prepare_splits(
+    splits: Sequence[str],
+    name: str,
+    tokenizer: Any,
+    labels: tuple[str, ...],
+    settings: DataSettings,
+    say=lambda text: None,
+) -> dict[str, Prepared]:
+    """Several splits of a task, encoded, whose padded batches have the same lengths and so share compiled programs."""
+    found = {split: prepare(name, TASKS[name], tokenizer, labels, settings, split, say) for split in splits}
+    together = tuple(prepared.examples for prepared in found.values())
+    return {split: prepared._replace(splits=together) for split, prepared in found.items()}
 
 
 def token_count(batch: Mapping[str, np.ndarray]) -> int:

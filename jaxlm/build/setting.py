@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlm.build import registry
 from jaxlm.build.calibration import read_calibration
 from jaxlm.build.config import plain, set_fields
-from jaxlm.build.data import Texts, prepare, to_devices, tokenizer_for
+from jaxlm.build.data import Texts, prepare_splits, to_devices, tokenizer_for
 from jaxlm.build.evaluation import evaluator
 from jaxlm.compress.calibrate import Calibration
 from jaxlm.core import Axes, Context, Operated, Tree, lookup
@@ -87,9 +87,8 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
         params = model.init(key)
     check_fit(model.config, tokenizer, data)
     mesh, axes = make_mesh(config.mesh), model.axes() if lm is None else lm.axes
-    prepared = {
-        s: prepare(config.task, task, tokenizer, model.config.labels, data, s, say) for s in splits if getattr(data, s)
-    }
+    named = tuple(s for s in splits if getattr(data, s))
+    prepared = prepare_splits(named, config.task, tokenizer, model.config.labels, data, say)
     rules = make_rules(config.sharding, axes, mesh)
     return Setting(plain(config), data, training, task, tokenizer, prepared, model, params, axes, mesh, rules)
 
@@ -168,8 +167,8 @@ def operate(setting: Setting) -> Setting:
         now = done if done.tokenizer is not None else done._replace(tokenizer=now.tokenizer)
     splits = setting.splits
     if now.tokenizer is not setting.tokenizer:
-        name, labels = config["task"], now.model.config.labels
-        splits = {s: prepare(name, setting.task, now.tokenizer, labels, setting.data, s) for s in splits}
+        labels = now.model.config.labels
+        splits = prepare_splits(tuple(splits), config["task"], now.tokenizer, labels, setting.data)
     return dataclasses.replace(setting, **now._asdict(), splits=splits, calibration=read or None)
 
 

@@ -5,7 +5,7 @@ numpy only; what needs a heavy library imports it when called.
 
 from jaxlm.data.corruption import denoise_spans, denoising_length, mask_tokens, next_sentence_pairs
 from jaxlm.data.encoding import Encoded, encode
-from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed, packed_examples, shapes, shard
+from jaxlm.data.loader import Batches, bucketed, fitted, in_order, packed, packed_examples, shapes, shard
 from jaxlm.data.packing import IGNORED, Batch
 from jaxlm.data.prefetch import prefetch
 from jaxlm.data.ragged import Examples, Ragged
@@ -26,10 +26,10 @@ __all__ = [
     "denoise_spans",
     "denoising_length",
     "encode",
+    "fitted",
     "in_order",
     "load_tokenizer",
     "mask_tokens",
-    "multiples",
     "next_sentence_pairs",
     "packed",
     "packed_examples",

@@ -20,7 +20,8 @@ class DataSettings:
       bad_rows: `stop` or `skip` (and count).
       tokenizer: directory or hub id, `bpe:SIZE`, `wordpiece:SIZE` or `character` to train one, "" for the model's own.
       max_length: tokens of a row, of the decoder's too.
-      bucket: rows are padded to a multiple of this (fewer, longer shapes for a larger one).
+      buckets: lengths that batches of examples are padded to, fitted to the data. Each is compiled once: more of them
+        save padding in long runs, fewer save compilation in short ones.
       pack: put several whole examples in a row (token classification).
     """
 
@@ -33,11 +34,11 @@ class DataSettings:
     bad_rows: str = "stop"
     tokenizer: str = ""
     max_length: int = 128
-    bucket: int = 16
+    buckets: int = 8
     pack: bool = False
 
     def __post_init__(self):
-        for name in ("max_length", "bucket"):
+        for name in ("max_length", "buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.data.{name} = {getattr(self, name)}: must be at least 1")
 

@@ -115,8 +115,8 @@ def _backward(rate, residuals, g):
     q, k, v, bias, seen, key, out, top, total = residuals
     probabilities = jnp.exp(scores(q, k, bias, seen) - top) / total
     left = dropout(probabilities.astype(q.dtype), rate, Context(key))
-    row = _heads_first(jnp.sum(g.astype(jnp.float32) * out, -1, keepdims=True))
-    q, k, v, g = map(_heads_first, (q, k, v, g))
+    row = jnp.einsum("bqkgd,bqkgd->bqkg", g, out, precision="highest", preferred_element_type=jnp.float32)
+    q, k, v, g, row = map(_heads_first, (q, k, v, g, row[..., None]))
     of_scores = left * _product(g, v, (4,), (3,)) - probabilities * row
     of_scores = jnp.where(seen[:, None, None], of_scores, 0)
     of_bias = None if bias is None else of_scores.sum(0, keepdims=True) if bias.shape[0] == 1 else of_scores

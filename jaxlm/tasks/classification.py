@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlm.core import Term, Terms
 from jaxlm.data.encoding import encode
-from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed_examples
+from jaxlm.data.loader import Batches, bucketed, in_order, packed_examples
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
@@ -41,7 +41,7 @@ def padded_batches(
     examples, pad = prepared.examples, padding_id(tokenizer)
     if settings.pack and seed is not None:
         return packed_examples(examples, batch_size, seed, length=settings.max_length, pad_id=pad)
-    lengths = multiples(settings.bucket, settings.max_length)
+    lengths = prepared.buckets(settings)
     if seed is None:
         return in_order(examples, batch_size, lengths=lengths, pad_id=pad)
     return bucketed(examples, batch_size, seed, lengths=lengths, pad_id=pad)

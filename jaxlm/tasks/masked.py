@@ -10,7 +10,7 @@ import numpy as np
 from jaxlm.core import Terms
 from jaxlm.data.corruption import mask_tokens, next_sentence_pairs
 from jaxlm.data.encoding import encode, frame
-from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed
+from jaxlm.data.loader import Batches, bucketed, in_order, packed
 from jaxlm.data.ragged import Examples, Ragged, offsets_of
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
@@ -72,7 +72,7 @@ def masked_batches(
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token; masked language modelling needs one (wordpiece:SIZE has)")
     if "next_sentence_labels" in examples.columns:
-        lengths = multiples(settings.bucket, settings.max_length)
+        lengths = prepared.buckets(settings)
         if seed is None:
             batches = in_order(examples, batch_size, lengths=lengths, pad_id=pad)
         else:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxlm.data.corruption import denoise_spans, denoising_length
 from jaxlm.data.encoding import encode
-from jaxlm.data.loader import Batches, bucketed, in_order, multiples, packed
+from jaxlm.data.loader import Batches, bucketed, in_order, packed
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
@@ -54,7 +54,7 @@ def padded_batches(
     prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None
 ) -> Batches:
     """Rows of similar length, padded to the smallest bucket."""
-    lengths, pad = multiples(settings.bucket, settings.max_length), padding_id(tokenizer)
+    lengths, pad = prepared.buckets(settings), padding_id(tokenizer)
     if seed is None:
         return in_order(prepared.examples, batch_size, lengths=lengths, pad_id=pad)
     return bucketed(prepared.examples, batch_size, seed, lengths=lengths, pad_id=pad)

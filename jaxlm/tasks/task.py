@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxlm.core import Term, Terms
-from jaxlm.data.loader import Batches
+from jaxlm.data.loader import Batches, fitted
 from jaxlm.data.ragged import Examples
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
@@ -19,10 +19,19 @@ Batch = Mapping[str, jax.Array]
 
 
 class Prepared(NamedTuple):
-    """Encoded data of one split, and facts about it (`bytes` of text, say) that a score divides by."""
+    """Encoded data of one split, facts about it (`bytes` of text, say) that a score divides by, and the examples of all
+    splits, those of training first, where its padded batches are to have the same lengths as theirs."""
 
     examples: Examples
     facts: dict[str, int]
+    splits: tuple[Examples, ...] = ()
+
+    def buckets(self, settings: DataSettings) -> tuple[int, ...]:
+        """The lengths that batches are padded to: fitted to the first split, and one more where another has longer rows."""
+        first, *others = [each.sizes for each in self.splits or (self.examples,)]
+        found = fitted(first, settings.buckets)
+        longest = max([sizes.max(initial=0) for sizes in others], default=0)
+        return (*found, int(longest)) if longest > found[-1] else found
 
 
 class Score(NamedTuple):

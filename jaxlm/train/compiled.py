@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import jax
@@ -15,10 +16,10 @@ def shape_of(batch: Mapping[str, Any]) -> Shape:
 
 
 class Compiled:
-    """Executables by shape of batch. The first that is asked for is compiled first, the others behind it in a thread.
+    """Executables by shape of batch, compiled by a thread, that which is asked for before all others.
 
-    A run with many shapes so waits for one of them, not for all; an executable cannot recompile, so none is compiled
-    twice. An error of the compiler comes up where its shape is asked for, or in `check`. Settings of jax that hold for
+    A run with many shapes so waits for those of its next steps, not for all; an executable cannot recompile, so none is
+    compiled twice. An error of the compiler comes up where its shape is asked for, or in `check`. Settings of jax that hold for
     one thread only (`with jax.default_matmul_precision(…)`) do not reach the compiling one: set them globally.
 
     Args:
@@ -30,20 +31,25 @@ class Compiled:
         self._lower = lower
         self._batches = {shape_of(batch): batch for batch in batches}
         self._thread = ThreadPoolExecutor(1, "compile")
-        self._found: dict[Shape, Future] = {}
+        self._missing = list(self._batches)
+        self._moving = Lock()
+        self._found: dict[Shape, Future] = {shape: Future() for shape in self._batches}
 
     def of(self, batch: Mapping[str, Any]) -> Callable:
         """The executable for this batch, once it is there. Raises KeyError for a shape that was not announced."""
         shape = shape_of(batch)
-        if not self._found:
-            order = sorted(self._batches, key=lambda other: other != shape)
-            self._found = {s: self._thread.submit(self._compile, self._batches[s]) for s in order}
-        return self._found[shape].result()
+        found = self._found[shape]
+        with self._moving:
+            begun = len(self._missing) < len(self._batches)
+            if shape in self._missing:
+                self._missing.sort(key=lambda other: other != shape)
+        for _ in () if begun else self._batches:
+            self._thread.submit(self._compile)
+        return found.result()
 
     def ready(self, batch: Mapping[str, Any]) -> bool:
         """Whether `of` would not wait."""
-        found = self._found.get(shape_of(batch))
-        return found is not None and found.done()
+        return self._found[shape_of(batch)].done()
 
     def check(self) -> None:
         """Raises the error of any compilation that failed so far, before hours of training reach its shape."""
@@ -51,8 +57,14 @@ class Compiled:
             if found.done():
                 found.result()
 
-    def _compile(self, batch: Mapping[str, Any]) -> Callable:
-        return self._lower(batch).compile()
+    def _compile(self) -> None:
+        """Compiles the first shape that is missing."""
+        with self._moving:
+            shape = self._missing.pop(0)
+        try:
+            self._found[shape].set_result(self._lower(self._batches[shape]).compile())
+        except Exception as error:
+            self._found[shape].set_exception(error)
 
     def close(self) -> None:
         """Gives up what has not begun, and waits for the one that has: nothing compiles beside what comes next."""

@@ -61,10 +61,16 @@ def clip(grads: Mapping[str, jax.Array], norm: jax.Array, largest: float) -> dic
     return {name: g * jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-9)) for name, g in grads.items()}
 
 
-def _finite(name: str, gradient: jax.Array) -> jax.Array:
-    """Whether a gradient is finite: bool, or for stacked layers bool `[layers]`."""
+def _squares(name: str, gradient: jax.Array) -> jax.Array:
+    """The sum of a gradient's squares: float32, or for stacked layers float32 `[layers]`.
+
+    A product of the rows with themselves, because a CPU would write down all squares before it adds them.
+    """
     stacked = re.search(SEGMENT, name) is not None
-    return jnp.isfinite(gradient).all(axis=tuple(range(stacked, gradient.ndim)))
+    if gradient.ndim <= stacked:
+        return jnp.square(gradient)
+    rows = jnp.einsum("...i,...i->...", gradient, gradient, precision="highest", preferred_element_type=jnp.float32)
+    return rows.sum(axis=tuple(range(stacked, rows.ndim)))
 
 
 def make_step(
@@ -80,7 +86,7 @@ def make_step(
 
     The dropout key is folded from the step's number, so a resumed run draws the bits of an uninterrupted one. An update
     with a gradient that is not finite leaves parameters and optimizer as they were; `log["finite"]` says which arrays
-    were, those of stacked layers one by one.
+    were (their squares add up to a number), those of stacked layers one by one.
 
     Args:
       grad: gradient of the loss, with its transforms.
@@ -95,9 +101,10 @@ def make_step(
         now = ctx.replace(key=jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step))
         grads, terms = grad(state.params, constants, batch, now)
         trained, frozen = partition(state.params, verdicts)
-        finite = {name: _finite(name, g) for name, g in grads.items()}
+        squares = {name: _squares(name, g) for name, g in grads.items()}
+        finite = {name: jnp.isfinite(each) for name, each in squares.items()}
         seen = method.mask(state.params, grads)
-        norm = optax.tree.norm(seen)
+        norm = jnp.sqrt(sum((squares[n] if g is grads[n] else _squares(n, g)).sum() for n, g in seen.items()))
         ok = jnp.isfinite(norm) & jnp.array([each.all() for each in finite.values()]).all()
         updates, new_optimizer = optimizer.update(clip(seen, norm, largest_norm), state.optimizer, trained)
         updated = optax.apply_updates(trained, updates)

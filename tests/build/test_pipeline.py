@@ -154,7 +154,7 @@ def recipe_of(task, files):
     config, kind = default_config(), FORMAT.get(task, "text")
     config.task = task
     config.data.update(format=kind, train=str(files / f"train.{kind}"), eval=str(files / f"eval.{kind}"))
-    config.data.update(max_length=32, bucket=16, documents="line" if kind == "text" else "file")
+    config.data.update(max_length=32, buckets=2, documents="line" if kind == "text" else "file")
     if kind == "jsonl":
         columns = {"sequence": ("text", "label"), "regression": ("text", "rating"), "seq2seq": ("source", "target")}
         config.data.columns = {"label" if name == "rating" else name: name for name in columns[task]}

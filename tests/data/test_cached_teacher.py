@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data.cached_teacher import Cache, CacheSettings, Layout, row_digests, write_cache
-from jaxlm.data.loader import Batches, bucketed, multiples, packed
+from jaxlm.data.loader import Batches, bucketed, packed
 from jaxlm.data.ragged import Examples, Ragged
 
 FINGERPRINT = {"data": "a" * 64, "packing": {"max_length": 8}, "tokenizer": "b", "teacher": "c"}
@@ -42,7 +42,7 @@ def write(directory, batches, steps, layout=LAYOUT, asked=None):
 
 
 def sentences(seed=0, batch_size=4, bucket=4):
-    return bucketed(examples(), batch_size, seed, lengths=multiples(bucket, 8))
+    return bucketed(examples(), batch_size, seed, lengths=range(bucket, 9, bucket))
 
 
 def documents(seed=0):

@@ -1,13 +1,17 @@
 """Batches are functions of (seed, step): every example once an epoch, static shapes, rows of hosts, no hidden state."""
 
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxlm.data.loader import (
     bucketed,
+    fitted,
     generator,
     in_order,
-    multiples,
     packed,
     packed_examples,
     shapes,
@@ -17,7 +21,7 @@ from jaxlm.data.loader import (
 from jaxlm.data.packing import IGNORED
 from jaxlm.data.ragged import Examples, Ragged
 
-LENGTHS = multiples(8, 40)
+LENGTHS = range(8, 41, 8)
 
 
 def examples(n=103, seed=0, **columns):
@@ -103,7 +107,7 @@ def test_drop_leaves_out_less_than_a_batch():
 
 def test_bucketing_costs_little_padding_and_shuffles():
     data = examples(2000)
-    batches = bucketed(data, 8, 0, lengths=multiples(4, 40))
+    batches = bucketed(data, 8, 0, lengths=range(4, 41, 4))
     used = total = 0
     widths = []
     for step in range(batches.steps_per_epoch):
@@ -114,6 +118,27 @@ def test_bucketing_costs_little_padding_and_shuffles():
     assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
 
 
+def positions(sizes, buckets):
+    """What examples of these sizes take, each padded to the smallest bucket that holds it."""
+    return sum(min(b for b in buckets if b >= max(size, 1)) for size in sizes)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=20), st.integers(1, 5))
+def test_no_other_buckets_take_fewer_positions(sizes, count):
+    found = fitted(np.array(sizes), count)
+    longest = max(*sizes, 1)
+    others = itertools.chain.from_iterable(itertools.combinations(range(1, longest), n) for n in range(count))
+    assert len(found) <= count and found[-1] == longest
+    assert positions(sizes, found) == min(positions(sizes, (*chosen, longest)) for chosen in others)
+
+
+def test_buckets_of_long_texts_are_found_on_a_grid():
+    sizes = np.random.default_rng(0).integers(1, 100_001, 5000)
+    found = fitted(sizes, 8)
+    assert len(found) == 8 and found[-1] == sizes.max()
+    assert positions(sizes, found) < 1.005 * positions(sizes, np.quantile(sizes, np.arange(1, 9) / 8))
+
+
 def test_buckets_are_the_smallest_that_fit():
     batches = bucketed(examples(), 8, 0, lengths=(8, 20, 40))
     for step in range(batches.steps_per_epoch):
@@ -121,7 +146,7 @@ def test_buckets_are_the_smallest_that_fit():
         assert batches(step)["attention_mask"].shape[1] == min(b for b in (8, 20, 40) if b >= longest)
     assert bucketed(Examples({"input_ids": Ragged.of([[1] * 3])}), 2, 0, lengths=LENGTHS).kinds == 1
     with pytest.raises(ValueError, match=r"more than the longest bucket, 16"):
-        bucketed(examples(), 8, 0, lengths=multiples(8, 16))
+        bucketed(examples(), 8, 0, lengths=(8, 16))
 
 
 def test_filler_rows_are_ignored():

@@ -47,7 +47,7 @@ def recipe(task: str, files: Path) -> ConfigDict:
     kind = "jsonl" if task in ("sequence", "regression", "seq2seq") else "conll" if task == "token" else "text"
     ending = "txt" if kind == "text" else kind
     config.data.update(format=kind, train=str(files / f"train.{ending}"), eval=str(files / f"eval.{ending}"))
-    config.data.update(max_length=32, bucket=32, documents="line" if kind == "text" else "file")
+    config.data.update(max_length=32, buckets=1, documents="line" if kind == "text" else "file")
     if kind == "jsonl":
         columns = {"sequence": ("text", "label"), "regression": ("text", "rating"), "seq2seq": ("source", "target")}
         config.data.columns = {"label" if name == "rating" else name: name for name in columns[task]}

@@ -1,6 +1,7 @@
-"""Steps by shape of batch: each compiled once, the one in hand first, errors where they are met."""
+"""Steps by shape of batch: each compiled once, the one asked for first, errors where they are met."""
 
 import threading
+import time
 from contextlib import closing
 
 import jax
@@ -25,12 +26,32 @@ class Lowered:
         return lambda: self.given
 
 
-def test_the_one_in_hand_first_and_each_once():
+def test_what_is_asked_for_comes_before_what_was_announced():
+    """The thread is held in the shape that nobody asks for until another one has gone ahead of the rest."""
     done: list = []
-    with closing(Compiled(lambda b: Lowered(b, done), [batch(n) for n in (1, 2, 3)])) as steps:
-        for length in (2, 3, 1, 2):
+    held, gate = threading.Event(), threading.Event()
+
+    def lower(b):
+        if b["x"].shape[1] > 1:
+            return Lowered(b, done)
+        held.set()
+        return Lowered(b, done, gate)
+
+    with closing(Compiled(lower, [batch(n) for n in (1, 2, 3, 4)])) as steps:
+        assert steps.of(batch(2))() == batch(2)
+        assert held.wait(10)
+
+        def open_when_asked():
+            while steps._missing[0] != shape_of(batch(4)):
+                time.sleep(0.001)
+            gate.set()
+
+        watcher = threading.Thread(target=open_when_asked)
+        watcher.start()
+        for length in (4, 3, 1, 2, 4):
             assert steps.of(batch(length))() == batch(length)
-    assert done == [shape_of(batch(n)) for n in (2, 1, 3)]
+        watcher.join()
+    assert done == [shape_of(batch(n)) for n in (2, 1, 4, 3)]
 
 
 def test_nothing_waits_for_the_others():
