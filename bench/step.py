@@ -58,6 +58,7 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     from jaxlm.models.model import Model
     from jaxlm.parallel import make_mesh, make_rules, shard_tree
     from jaxlm.tasks import TASKS
+    from jaxlm.train.compiled import compiled
     from jaxlm.train.settings import TrainSettings
     from jaxlm.train.step import dropout_key
 
@@ -85,7 +86,6 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     plan = blueprint(model, Method(), adapted, task, training, mesh, rules, steps=1000)
     create = jax.jit(plan.create, out_shardings=plan.placement)
     state = create(dropout_key(0), shard_tree(plan.params, arrays(plan.placement.params)), {})
-    step = jax.jit(plan.step, donate_argnums=0, out_shardings=(plan.placement, None))
 
     random = np.random.default_rng(0)
     ids = random.integers(5, VOCAB, (batch, length), dtype=np.int32)
@@ -97,6 +97,8 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
         labels = np.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
         data = {"input_ids": ids, "segment_ids": ones, "positions": order, "labels": labels}
     data = jax.device_put(data)
+
+    step = compiled(plan.step, plan.placement, state, {}, [data]).of(data)
 
     def train() -> None:
         nonlocal state
