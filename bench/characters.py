@@ -88,7 +88,7 @@ def torch_side(text: Path, steps: int, every: int, seed: int, began: float) -> d
     return {"curve": curve, "peak_bytes": peak_bytes()}
 
 
-def run_jaxlm(text: Path, steps: int, every: int, seed: int, cache: str) -> dict:
+def run_jaxlm(text: Path, steps: int, every: int, seed: int, cache: str, dtype: str = "float32") -> dict:
     with tempfile.TemporaryDirectory() as place:
         began = time.time()
         program(
@@ -101,6 +101,7 @@ def run_jaxlm(text: Path, steps: int, every: int, seed: int, cache: str) -> dict
                 f"--config.data.eval={text}[90%:]",
                 f"--config.train.steps={steps}",
                 f"--config.train.eval_every={every}",
+                f"--config.train.dtype={dtype}",
             ],
             JAX_COMPILATION_CACHE_DIR=cache,
         )

@@ -11,6 +11,7 @@ numbers; the load is printed with them.
 """
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ import characters
 import finetune
 import step
 from turns import HEADING, Row, line, machine
+
+
+FINE_TUNINGS = (("token", "wnut17"), ("sequence", "sst2"))
+"""Tasks, and the folders of their data."""
 
 
 def options_of(program, *values: str) -> argparse.Namespace:
@@ -36,8 +41,9 @@ def measure(data: Path | None, full: bool) -> Iterator[list[Row]]:
     yield characters.measure(options_of(characters, *text, *(["--rounds=3"] if full else ["--steps=1000"])))
     if data is None:
         return
-    for task, folder in (("token", "wnut17"), ("sequence", "sst2")) if full else (("token", "wnut17"),):
-        options = options_of(finetune, *(["--rounds=3"] if full else ["--epochs=1"]))
+    runs = itertools.product(FINE_TUNINGS, ("float32", "bfloat16")) if full else [(FINE_TUNINGS[0], "float32")]
+    for (task, folder), dtype in runs:
+        options = options_of(finetune, f"--dtype={dtype}", *(["--rounds=3"] if full else ["--epochs=1"]))
         options.task, options.data = task, data / folder
         yield finetune.measure(options)
 
