@@ -22,7 +22,6 @@ import finetune
 import step
 from turns import HEADING, Row, line, machine
 
-
 FINE_TUNINGS = (("token", "wnut17"), ("sequence", "sst2"))
 """Tasks, and the folders of their data."""
 

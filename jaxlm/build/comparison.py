@@ -335,7 +335,7 @@ def protocol(trial: Trial, rows: Sequence[Row], tokenizer: Any, seed: int) -> di
             "context",
         }
         if packed
-        else {"context": f"whole examples, cut at {data.max_length} tokens, padded to one of {data.buckets} lengths"}
+        else {"context": f"whole examples, cut at {data.max_length} tokens, padded to {data.buckets} lengths at most"}
     )
     piece = f"batches of {settings.batch_size} rows of running text" if packed else "examples"
     return {

@@ -35,8 +35,10 @@ def default_config() -> ConfigDict:
 
     `model` holds `init` (a model directory, a hub id, or "" for a fresh model) and every hyper-parameter, `None` where
     the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`;
-    `calibration` is the text that surgery reads where it must see inputs; `stages` and `report` are read by a pipeline,
-    `search` by a search over one.
+    `bake` folds what methods did into the model; `layout` is that of the model directory: `transformers` wherever that
+    library can express the model, `native` (zeros take no room), or `padded` (a copy with zeros for transformers beside
+    a model that it cannot express). `calibration` is the text that surgery reads where it must see inputs; `stages` and
+    `report` are read by a pipeline, `search` by a search over one.
     """
     sections = {
         "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),
@@ -49,7 +51,16 @@ def default_config() -> ConfigDict:
         "search": _defaults(SearchSettings),
     }
     config = Config(
-        {"seed": 0, "task": "causal", "surgery": (), "methods": (), "losses": (), "bake": True, "stages": ()}
+        {
+            "seed": 0,
+            "task": "causal",
+            "surgery": (),
+            "methods": (),
+            "losses": (),
+            "bake": True,
+            "layout": "transformers",
+            "stages": (),
+        }
     )
     for name, section in sections.items():
         config[name] = Config(section)

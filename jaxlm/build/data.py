@@ -82,7 +82,7 @@ def prepare_splits(
     """Several splits of a task, encoded, whose padded batches have the same lengths and so share compiled programs."""
     found = {split: prepare(name, TASKS[name], tokenizer, labels, settings, split, say) for split in splits}
     together = tuple(prepared.examples for prepared in found.values())
-    return {split: prepared._replace(splits=together) for split, prepared in found.items()}
+    return {split: prepared._replace(fitted_to=together) for split, prepared in found.items()}
 
 
 def token_count(batch: Mapping[str, np.ndarray]) -> int:

@@ -16,7 +16,7 @@ from jaxlm.build.assembly import Ready, assemble
 from jaxlm.build.config import default_config, overlay, plain
 from jaxlm.build.records import params_sha256, peak_memory, refuse_other, remember, room_on_disk, write_json
 from jaxlm.build.setting import Setting, on_mesh, operate, set_up, split_evaluator
-from jaxlm.core import Axes, Tree
+from jaxlm.core import Axes, Tree, lookup
 from jaxlm.io.model import LM, save
 from jaxlm.merge.average import average
 from jaxlm.models.model import Model
@@ -26,6 +26,9 @@ from jaxlm.train.journal import Journal
 from jaxlm.train.loop import train
 from jaxlm.train.saving import Progress
 from jaxlm.train.step import TrainState
+
+LAYOUTS = {"transformers": {}, "native": {"native": True}, "padded": {"padded": True}}
+"""How `config.layout` has a model written."""
 
 
 def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
@@ -38,6 +41,7 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
       OSError: when the disk is full; the same command goes on once it is not.
     """
     started, workdir = time.perf_counter(), workdir.resolve()
+    layout = lookup(LAYOUTS, config.layout, "layout")
     refuse_other(plain(config), workdir)
     if (workdir / "result.json").exists():
         return json.loads((workdir / "result.json").read_text())
@@ -50,7 +54,8 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
         if journal.writes:
             site_axes = {path: names for path, names in trained.axes.items() if path not in trained.model.axes()}
             special = special_tokens(setting.tokenizer)
-            save(LM(trained.model.config, trained.params, setting.tokenizer, site_axes, special), workdir / "model")
+            lm = LM(trained.model.config, trained.params, setting.tokenizer, site_axes, special)
+            save(lm, workdir / "model", **layout)
             write_json(workdir / "result.json", result)
     return result
 
@@ -137,7 +142,8 @@ def measure(setting: Setting, trained: Trained, workdir: Path) -> dict[str, Any]
 def evaluate(config: Any, directory: str, workdir: Path) -> dict[str, Any]:
     """The metrics of a model directory on the eval and test data of a config, as training writes them.
 
-    The model's own tokenizer and labels are used, whatever the config trains.
+    The model's own tokenizer and labels are used, whatever the config trains. Padded batches have the lengths that fit
+    these data, so that sums may differ from those of training in their last bits.
     """
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ from jaxlm.compress.formats import TARGETS, channel_of, check_targets, chosen, f
 from jaxlm.core import Axes, Quantized, Scheme, Tree, Weight, flatten, materialize, unflatten
 
 FORMATS: tuple[Mapping[str, Any], ...] = (
-    {"bits": "int3", "group": 32},
     {"bits": "int4", "group": 32},
     {"bits": "int8"},
 )

@@ -91,22 +91,26 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words.tolist())))
 
 
-FINEST = 1024  # distinct lengths that ``fitted`` tells apart, so that long texts do not make it slow
+FINEST = 1024
+"""Distinct lengths that ``fitted`` tells apart at most, so that long texts do not make it slow."""
+
+TILE = 8
+"""What lengths are multiples of: a part of a tensor core's or TPU's tile would be wasted."""
 
 
-def fitted(sizes: np.ndarray, buckets: int) -> tuple[int, ...]:
-    """At most so many bucket lengths with which examples of these sizes need the fewest pads; the last is the longest's.
+def fitted(sizes: np.ndarray, buckets: int, max_length: int) -> tuple[int, ...]:
+    """At most so many bucket lengths with which examples of these sizes need the fewest pads; the last holds them all.
 
-    With sizes s_1 < .. < s_n, of which c_j examples are at most as long as s_j, the fewest positions that k buckets
-    take for the first j sizes are ``P[k, j] = min over i < j of P[k - 1, i] + s_j (c_j - c_i)``.
+    Lengths are multiples of 8, or ``max_length``. With possible lengths s_1 < .. < s_n, of which s_j holds c_j of the
+    examples, the fewest positions that k buckets take for what s_j holds are
+    ``P[k, j] = min over i <= j of P[k - 1, i] + s_j (c_j - c_i)``.
 
-    >>> fitted(np.array([3, 4, 4, 9, 10, 30]), 3)
-    (4, 10, 30)
+    >>> fitted(np.array([3, 7, 8, 18, 20, 61]), 3, max_length=64)
+    (8, 24, 64)
     """
-    longest = max(int(sizes.max(initial=1)), 1)
-    grain = -(-longest // FINEST)
-    rounded = np.clip(-(-sizes.astype(np.int64) // grain) * grain, 1, longest)
-    lengths, counts = np.unique(np.append(rounded, longest), return_counts=True)
+    grain = TILE * -(-max(int(sizes.max(initial=1)), 1) // (TILE * FINEST))
+    rounded = np.clip(-(-sizes.astype(np.int64) // grain) * grain, min(TILE, max_length), max_length)
+    lengths, counts = np.unique(rounded, return_counts=True) if len(sizes) else (np.array([max_length]), np.array([0]))
     up_to = np.cumsum(counts)
     positions = lengths * up_to
     ahead = np.tri(len(lengths), dtype=bool).T
@@ -134,7 +138,7 @@ class _Buckets(NamedTuple):
 
 def _buckets(examples: Examples, lengths: Sequence[int]) -> _Buckets:
     """The buckets that some example needs. A decoder's length is a function of the input's bucket (the longest target
-    among inputs that fit it), so that two sides do not multiply the number of shapes."""
+    among inputs that fit it, in whole tiles), so that two sides do not multiply the number of shapes."""
     edges, sizes = np.unique(np.asarray(lengths, np.int64)), examples.lengths
     if len(sizes) and sizes.max() > edges[-1]:
         raise ValueError(
@@ -145,10 +149,7 @@ def _buckets(examples: Examples, lengths: Sequence[int]) -> _Buckets:
     if examples.decoder_lengths is None:
         return _Buckets(inputs, None)
     longest = [int(examples.decoder_lengths[sizes <= edge].max()) for edge in inputs]
-    if max(longest) > edges[-1]:
-        row = examples.decoder_lengths.argmax()
-        raise ValueError(f"example {row} has {max(longest)} decoder tokens, more than the longest bucket, {edges[-1]}")
-    return _Buckets(inputs, tuple(edges[np.searchsorted(edges, longest)].tolist()))
+    return _Buckets(inputs, tuple(-(-max(length, 1) // TILE) * TILE for length in longest))
 
 
 def assemble(examples: Examples, rows: np.ndarray, length: int, target: int | None, pad_id: int) -> Batch:
@@ -216,7 +217,7 @@ def bucketed(
     ``window`` batches; then the batches are shuffled.
 
     Args:
-      lengths: bucket lengths, see ``multiples``; each that occurs is one compiled shape.
+      lengths: bucket lengths, see ``fitted``; each that occurs is one compiled shape.
       remainder: what becomes of the last ``n % batch_size`` rows of an epoch: "pad" fills the batch with ignored rows.
     """
     n, sizes = len(examples), examples.lengths

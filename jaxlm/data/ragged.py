@@ -143,12 +143,6 @@ class Examples:
         """Number of decoder tokens of every example, or None where there is no decoder's side."""
         return self._ragged("decoder_input_ids").lengths if "decoder_input_ids" in self.columns else None
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """Number of tokens of every row, those on the decoder's side behind the others."""
-        decoder = self.decoder_lengths
-        return self.lengths if decoder is None else np.concatenate([self.lengths, decoder])
-
     def take(self, rows: np.ndarray) -> "Examples":
         """The given rows, in the given order."""
         return Examples({n: c.take(rows) if isinstance(c, Ragged) else c[rows] for n, c in self.columns.items()})

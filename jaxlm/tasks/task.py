@@ -19,19 +19,25 @@ Batch = Mapping[str, jax.Array]
 
 
 class Prepared(NamedTuple):
-    """Encoded data of one split, facts about it (`bytes` of text, say) that a score divides by, and the examples of all
-    splits, those of training first, where its padded batches are to have the same lengths as theirs."""
+    """Encoded data of one split.
+
+    Attributes:
+      examples: the split's.
+      facts: about it (`bytes` of text, say), which a score divides by.
+      fitted_to: examples of all splits that share the lengths of padded batches, and so compiled programs; those that
+        most is to be gained from first. Without any, the lengths fit this split.
+    """
 
     examples: Examples
     facts: dict[str, int]
-    splits: tuple[Examples, ...] = ()
+    fitted_to: tuple[Examples, ...] = ()
 
     def buckets(self, settings: DataSettings) -> tuple[int, ...]:
-        """The lengths that batches are padded to: fitted to the first split, and one more where another has longer rows."""
-        first, *others = [each.sizes for each in self.splits or (self.examples,)]
-        found = fitted(first, settings.buckets)
-        longest = max([sizes.max(initial=0) for sizes in others], default=0)
-        return (*found, int(longest)) if longest > found[-1] else found
+        """The lengths that batches are padded to: fitted to the first examples, and one more for longer ones."""
+        first, *others = [each.lengths for each in self.fitted_to or (self.examples,)]
+        found = fitted(first, settings.buckets, settings.max_length)
+        longest = max([int(lengths.max(initial=0)) for lengths in others], default=0)
+        return found if longest <= found[-1] else (*found, *fitted(np.array([longest]), 1, settings.max_length))
 
 
 class Score(NamedTuple):

@@ -21,8 +21,8 @@ class Compiled:
     """Executables by shape of batch, compiled by a thread, that which is asked for before all others.
 
     A run with many shapes so waits for those of its next steps, not for all; an executable cannot recompile, so none is
-    compiled twice. An error of the compiler comes up where its shape is asked for, or in `check`. Settings of jax that hold for
-    one thread only (`with jax.default_matmul_precision(…)`) do not reach the compiling one: set them globally.
+    compiled twice. An error of the compiler comes up where its shape is asked for, or in `check`. Settings of jax that
+    hold for one thread only (`with jax.default_matmul_precision(…)`) do not reach the compiling one: set them globally.
 
     Args:
       lower: `(batch) -> jax.stages.Lowered`, given shapes.
@@ -34,17 +34,17 @@ class Compiled:
         self._batches = {shape_of(batch): batch for batch in batches}
         self._thread = ThreadPoolExecutor(1, "compile")
         self._missing = list(self._batches)
-        self._moving = Lock()
+        self._lock = Lock()
         self._found: dict[Shape, Future] = {shape: Future() for shape in self._batches}
 
     def of(self, batch: Mapping[str, Any]) -> Callable:
         """The executable for this batch, once it is there. Raises KeyError for a shape that was not announced."""
         shape = shape_of(batch)
         found = self._found[shape]
-        with self._moving:
+        with self._lock:
             begun = len(self._missing) < len(self._batches)
             if shape in self._missing:
-                self._missing.sort(key=lambda other: other != shape)
+                self._missing = [shape, *(other for other in self._missing if other != shape)]
         for _ in () if begun else self._batches:
             self._thread.submit(self._compile)
         return found.result()
@@ -61,18 +61,19 @@ class Compiled:
 
     def _compile(self) -> None:
         """Compiles the first shape that is missing."""
-        with self._moving:
+        with self._lock:
             shape = self._missing.pop(0)
         try:
-            done = self._lower(self._batches[shape]).compile()
-            _return_memory()
-            self._found[shape].set_result(done)
-        except Exception as error:
+            self._found[shape].set_result(self._lower(self._batches[shape]).compile())
+        except BaseException as error:
             self._found[shape].set_exception(error)
+        _return_memory()
 
     def close(self) -> None:
         """Gives up what has not begun, and waits for the one that has: nothing compiles beside what comes next."""
         self._thread.shutdown(cancel_futures=True)
+        for found in self._found.values():
+            found.cancel()
 
 
 def _return_memory() -> None:

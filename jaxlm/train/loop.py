@@ -183,8 +183,8 @@ def report_nonfinite(logs: list[dict], numbers: list[int], settings: TrainSettin
         if not count:
             continue
         bad = [name for array, finite in log["finite"].items() for name in _not_finite(array, finite)]
-        named = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "") or "the norm alone"
-        journal.say(f"step {number}: gradient not finite in {named}; update skipped")
+        named = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "") or "all arrays together"
+        journal.say(f"step {number}: gradient (or its squares' sum) not finite in {named}; update skipped")
         if count >= settings.max_nonfinite:
             raise FloatingPointError(
                 f"{count} updates in a row were not finite, the last at step {number} in {named}; lower "

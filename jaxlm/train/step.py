@@ -64,13 +64,12 @@ def clip(grads: Mapping[str, jax.Array], norm: jax.Array, largest: float) -> dic
 def _squares(name: str, gradient: jax.Array) -> jax.Array:
     """The sum of a gradient's squares: float32, or for stacked layers float32 `[layers]`.
 
-    A product of the rows with themselves, because a CPU would write down all squares before it adds them.
+    A product of the gradient with itself, because a CPU would write down all squares before it adds them.
     """
     stacked = re.search(SEGMENT, name) is not None
-    if gradient.ndim <= stacked:
-        return jnp.square(gradient)
-    rows = jnp.einsum("...i,...i->...", gradient, gradient, precision="highest", preferred_element_type=jnp.float32)
-    return rows.sum(axis=tuple(range(stacked, rows.ndim)))
+    layers, rest = tuple(range(stacked)), tuple(range(stacked, gradient.ndim))
+    dimensions = ((rest, rest), (layers, layers))
+    return jax.lax.dot_general(gradient, gradient, dimensions, precision="highest", preferred_element_type=jnp.float32)
 
 
 def make_step(

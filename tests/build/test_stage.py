@@ -55,6 +55,30 @@ def test_the_model_is_what_was_hashed_and_measured(trained):
     assert measured["metrics"]["eval"] == result["metrics"]["eval"]
 
 
+def test_layouts(trained, tmp_path):
+    """Zeros take little room in jaxlm's own layout; a model that transformers lacks may lie beside a copy for it."""
+    config, workdir, _ = trained
+    config = config.copy_and_resolve_references()
+    config.model.update(init=str(workdir / "model"), **dict.fromkeys(("num_layers", "num_heads", "dropout")))
+    config.train.steps = 0
+
+    def written(layout, *surgery):
+        config.update(layout=layout, surgery=surgery)
+        stage.run(config, tmp_path / layout)
+        return tmp_path / layout / "model"
+
+    def size(model):
+        return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+    zeros = ({"name": "magnitude", "sparsity": 0.9}, {"name": "bake"})
+    assert size(written("native", *zeros)) < 0.5 * size(written("transformers", *zeros))
+    assert jaxlm.load(tmp_path / "native" / "model").params.keys() == jaxlm.load(workdir / "model").params.keys()
+    assert (written("padded", {"name": "prune", "heads": 0.5}) / "transformers" / "model.safetensors").exists()
+    config.layout = "dense"
+    with pytest.raises(ValueError, match=r"layout.*'dense'"):
+        stage.run(config, tmp_path / "dense")
+
+
 def test_a_finished_run_returns_at_once(trained, monkeypatch):
     config, workdir, result = trained
     monkeypatch.setattr(stage, "set_up", pytest.fail)

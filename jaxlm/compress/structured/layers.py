@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.compress.structured.cut import cut
-from jaxlm.compress.structured.scores import Calibration, Loss, block_influence, need, taylor_of
+from jaxlm.compress.structured.scores import Calibration, Loss, block_influence, need, numbers, taylor_of
 from jaxlm.core import Axes, Gate, Tree, flatten, lookup, unflatten
 
 COUNTS = {"": "num_layers", "encoder/": "num_layers", "decoder/": "num_decoder_layers"}
@@ -63,14 +63,19 @@ def _renumbered(flat: Mapping[str, Any], stack: str, numbers: Mapping[int, int])
 
 
 def read_columns(flat: Mapping[str, Any], axes: Mapping[str, Axes], config: Any) -> tuple[dict[str, Any], Any]:
-    """T5's tables of relative positions without the columns that no head reads any more, and the config to them."""
+    """T5's tables of relative positions without the columns that no head reads any more, and the config to them.
+
+    Where the heads of every layer read all columns in order, the config says nothing, and transformers can read the
+    model.
+    """
     flat = dict(flat)
     for stack, field in zip(stacks(config), ("position_heads", "decoder_position_heads"), strict=False):
         if columns := getattr(config, field):
             path = f"{stack}relative_positions/embedding"
             read = sorted({column for row in columns for column in row})
             flat[path] = cut(flat[path], axes[path], None, {"position_heads": np.array(read)}, path)
-            config = config.replace(**{field: tuple(tuple(map(read.index, row)) for row in columns)})
+            rows = tuple(tuple(map(read.index, row)) for row in columns)
+            config = config.replace(**{field: None if set(rows) == {tuple(range(len(read)))} else rows})
     return flat, config
 
 
@@ -105,7 +110,8 @@ def drop_layers(
     if not 0 <= share < 1:
         raise ValueError(f"drop_layers: share must be in [0, 1), not {share}")
     data = need(calibration, lookup({"block_influence": "block_influence", "taylor": "taylor"}, score, "score"))
-    scores = block_influence(model, params, data) if score == "block_influence" else _taylor(model, params, data, loss)
+    found = block_influence(model, params, data) if score == "block_influence" else _taylor(model, params, data, loss)
+    scores = numbers(found, score)
     gone: set[str] = set()
     for stack in stacks(model.config):
         own = [f"{stack}layers_{i}" for i in range(getattr(model.config, COUNTS[stack]))]

@@ -63,7 +63,20 @@ def scores_of(
     if kind == "magnitude":
         return magnitude_of(params, axes)
     data = need(calibrate and calibrate(), kind)
-    return activation_of(model, params, data) if kind == "activation" else taylor_of(model, params, data, loss)
+    found = activation_of(model, params, data) if kind == "activation" else taylor_of(model, params, data, loss)
+    return numbers(found, kind)
+
+
+def numbers(scores: dict[str, Any], score: str) -> dict[str, Any]:
+    """The scores, or a ValueError that names the gates (or layers) where they are no numbers."""
+    bad = [path for path, value in scores.items() if not np.isfinite(value).all()]
+    if bad:
+        raise ValueError(
+            f"the score {score!r} is no number at {', '.join(bad[:4])}{' and others' if len(bad) > 4 else ''}: the "
+            "calibration has no token that counts there, or the model's activations overflow on it; choose other text "
+            "in config.calibration"
+        )
+    return scores
 
 
 def need(calibration: Calibration | None, score: str) -> Calibration:
