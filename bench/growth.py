@@ -65,7 +65,7 @@ def take(layers: int, length: int, tokens: int, width: int, steps: int) -> Taken
         state, log = step(state, {}, batch)
         jax.block_until_ready((state, log))
 
-    return Taken(between - began, done - between, statistics.median(timed(train, steps)))
+    return Taken(between - began, done - between, statistics.median(timed(train, times=steps)[0]))
 
 
 def attention(length: int, width: int, layers: int) -> float:

@@ -30,14 +30,15 @@ PRODUCTS, INT8, BFLOAT16 = 0.52, 1.1, 1.35
 """The same for a float32 step against its products alone, an int8 forward pass and a bfloat16 step against float32."""
 
 
-def timed(function: Callable[[], None], times: int) -> list[float]:
-    """Seconds of each of several calls, after two that are not counted."""
-    seconds = []
+def timed(*functions: Callable[[], None], times: int) -> list[list[float]]:
+    """Seconds of each of several calls, after two that are not counted, of one function after the other in turn."""
+    seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(times + 2):
-        began = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - began)
-    return seconds[2:]
+        for function, own in zip(functions, seconds, strict=True):
+            began = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - began)
+    return [own[2:] for own in seconds]
 
 
 def work(batch: int, length: int, head: int) -> float:
@@ -111,17 +112,21 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     left, right = jax.random.normal(jax.random.key(0), (2, 2048, 2048))
     product = jax.jit(lambda a, b: a @ b)
     found = {
-        "step": timed(train, steps),
+        "step": timed(train, times=steps)[0],
         "steady": [resident_bytes() / 2**20],
         "peak": [peak_bytes() / 2**20],
-        "forward": timed(lambda: evaluate(state.params, inputs).block_until_ready(), steps),
-        "single": timed(lambda: evaluate(state.params, one).block_until_ready(), 10 * steps),
-        "product": timed(lambda: product(left, right).block_until_ready(), 10 * steps),
+        "forward": timed(lambda: evaluate(state.params, inputs).block_until_ready(), times=steps)[0],
+        "single": timed(lambda: evaluate(state.params, one).block_until_ready(), times=10 * steps)[0],
+        "product": timed(lambda: product(left, right).block_until_ready(), times=10 * steps)[0],
     }
     if dtype == "float32":
         small = jax.jit(model.run_view)(quantize(model, adapted.params, adapted.axes)[1])
-        found["int8"] = timed(lambda: evaluate(small, inputs).block_until_ready(), steps)
-        found["int8_single"] = timed(lambda: evaluate(small, one).block_until_ready(), 10 * steps)
+        for name, rows, times in (("", inputs, steps), ("_single", one, 10 * steps)):
+            found[f"int8{name}"], found[f"beside_int8{name}"] = timed(
+                lambda rows=rows: evaluate(small, rows).block_until_ready(),
+                lambda rows=rows: evaluate(state.params, rows).block_until_ready(),
+                times=times,
+            )
     return found
 
 
@@ -175,10 +180,10 @@ def torch_side(family: str, dtype: str, batch: int, length: int, dropout: float,
             model(input_ids=ids)
 
     model.train()
-    found = {"step": timed(train, steps), "steady": [resident_bytes() / 2**20], "peak": [peak_bytes() / 2**20]}
+    found = {"step": timed(train, times=steps)[0], "steady": [resident_bytes() / 2**20], "peak": [peak_bytes() / 2**20]}
     model.eval()
-    found["forward"] = timed(lambda: evaluate(ids), steps)
-    found["single"] = timed(lambda: evaluate(ids[:1]), 10 * steps)
+    found["forward"] = timed(lambda: evaluate(ids), times=steps)[0]
+    found["single"] = timed(lambda: evaluate(ids[:1]), times=10 * steps)[0]
     return found
 
 
@@ -211,8 +216,9 @@ def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Row]:
     rest = PRODUCTS if dtype == "float32" else None
     rows.append(Row(f"training step: {what}", "s", of("jaxlm", "step"), ceiling, "float32 products alone", rest))
     if dtype == "float32":
-        rows.append(Row(f"int8 forward: {what}", "s", of("jaxlm", "int8"), of("jaxlm", "forward"), "float32", INT8))
-        rows.append(Row(f"int8, one row: {what}", "s", of("jaxlm", "int8_single"), of("jaxlm", "single"), "float32"))
+        for name, label, floor in (("", "int8 forward", INT8), ("_single", "int8, one row", None)):
+            own, wide = of("jaxlm", f"int8{name}"), of("jaxlm", f"beside_int8{name}")
+            rows.append(Row(f"{label}: {what}", "s", own, wide, "float32, in turn", floor))
     return rows
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.compress.calibrate import KERNELS, Calibration, Statistics, calibrate, each, matrix
-from jaxlm.compress.patterns import check_shape, final_sparsity, keep, parse_pattern
+from jaxlm.compress.masking import Plan, Share
+from jaxlm.compress.patterns import final_sparsity, keep, parse_pattern
 from jaxlm.compress.sweep import BLOCK, inverse_factor, sweep
 from jaxlm.core import Axes, Masked, Tree
 
@@ -51,7 +52,7 @@ def sparsegpt(
     axes: dict[str, Axes],
     calibration: Calibration,
     *,
-    sparsity: float | None = None,
+    sparsity: Share = None,
     pattern: str = "unstructured",
     damping: float = 0.01,
     targets: str = KERNELS,
@@ -63,23 +64,25 @@ def sparsegpt(
     Args:
       model, params, axes: the model, canonical view.
       calibration: text, from `config.calibration`.
-      sparsity: share of zeros in [0, 1), that of every block of 128 inputs; under `N:M` it follows from the pattern.
+      sparsity: share of zeros in [0, 1), that of every block of 128 inputs, one number or rules
+        `((path regex, share), …)`; `None` under an `N:M` pattern.
       pattern: `unstructured`, or `N:M` (N kept of M inputs).
       damping: λ as a share of the mean of H's diagonal.
       targets: regex over paths.
     """
-    final_sparsity(sparsity, pattern, "sparsegpt")
     if pattern.startswith("block"):
         raise ValueError(
             f"sparsegpt: the pattern {pattern!r} has no place in a sweep over single inputs; use unstructured or N:M, "
             f"or prune blocks with wanda"
         )
 
+    plan = Plan("sparsegpt", sparsity, pattern, "output", targets)
+    plan.check(params)
+
     def change(path: str, leaf: Any, statistics: Statistics) -> Masked:
-        check_shape(leaf.shape, pattern, path)
         w = jnp.where(statistics.square[:, None] > 0, matrix("sparsegpt", path, leaf), 0)
         u = inverse_factor(statistics.moment, damping, "sparsegpt", path)
-        settled, mask = sparsegpt_matrix(w, u, sparsity, pattern)
+        settled, mask = sparsegpt_matrix(w, u, plan.share(path), pattern)
         return Masked(settled.astype(leaf.dtype), mask)
 
     return (

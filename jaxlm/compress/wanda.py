@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.compress.calibrate import KERNELS, Calibration, Statistics, calibrate, each
-from jaxlm.compress.patterns import check_shape, final_sparsity, keep
-from jaxlm.core import Axes, FakeQuant, Masked, Tree, Weight, materialize
+from jaxlm.compress.masking import Plan, Share
+from jaxlm.compress.patterns import keep
+from jaxlm.core import Axes, FakeQuant, Masked, Tree, Weight, lookup, materialize
 
 
 @functools.partial(jax.jit, static_argnames=("sparsity", "pattern", "per"))
@@ -30,7 +31,7 @@ def wanda(
     axes: dict[str, Axes],
     calibration: Calibration,
     *,
-    sparsity: float | None = None,
+    sparsity: Share = None,
     pattern: str = "unstructured",
     per: str = "output",
     targets: str = KERNELS,
@@ -44,16 +45,18 @@ def wanda(
     Args:
       model, params, axes: the model, canonical view.
       calibration: text, from `config.calibration`.
-      sparsity: share of zeros in [0, 1); under `N:M` it follows from the pattern.
+      sparsity: share of zeros in [0, 1), one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
       pattern: `unstructured`, `N:M` (N kept of M inputs), `block:RxC`.
-      per: `output`: each column keeps its own share; `matrix`: all of them together.
+      per: `output`: each column keeps its own share; `matrix`: all of them together. There is no budget over all
+        matrices: what a layer reads depends on what is gone from those before it.
       targets: regex over paths.
     """
-    share = final_sparsity(sparsity, pattern, "wanda")
+    lookup({"output": "output", "matrix": "matrix"}, per, "wanda: per")
+    plan = Plan("wanda", sparsity, pattern, per, targets)
+    plan.check(params)
 
     def change(path: str, leaf: Any, statistics: Statistics) -> Any:
-        check_shape(leaf.shape, pattern, path)
-        return pruned(leaf, wanda_mask(materialize(leaf), statistics.norm, share, pattern, per))
+        return pruned(leaf, wanda_mask(materialize(leaf), statistics.norm, plan.share(path), pattern, per))
 
     return model, calibrate(model, params, calibration, each(change), who="wanda", targets=targets), axes
 
