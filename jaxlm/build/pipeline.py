@@ -150,8 +150,9 @@ def run_stages(config: ConfigDict, place: Callable[[str, str], Path], console: C
     return stages
 
 
-def candidate(stage: Finished) -> Candidate:
+def candidate(name: str, stages: Mapping[str, Finished]) -> Candidate:
     """The model of a stage, as the report presents it."""
+    stage = stages[name]
     return Candidate(
         stage.entry["name"],
         stage.entry["description"],
@@ -159,7 +160,7 @@ def candidate(stage: Finished) -> Candidate:
         reference=stage.entry.get("reference"),
         beside=tuple(stage.entry.get("beside", ())),
         train_tokens=stage.result["tokens"] or None,
-        facts=facts(stage.result),
+        facts=facts([each.result for each in lineage(name, stages)]),
     )
 
 
@@ -170,7 +171,8 @@ def measured_rows(
     record = workdir / "report.inputs.json"
     if record.exists() and json.loads(record.read_text())["sha256"] == inputs:
         return report.read(workdir / "report.json")
-    candidates = [candidate(stage) for stage in stages if stage.entry.get("compare", True)]
+    named = {stage.entry["name"]: stage for stage in stages}
+    candidates = [candidate(name, named) for name, stage in named.items() if stage.entry.get("compare", True)]
     rows = write_report(config, workdir, candidates, console)
     stage.write_json(record, {"sha256": inputs})
     return rows
@@ -187,15 +189,21 @@ def write_report(config: ConfigDict, workdir: Path, candidates: Sequence[Candida
     return rows
 
 
-def facts(result: Mapping[str, Any]) -> dict[str, str]:
-    """What the report says of a stage beyond what can be measured of its model: what it was calibrated on, and what
-    the answers of its teachers take on disk."""
-    found: dict[str, str] = {}
-    if read := result["data"].get("calibration"):
-        found["Calibrated on"] = f"{read['samples']:,} rows, {read['tokens']:,} tokens of {read['source']}"
-    if caches := result.get("teacher_caches"):
-        sizes = ", ".join(f"{each['bytes_per_token']:.1f}" for each in caches)
-        found["Teacher's answers on disk"] = f"{sizes} bytes per token"
-    if result["steps"]:
-        found["Training"] = f"{result['steps']:,} steps in {result['train_seconds']:.0f} s"
-    return found
+def lineage(name: str, stages: Mapping[str, Finished]) -> list[Finished]:
+    """The stages that a model comes from, by `after`, the first one first and its own last."""
+    before = stages[name].entry.get("after")
+    return [*(lineage(before, stages) if before else []), stages[name]]
+
+
+def facts(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the report says of a model beyond what can be measured of it: what the stages that it comes from were
+    calibrated on, what the answers of their teachers take on disk, and how long they trained."""
+    found: dict[str, list[str]] = {"Calibrated on": [], "Teacher's answers on disk": [], "Training": []}
+    for result in results:
+        if read := result["data"].get("calibration"):
+            found["Calibrated on"] += [f"{read['samples']:,} rows, {read['tokens']:,} tokens of {read['source']}"]
+        for each in result.get("teacher_caches", ()):
+            found["Teacher's answers on disk"] += [f"{each['bytes_per_token']:.1f} bytes per token"]
+        if result["steps"]:
+            found["Training"] += [f"{result['steps']:,} steps in {result['train_seconds']:.0f} s"]
+    return {name: ", then ".join(values) for name, values in found.items() if values}

@@ -227,7 +227,8 @@ def trial_models(space: Space, values: Mapping[str, Any], workdir: Path, console
     """Runs the pipeline of a trial: the reference and the model that counts."""
     config = space.with_values(values)
     stages = run_stages(config, lambda name, inputs: workdir / "stages" / f"{name}-{inputs[:12]}", console)
-    found = {each.entry["name"]: candidate(each) for each in stages}
+    named = {each.entry["name"]: each for each in stages}
+    found = {name: candidate(name, named) for name in named}
     reference, own = found[space.stage["reference"]], found[space.stage["name"]]
     return [
         dataclasses.replace(reference, reference=None, beside=()),

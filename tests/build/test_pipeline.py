@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def tiny(corpus, steps=2):
             "description": "narrower",
             "after": "teacher",
             "reference": "teacher",
-            "surgery": ({"name": "prune", "heads": 1 / 3, "ffn": 0.5},),
+            "surgery": ({"name": "prune", "heads": 1 / 3, "ffn": 0.5, "score": "activation"},),
             "losses": (learn,),
             "train": {"steps": 2},
         },
@@ -70,6 +71,10 @@ def test_every_stage_once_and_again_only_where_inputs_changed(corpus, tmp_path):
     assert prune.parameters < teacher.parameters
     assert quantize.parameters == prune.parameters and quantize.bytes_on_disk < prune.bytes_on_disk
     assert quantize.bytes_by_dtype["int8"] > 0.8 * prune.parameters
+
+    assert re.fullmatch(r"2 steps in \d+ s, then 2 steps in \d+ s", quantize.facts["Training"])
+    assert "Calibrated on" not in teacher.facts
+    assert re.match(r"[\d,]+ rows, [\d,]+ tokens of .*corpus.txt", quantize.facts["Calibrated on"])
 
     small = jaxlm.load(tmp_path / "prune" / "model").config
     assert small.num_heads == (2, 2) and small.ffn_size == (48, 48) and small.head_dim == 8

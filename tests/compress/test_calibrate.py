@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from jaxlm.compress.calibrate import Calibration, Statistics, calibrate, each
+from jaxlm.compress.sparsegpt import sparsegpt
+from jaxlm.compress.wanda import wanda
 from jaxlm.core import InputScaled, LowRank, flatten, map_leaves, unflatten
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
@@ -252,3 +254,17 @@ def test_weights_that_have_parts_are_named():
     leaf = LowRank(jnp.ones((4, 4)), jnp.ones((4, 1)), jnp.ones((1, 4)))
     with pytest.raises(ValueError, match=r"gptq: layers_0/mlp/up/kernel is a LowRank; .* bake it first"):
         matrix("gptq", "layers_0/mlp/up/kernel", leaf)
+
+
+@pytest.mark.parametrize("surgery", [wanda, sparsegpt])
+def test_shares_by_rules(surgery):
+    """Each matrix has the share of the first rule that matches it; what no rule matches is an error."""
+    model, params = model_of("gpt2")
+    axes, given = model.axes(), calibration("gpt2")
+    rules = ((r".*mlp/up/kernel", 0.25), (r".*", 0.5))
+    flat = flatten(surgery(model, params, axes, given, sparsity=rules)[1])
+    for path in ("layers_0/mlp/up/kernel", "layers_1/mlp/down/kernel"):
+        left = float(np.mean(np.asarray(flat[path].mask)))
+        assert left == pytest.approx(0.75 if "up" in path else 0.5, abs=0.05)
+    with pytest.raises(ValueError, match="no sparsity rule matches"):
+        surgery(model, params, axes, given, sparsity=rules[:1])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.build import registry
 from jaxlm.compress.quantize import quantize
 from jaxlm.compress.structured.gates import open_gates, prune
 from jaxlm.compress.structured.shrink import shrink
@@ -93,6 +94,36 @@ def test_transformers_loads_the_padded_model(name, tmp_path):
     again = jaxlm.load(tmp_path / "small")
     assert again.config == small.config
     assert all(np.array_equal(a, flatten(params)[path]) for path, a in flatten(again.params).items())
+
+
+EXPRESSIBLE = {
+    "bert": ({"name": "prune", "ffn": 0.5}, {"name": "keep_layers", "keep": (1,)}),
+    "gpt2": ({"name": "prune", "ffn": 0.25}, {"name": "magnitude", "sparsity": 0.5}, {"name": "bake"}),
+    "llama": ({"name": "prune", "heads": 0.5, "ffn": 0.5, "hidden": 0.25},),
+    "t5": ({"name": "prune", "ffn": 0.5},),
+}
+"""Surgery after which transformers can hold a model of a family."""
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("family", EXPRESSIBLE)
+def test_transformers_loads_what_it_can_express(family, tmp_path):
+    import torch
+
+    model = theirs(family)
+    model.save_pretrained(tmp_path / "theirs")
+    lm = jaxlm.load(tmp_path / "theirs")
+    now, params, axes = Model(lm.config), lm.params, lm.axes
+    for entry in EXPRESSIBLE[family]:
+        now, params, axes = registry.make(registry.SURGERY, entry, "surgery", {}, model=now, params=params, axes=axes)
+    assert jaxlm.save(dataclasses.replace(lm, config=now.config, params=params), tmp_path / "small") is None
+    batch = batch_of(now.config)
+    expected = real(now.config, now.forward(params, batch)["logits"], batch)
+    loaded, info = type(model).from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        found = loaded.eval()(**{n: torch.tensor(v) for n, v in batch.items()}).logits.numpy()
+    assert np.abs(real(now.config, found, batch) - expected).max() <= 1e-4
 
 
 def tiny(family, **fields):

@@ -29,6 +29,9 @@ MODELS = {
     "pair": ("bert", {"max_positions": 8, "head": "masked", "next_sentence": True}),
     "classes": ("bert", {"max_positions": 8, "head": "sequence", "labels": ("a", "b", "c")}),
     "T5": ("t5", {"gated": True}),
+    "windows": ("mistral", {"num_layers": 3, "num_kv_heads": 2, "window": 3}),
+    "late windows": ("qwen2", {"num_layers": 3, "num_kv_heads": 2, "window": 3, "window_from": 1}),
+    "shifted positions": ("roberta", {"max_positions": 12, "head": "sequence", "labels": ("a", "b", "c")}),
 }
 BATCH = {
     "input_ids": np.random.default_rng(0).integers(1, 19, (2, 6)),

@@ -11,6 +11,7 @@ from jaxlm.compress.structured.gates import open_gates, prune
 from jaxlm.compress.structured.shrink import shrink
 from jaxlm.core import Gate, LowRank, Masked, Quantized, flatten, map_leaves, unflatten
 from jaxlm.io.model import LM, save
+from jaxlm.models import FAMILIES as MODEL_FAMILIES
 
 FAMILIES = ("MHA", "GQA", "MQA", "post-norm", "T5")
 
@@ -50,7 +51,7 @@ def test_hidden_width(name, tools, tmp_path):
     assert small.config.hidden_size == 11 and small.config.head_dim == model.config.head_dim
 
 
-@pytest.mark.parametrize("name", (*FAMILIES, "classes"))
+@pytest.mark.parametrize("name", (*FAMILIES, "classes", "windows", "late windows", "shifted positions"))
 def test_everything_at_once(name, tools, tmp_path):
     model, params = tools.model_of(name)
     kinds = ("queries" if name == "GQA" else "heads", "ffn", "hidden", "layers")
@@ -124,6 +125,10 @@ def test_pruning_twice(name, tools, tmp_path):
     assert set(model.config.num_heads) == {2}
     assert set(model.config.num_kv_heads) == {{"MQA": 1}.get(name, 2)}
     assert set(model.config.ffn_size) == {6} and model.config.hidden_size == 8
+
+
+def test_every_family_is_among_the_models(tools):
+    assert {family for family, _ in tools.models.values()} == MODEL_FAMILIES.keys()
 
 
 def test_a_ragged_model_is_pruned_again(tools, tmp_path):
