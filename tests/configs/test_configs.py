@@ -183,7 +183,8 @@ def test_full_size_shards_over_eight_devices(recipe: Recipe):
     for name, config in stages(recipe.config(), lambda name: Path(name)):
         model, total, held = full_stage(config, full_model(config, known))
         known[str(Path(name) / "model")] = model
-        assert held < 0.4 * total, f"{name}: a quarter each over fsdp and tensor, but for vectors"
+        most = 0.6 if any("svd" in entry["name"] for entry in config.surgery) else 0.4  # a rank is not shared out
+        assert held < most * total, f"{name}: a quarter each over fsdp and tensor, but for vectors"
         TrainSettings(**config.train)
         DataSettings(**config.data)
 
