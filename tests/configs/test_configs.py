@@ -143,9 +143,10 @@ def abstractly(function: Callable, *arguments: Any) -> Any:
 
 def reads_data(entry: dict[str, Any]) -> bool:
     """Whether surgery needs more than the model: text to calibrate on, say, which is not here at full size."""
-    options = inspect.signature(registry.SURGERY[entry["name"]]).parameters.values()
-    needed = {option.name for option in options if option.default is option.empty}
-    return bool(needed - {"model", "params", "axes"} - entry.keys())
+    options = inspect.signature(registry.SURGERY[entry["name"]]).parameters
+    needed = {name for name, option in options.items() if option.default is option.empty}
+    score = entry.get("score", options["score"].default if "score" in options else "magnitude")
+    return bool(needed - {"model", "params", "axes"} - entry.keys()) or score != "magnitude"
 
 
 def full_stage(config: ConfigDict, model: Model) -> tuple[Model, int, int]:
