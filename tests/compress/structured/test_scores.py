@@ -203,3 +203,13 @@ def test_without_data_there_is_no_score(tools):
         drop_layers(model, params, model.axes(), share=0.5)
     with pytest.raises(ValueError, match="calibration has no batches"):
         drop_layers(model, params, model.axes(), calibration=tools.calibration_of(model, batches=0), share=0.5)
+
+
+def test_scores_that_are_no_numbers_are_refused_by_name(tools):
+    """Calibration without a single token that counts has no mean."""
+    model, params = tools.model_of("MHA")
+    data = tools.calibration_of(model)
+    for batch in data.batches:
+        batch["attention_mask"] = np.zeros_like(batch["attention_mask"])
+    with pytest.raises(ValueError, match=r"'activation' is no number at layers_0/mlp/gate.*config.calibration"):
+        prune(model, params, model.axes(), calibrate=lambda: data, ffn=0.5, score="activation")
