@@ -16,6 +16,7 @@ KERNELS = r".*layers_\d+/.*/kernel"
 AFTER = {"after": "dense", "reference": "dense"}
 SHORT = {"steps": 600, "learning_rate": 2e-4}
 PRUNING = {"sparsity": 0.8, "begin": 0, "end": 400, "every": 20}
+TABLE = "runs/evidence/latency.json"
 HALF = {"name": "prune", "ffn": 0.5}
 LEARN = {"name": "distill", "teacher": "dense", "alpha": 0.7, "temperature": 2.0, "hidden": 1.0}
 
@@ -139,6 +140,12 @@ def get_config():
             losses=(LEARN,),
         ),
         trained(
+            "gates-timed",
+            "what the layers do in half of their time on this machine, learned (L0) while it is distilled",
+            methods=({"name": "l0", "latency": 0.5, "end": 300, "table": TABLE, "batch_size": 32, "length": 64},),
+            losses=(LEARN,),
+        ),
+        trained(
             "shared",
             "two layers, each in two places, then distilled",
             surgery=({"name": "share", "layer_map": (0, 0, 1, 1)},),
@@ -166,4 +173,5 @@ def claims(found: Evidence) -> list[Claim]:
         positive(f"4 bits: GPTQ {lower} nearest", found.gain("gptq", "int4")),
         positive(f"3 bits: GPTQ {lower} nearest", found.gain("gptq-int3", "int3")),
         at_least("4 bits: training wins back of the loss", found.recovered("qat", "int4", "longer"), 0.5, "%"),
+        at_least("gates for half of the layers' time: times as fast", found.speed("gates-timed", "dense"), 1.6, "×"),
     ]

@@ -1,4 +1,4 @@
-"""What is left of every layer of a model directory: heads, FFN units, zeros, bits."""
+"""What is left of every layer of a model directory: heads, FFN units, width, zeros, bits."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from jaxlm.core import Tree, flatten, materialize
 from jaxlm.evaluate.cost import bytes_by_tensor
 from jaxlm.evaluate.row import Layer
 from jaxlm.models.config import ModelConfig
+from jaxlm.nn.layer import Layer as Structure
 
 
 def anatomy(config: ModelConfig, params: Tree, directory: str | Path) -> tuple[Layer, ...]:
@@ -22,21 +23,22 @@ def anatomy(config: ModelConfig, params: Tree, directory: str | Path) -> tuple[L
     """
     flat, stored = flatten(params), bytes_by_tensor(directory)
     if not config.encoder_decoder:
-        return _stack(flat, stored, "", "", config.num_heads, config.ffn_size)
-    encoder = _stack(flat, stored, "encoder/", "e", config.num_heads, config.ffn_size)
-    return encoder + _stack(flat, stored, "decoder/", "d", config.decoder_num_heads, config.decoder_ffn_size)
+        return _stack(flat, stored, "", "", config.layers())
+    encoder = _stack(flat, stored, "encoder/", "e", config.layers())
+    return encoder + _stack(flat, stored, "decoder/", "d", config.decoder_layers())
 
 
 def _stack(
-    flat: Mapping[str, Any], stored: Mapping[str, int], at: str, letter: str, heads: tuple, ffn: tuple
+    flat: Mapping[str, Any], stored: Mapping[str, int], at: str, letter: str, structure: tuple[Structure, ...]
 ) -> tuple[Layer, ...]:
     found = []
-    for i, (count, units) in enumerate(zip(heads, ffn, strict=True)):
+    for i, own in enumerate(structure):
         kernels = {p: leaf for p, leaf in flat.items() if p.startswith(f"{at}layers_{i}/") and p.endswith("/kernel")}
         entries = sum(int(np.prod(leaf.shape)) for leaf in kernels.values())
         zeros = sum(int((np.asarray(materialize(leaf)) == 0).sum()) for leaf in kernels.values())
         size = sum(_size(path, leaf, stored) for path, leaf in kernels.items())
-        found.append(Layer(f"{letter}{i}", count, units, zeros / max(entries, 1), 8 * size / max(entries, 1)))
+        heads, each = own.kv_heads * own.q_per_kv, max(entries, 1)
+        found.append(Layer(f"{letter}{i}", heads, own.kv_heads, own.ffn, own.hidden, zeros / each, 8 * size / each))
     return tuple(found)
 
 

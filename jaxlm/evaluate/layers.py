@@ -1,4 +1,4 @@
-"""The picture of what is left: heads, FFN units, zeros and bits of every layer of every model."""
+"""The picture of what is left: heads, FFN units, width, zeros and bits of every layer of every model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,20 +23,29 @@ class Panel(NamedTuple):
     written: Callable[[float], str]
 
 
+GROUPS = "KV groups"
 PANELS = (
     Panel("Heads", lambda layer: layer.heads, lambda v: f"{v:.0f}"),
+    Panel(GROUPS, lambda layer: layer.groups, lambda v: f"{v:.0f}"),
     Panel("FFN units", lambda layer: layer.ffn, lambda v: f"{v:.0f}"),
+    Panel("Width of the stream", lambda layer: layer.width, lambda v: f"{v:.0f}"),
     Panel("Entries that are not zero", lambda layer: 100 * (1 - layer.zeros), lambda v: f"{v:.0f}%"),
     Panel("Bits on disk per entry", lambda layer: layer.bits, lambda v: f"{v:.1f}".removesuffix(".0")),
 )
 
 
 def shown(rows: Sequence[Row]) -> list[Panel]:
-    """The panels in which some layer differs from another, or models in their number of layers."""
+    """The panels in which some layer differs from another, or models in their number of layers.
+
+    Where no two heads share a group, groups are heads and have no panel of their own.
+    """
     known = [row.layers for row in rows if row.layers]
     depths = {len(layers) for layers in known}
+    shared = any(layer.groups != layer.heads for layers in known for layer in layers)
     different = []
     for panel in PANELS:
+        if panel.title == GROUPS and not shared:
+            continue
         values = np.array([panel.value(layer) for layers in known for layer in layers])
         if len(values) and np.ptp(values) > 0.01 * np.abs(values).max():
             different.append(panel)

@@ -33,9 +33,9 @@ PROTOCOL = ("corpus", "tokenizer", "pieces", "intervals", "machine", "versions",
 PICTURES = ("pareto.png", "layers.png")
 CAPTION = (
     "Small print: against the reference. Speed and latency: median over rounds in which all models took turns; in "
-    "brackets the quartiles of the ratio within a round, above 1× is faster. ±: two standard errors over the held-out "
-    "pieces (jackknife), for a difference from the reference paired piece by piece. Tokens/s, memory and compile time "
-    "are of a forward pass over a batch."
+    "brackets the quartiles of the ratio within a round, above 1× is faster; of the reference, its own quartiles. "
+    "±: two standard errors over the held-out pieces (jackknife), for a difference from the reference paired piece by "
+    "piece. Tokens/s, memory and compile time are of a forward pass over a batch."
 )
 SIGNS = {1: "▲", 0: "=", -1: "▼", None: ""}
 CLASSES = {1: "won", 0: "even", -1: "lost", None: "even"}
@@ -96,6 +96,9 @@ def cells(row: Row, rows: Mapping[str, Row]) -> list[Cell]:
         latency = f"{times(against.latency.median)} ({spread(against.latency)})" if against.latency else ""
         flops = f"{times(against.flops)} fewer" if against.flops and against.flops > 1.005 else ""
     fast, slow = row.tokens_per_second, row.latency_ms
+    if against is None:
+        speed = f"{scaled(fast.low)}–{scaled(fast.high)}" if fast else ""
+        latency = f"{plain(slow.low)}–{plain(slow.high)} ms" if slow else ""
     return [
         Cell("Parameters", scaled(row.parameters), f"{scaled(row.parameters_non_embedding)} non-embedding"),
         Cell("Size on disk", scaled(row.bytes_on_disk, "B"), size, outcome.get("size")),
@@ -357,7 +360,7 @@ def _html_model(row: Row, rows: Mapping[str, Row]) -> str:
 
 ALT = {
     "pareto.png": "Quality against size on disk and against tokens per second; the numbers are in the table below.",
-    "layers.png": "Heads, FFN units, zeros and bits of every layer of every model; the numbers are in report.json.",
+    "layers.png": "Heads, FFN units, width, zeros and bits of every layer and model; the numbers are in report.json.",
 }
 
 

@@ -24,14 +24,17 @@ class Layer(NamedTuple):
 
     Attributes:
       name: its number, with `e` or `d` before it in an encoder-decoder.
-      heads, ffn: query heads and FFN units.
+      heads, groups, ffn: query heads, the KV groups that they share, and FFN units.
+      width: of the residual stream.
       zeros: share of exact zeros in its kernels.
       bits: what the file spends on an entry of its kernels, scales and masks included.
     """
 
     name: str
     heads: int
+    groups: int
     ffn: int
+    width: int
     zeros: float
     bits: float
 

@@ -44,7 +44,7 @@ class Maker:
 
     def layers(self, heads, ffn, zeros=0.0, bits=32.0):
         """One layer an entry of `heads`."""
-        return tuple(Layer(str(i), h, ffn, zeros, bits) for i, h in enumerate(heads))
+        return tuple(Layer(str(i), h, h, ffn, 64, zeros, bits) for i, h in enumerate(heads))
 
     def timing(self, seconds):
         return Timing(tuple(seconds * self.load * self.rng.lognormal(0, 0.005, ROUNDS)))

@@ -19,8 +19,8 @@ from jaxlm.models.model import Model
 def stored(tmp_path):
     """`stored(*surgery)`: the layers of a small model after surgery, from its directory."""
 
-    def make(*surgery, native=False, family="gpt2", change=lambda path, leaf: leaf):
-        options = {"vocab_size": 20, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_size": 24}
+    def make(*surgery, native=False, family="gpt2", change=lambda path, leaf: leaf, **more):
+        options = {"vocab_size": 20, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_size": 24, **more}
         model = Model(model_config(family, **options))
         params, axes = map_leaves(change, model.init(jax.random.key(0))), model.axes()
         for entry in surgery:
@@ -50,6 +50,14 @@ def test_what_pruning_and_rounding_leave(stored):
     assert only.name == "0"
 
 
+def test_groups_and_width_of_a_narrower_model_with_shared_keys(stored):
+    llama = {"family": "llama", "num_kv_heads": 2}
+    whole, narrow = stored(**llama)[0], stored({"name": "prune", "hidden": 0.5}, **llama)[0]
+    assert (whole.heads, whole.groups, whole.width, narrow.width) == (4, 2, 16, 8)
+    few = stored({"name": "prune", "heads": 0.5}, **llama)[0]
+    assert (few.heads, few.groups) == (2, 1)
+
+
 def test_zeros_are_counted_behind_a_mask(stored):
     def half(path, leaf):
         return Masked(leaf, np.arange(leaf.size).reshape(leaf.shape) % 2 == 0) if path.endswith("/kernel") else leaf
@@ -68,6 +76,8 @@ def test_panels_show_what_differs(rows, classifiers):
         "Entries that are not zero",
         "Bits on disk per entry",
     ]
+    grouped = [dataclasses.replace(r, layers=tuple(x._replace(groups=1) for x in r.layers)) for r in rows[:1]]
+    assert "KV groups" in [panel.title for panel in shown([*grouped, *rows[1:]])]
     assert shown(classifiers) == []  # one model's layers, all alike
     shorter = dataclasses.replace(classifiers[1], layers=classifiers[0].layers[:3])
     assert [panel.title for panel in shown([classifiers[0], shorter])] == ["Heads"]
