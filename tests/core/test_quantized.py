@@ -270,7 +270,7 @@ def test_derivatives_cost_no_product_that_is_not_needed():
 
 
 def test_codes_of_qwix():
-    """Codes and scales that qwix 0.1.8 gives for the same matrix, whose entries are exact in float32.
+    """Codes and scales that qwix 0.1.8 gives for the same matrix (qwix_codes.py asked it), exact in float32.
 
     Its symmetric integers reach from -(Q + 1/2) to Q + 1/2, so its scale is ours times Q / (Q + 1/2): ours are given
     its scale here. Its asymmetric ones, float8 and nf4 have our scales to the last bits.
