@@ -18,6 +18,7 @@ SHORT = {"steps": 600, "learning_rate": 2e-4}
 PRUNING = {"sparsity": 0.8, "begin": 0, "end": 400, "every": 20}
 TABLE = "runs/evidence/latency.json"
 HALF = {"name": "prune", "ffn": 0.5}
+SMALL = {"name": "prune", "heads": 0.5, "ffn": 0.5}
 LEARN = {"name": "distill", "teacher": "dense", "alpha": 0.7, "temperature": 2.0, "hidden": 1.0}
 
 
@@ -124,8 +125,23 @@ def get_config():
         trained(
             "units",
             "half of heads and FFN units cut out, then distilled",
-            surgery=({"name": "prune", "heads": 0.5, "ffn": 0.5},),
+            surgery=(SMALL,),
             losses=(LEARN,),
+        ),
+        trained(
+            "units-again",
+            "half of what was left cut out once more, then distilled again",
+            after="units",
+            beside=("units-at-once",),
+            surgery=(SMALL,),
+            losses=(LEARN,),
+        ),
+        trained(
+            "units-at-once",
+            "the same quarter left by one cut, distilled for as many steps",
+            surgery=({**SMALL, "heads": 0.75, "ffn": 0.75},),
+            losses=(LEARN,),
+            train={**SHORT, "steps": 2 * SHORT["steps"]},
         ),
         trained(
             "gates",

@@ -14,7 +14,8 @@ from jaxlm.evaluate.claims import Claim, Evidence, at_least, at_most, positive
 
 LEARN = {"name": "distill", "teacher": "teacher", "alpha": 0.7, "temperature": 2.0, "hidden": 1.0}
 HALF = ({"name": "prune", "heads": 0.5, "ffn": 0.5},)
-THREE = ({"name": "keep_layers", "keep": (0, 2, 5)},)
+# With the classifier's own layers three of six are 50.7% of the parameters: a few units make it a half.
+THREE = ({"name": "keep_layers", "keep": (0, 2, 5)}, {"name": "prune", "ffn": 1 / 32})
 
 
 def get_config():
@@ -131,7 +132,7 @@ def claims(found: Evidence) -> list[Claim]:
         at_least("half of the layers: times as fast", found.speed("student", "teacher"), 1.8, "×"),
         positive("three layers: distilled minus undistilled", found.gain("student", "student-alone"), "points"),
         at_least("three layers: share of the teacher's score", found.share("student", "teacher"), 0.96, "%"),
-        at_most("three layers: non-embedding parameters", found.parameters("student", "teacher"), 0.505, "%"),
+        at_most("three layers: non-embedding parameters", found.parameters("student", "teacher"), 0.5, "%"),
         at_most(
             "three layers, vocabulary trimmed: parameters",
             found.parameters("student-trimmed", "teacher", embeddings=True),

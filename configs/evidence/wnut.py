@@ -14,6 +14,7 @@ from jaxlm.evaluate.claims import Claim, Evidence, at_least, at_most, positive
 
 LEARN = {"name": "distill", "teacher": "teacher", "alpha": 0.7, "temperature": 2.0, "hidden": 1.0}
 THREE = ({"name": "keep_layers", "keep": (0, 2, 5)},)
+FOUR = ({"name": "keep_layers", "keep": (0, 1, 3, 5)},)
 
 
 def get_config():
@@ -54,13 +55,22 @@ def get_config():
             "train": {"epochs": 5.0},
         },
         {
-            "name": "chain-pruned",
-            "description": "the student without a third of heads and FFN units, distilled again",
-            "after": "student",
-            "reference": "teacher",
-            "surgery": ({"name": "prune", "heads": 1 / 3, "ffn": 1 / 3},),
+            **after,
+            "name": "chain-layers",
+            "description": "four of six layers, distilled",
+            "surgery": FOUR,
             "losses": (LEARN,),
             "train": {"epochs": 6.0},
+        },
+        {
+            "name": "chain-pruned",
+            "description": "these without a sixth of the heads and a third of the FFN units, distilled again",
+            "after": "chain-layers",
+            "reference": "teacher",
+            "beside": ("chain-layers",),
+            "surgery": ({"name": "prune", "heads": 1 / 6, "ffn": 1 / 3},),
+            "losses": (LEARN,),
+            "train": {"epochs": 5.0},
         },
         {
             "name": "chain",
