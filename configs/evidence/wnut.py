@@ -13,8 +13,9 @@ from jaxlm.build.config import default_config
 from jaxlm.evaluate.claims import Claim, Evidence, at_least, at_most, positive
 
 LEARN = {"name": "distill", "teacher": "teacher", "alpha": 0.7, "temperature": 2.0, "hidden": 1.0}
-THREE = ({"name": "keep_layers", "keep": (0, 2, 5)},)
-FOUR = ({"name": "keep_layers", "keep": (0, 1, 3, 5)},)
+# Chosen on the development set: 0, 1, 2 reach 53.4 there and 0, 1, 3 reach 52.2, 0, 2, 5 49.9; what finds names sits
+# low.
+THREE = ({"name": "keep_layers", "keep": (0, 1, 2)},)
 
 
 def get_config():
@@ -45,39 +46,21 @@ def get_config():
             "beside": ("student-alone",),
             "surgery": THREE,
             "losses": (LEARN,),
-            "train": {"epochs": 5.0},
+            "train": {"epochs": 10.0},
         },
         {
             **after,
             "name": "student-alone",
             "description": "the same three layers, the same steps, without the teacher",
             "surgery": THREE,
-            "train": {"epochs": 5.0},
-        },
-        {
-            **after,
-            "name": "chain-layers",
-            "description": "four of six layers, distilled",
-            "surgery": FOUR,
-            "losses": (LEARN,),
-            "train": {"epochs": 6.0},
-        },
-        {
-            "name": "chain-pruned",
-            "description": "these without a sixth of the heads and a third of the FFN units, distilled again",
-            "after": "chain-layers",
-            "reference": "teacher",
-            "beside": ("chain-layers",),
-            "surgery": ({"name": "prune", "heads": 1 / 6, "ffn": 1 / 3},),
-            "losses": (LEARN,),
-            "train": {"epochs": 5.0},
+            "train": {"epochs": 10.0},
         },
         {
             "name": "chain",
-            "description": "the same in int8",
-            "after": "chain-pruned",
+            "description": "the student in int8: pruned, distilled, rounded",
+            "after": "student",
             "reference": "teacher",
-            "beside": ("chain-pruned",),
+            "beside": ("student",),
             "surgery": ({"name": "quantize", "dynamic": True},),
         },
     )

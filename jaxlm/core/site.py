@@ -64,7 +64,8 @@ class HardConcrete(Switch):
 
     Attributes:
       score: `log α / speed`, see `Switch` for its shape. Adam moves every parameter by the learning rate a step,
-        whatever its gradient; so gates learn `speed` times as fast as weights.
+        whatever its gradient; so gates learn `speed` times as fast as weights. The gradient is that of `log α`: where
+        the norm of all gradients is clipped, one times `speed` would leave the weights little.
       speed: static.
     """
 
@@ -73,7 +74,8 @@ class HardConcrete(Switch):
 
     @property
     def log_alpha(self) -> jax.Array:
-        return self.score * self.speed
+        still = jax.lax.stop_gradient(self.score)
+        return still * self.speed + (self.score - still)
 
     def open(self, ctx: Context) -> jax.Array:
         key = ctx.at("gate").key

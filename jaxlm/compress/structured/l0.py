@@ -1,4 +1,4 @@
-"""Learned gates: hard-concrete switches under a Lagrangian that holds the model at a target size or latency."""
+"""Learned gates: hard-concrete switches under an augmented Lagrangian that holds a target size or latency."""
 
 import math
 import re
@@ -33,12 +33,16 @@ from jaxlm.core import (
     unflatten,
 )
 
-MULTIPLIERS, TARGET = "l0/multipliers", "l0/target"
+CONSTRAINT = "l0/constraint"
 START = 2.5
 """`log α` at first: a deterministic pass has every gate fully open, a random one 98% of them."""
 
 LARGEST = math.log(100.0)
 """Bound of `|log α|`: beyond it a gate hardly has a gradient, and would not find its way back."""
+
+ASCENT, STIFFNESS = 1.0, 1000.0
+"""What the multiplier λ gains in a step for an excess of 1; and μ, which answers at once where λ has yet to grow, and
+keeps it from swinging: a loss of some nats, spread over many gates, holds against less."""
 
 Expected = Callable[[Mapping[str, jax.Array]], jax.Array]
 """From the expected open share of every gate (canonical path) to the size, or the latency."""
@@ -54,14 +58,15 @@ def l0(
     targets: Sequence[str] = ("heads", "ffn"),
     begin: int = 0,
     end: int,
-    speed: float = 100.0,
+    speed: float = 300.0,
 ) -> Method:
-    """Learns which gates stay open: `min_θ,α max_λ  L + λ₁ (s - t) + λ₂ (s - t)²`.
+    """Learns which gates stay open: `min_θ,α max_λ  L + λ (s - t) + μ/2 (s - t)²`.
 
     `s(α)` is the expected share of what the gates could remove: of parameters (`size`), or of the layers' seconds
     (`latency`) by a table of times measured on this machine. `t` falls linearly from 1 at step `begin` to the target at
-    `end`; training goes on after that. Evaluation is deterministic: of every gate as many entries close as are expected
-    to, the others are as far open as `log α` says. Baking folds that into the weights and shrinks.
+    `end`; training goes on after that. λ grows by `s - t` in every step, μ is fixed. Evaluation is deterministic: of
+    every gate as many entries close as are expected to, the others are as far open as `log α` says. Baking folds that
+    into the weights and shrinks.
     Sources: Louizos et al. 2018, arXiv:1712.01312; Wang et al. 2020, arXiv:1910.04732; Xia et al. 2022,
     arXiv:2204.00408.
 
@@ -72,7 +77,7 @@ def l0(
       batch_size, length: the shape whose latency counts.
       targets: of `heads` (KV groups), `ffn` (units), `layers` and `hidden` (not for latency).
       begin, end: steps in which the target is approached.
-      speed: gates and multipliers learn so many times as fast as weights.
+      speed: gates learn so many times as fast as weights.
 
     Raises:
       ValueError: not exactly one of size and latency, or no such target.
@@ -105,21 +110,19 @@ def l0(
             expected["of"] = expected_size(params, axes)
         else:
             expected["of"] = expected_latency(params, model.config, table_at(table, model, batch_size, length))
-        new = {MULTIPLIERS: jnp.zeros(2), TARGET: Target(jnp.ones(()))}
-        names: dict[str, Axes] = {MULTIPLIERS: (None,), TARGET: ()}
-        return Adapted(unflatten(flatten(params) | new), {**axes, **names})
+        constraint = Constraint(jnp.ones(()), jnp.zeros(()))
+        return Adapted(unflatten(flatten(params) | {CONSTRAINT: constraint}), {**axes, CONSTRAINT: ()})
 
     def trainable(info: ArrayInfo) -> bool | None:
-        return True if info.path == MULTIPLIERS or _learned(info) else None
+        return True if _learned(info) else None
 
     def loss(inner: Loss) -> Loss:
         def fn(params: Tree, constants: dict, batch: dict, ctx: Context):
             terms, outputs = inner.fn(params, constants, batch, ctx)
             left = expected["of"](open_shares(params))
-            excess = left - params["l0"]["target"].value
-            multipliers = params["l0"]["multipliers"] * speed
-            climbing = 2 * jax.lax.stop_gradient(multipliers) - multipliers  # descent goes up on λ
-            penalty = climbing[0] * excess + climbing[1] * jnp.square(excess)
+            constraint = params["l0"]["constraint"]
+            excess, multiplier = left - constraint.target, constraint.multiplier
+            penalty = multiplier * excess + STIFFNESS / 2 * jnp.square(excess)
             one = jnp.ones(())
             return {**terms, "l0": Term(penalty, one), "l0_left": Term(left, one, 0.0)}, outputs
 
@@ -131,15 +134,17 @@ def l0(
         for path, _, gate in switches(step.params):
             if isinstance(gate, HardConcrete):
                 flat[path] = gate.replace(score=jnp.clip(gate.score, -LARGEST / speed, LARGEST / speed))
-        return step._replace(params=unflatten(flat | {TARGET: Target(target.astype(jnp.float32))}))
+        # The multiplier does not go through the optimizer, whose rate falls as training ends.
+        excess = expected["of"](open_shares(unflatten(flat))) - target
+        constraint = Constraint(target.astype(jnp.float32), flat[CONSTRAINT].multiplier + ASCENT * excess)
+        return step._replace(params=unflatten(flat | {CONSTRAINT: constraint}))
 
     def eval_params(params: Tree, state: dict) -> Tree:
         return settle(params)
 
     def bake(model: Any, params: Tree, axes: dict, state: dict):
-        own = {MULTIPLIERS, TARGET}
-        plain = unflatten({path: leaf for path, leaf in flatten(settle(params)).items() if path not in own})
-        return shrink(model, plain, {path: names for path, names in axes.items() if path not in own})
+        plain = unflatten({path: leaf for path, leaf in flatten(settle(params)).items() if path != CONSTRAINT})
+        return shrink(model, plain, {path: names for path, names in axes.items() if path != CONSTRAINT})
 
     def claims(params: Tree) -> set[tuple[str, str]]:
         return widths(params, targets) | {(path, "bits") for path in flatten(params) if _takes(path, targets)}
@@ -157,13 +162,14 @@ def _takes(path: str, targets: Sequence[str]) -> bool:
     return ("ffn" if found[1] == "mlp" else "heads") in targets
 
 
-class Target(Site):
-    """Where the constraint stands in this step; no activation passes it."""
+class Constraint(Site):
+    """The target of this step and the multiplier; no activation passes it."""
 
-    value: jax.Array
+    target: jax.Array
+    multiplier: jax.Array
 
     def components(self, axes: Axes) -> dict[str, Component]:
-        return {"value": Component(axes, "buffer")}
+        return {"target": Component(axes, "buffer"), "multiplier": Component(axes, "buffer")}
 
 
 def _learned(info: ArrayInfo) -> bool:

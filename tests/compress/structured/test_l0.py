@@ -47,6 +47,13 @@ def test_a_deterministic_pass_by_hand():
     assert np.allclose(HardConcrete(jnp.array(log_alpha / 7), speed=7.0).open(Context()), expected, atol=1e-6)
 
 
+def test_the_gradient_is_that_of_log_alpha():
+    """Whatever the speed: one that was larger would take up the whole norm where gradients are clipped."""
+    gate = HardConcrete(jnp.array([-0.5, 0.25]), speed=8.0)
+    value, pull = jax.vjp(lambda score: gate.replace(score=score).log_alpha, gate.score)
+    assert value.tolist() == [-4.0, 2.0] and pull(jnp.ones(2))[0].tolist() == [1.0, 1.0]
+
+
 def learned(tools, name, kinds, seed=0):
     """A model with random learned gates: `(model, params, axes)`."""
     model, params = tools.model_of(name)
@@ -145,7 +152,7 @@ def test_the_constraint_reaches_its_target(tools):
     settled = flatten(method.eval_params(state.params, {}))["layers_0-2/mlp/gate"].value
     for i in range(3):  # evaluation closes as many as were expected to be
         assert abs(np.mean(settled[i] > 0) - float(open_shares(state.params)[f"layers_{i}/mlp/gate"])) < 0.1
-    assert float(state.params["l0"]["target"].value) == 0.5
+    assert float(state.params["l0"]["constraint"].target) == 0.5
 
 
 # Latency --------------------------------------------------------------------------------------------------------------
