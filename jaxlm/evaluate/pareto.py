@@ -19,6 +19,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito (2008): told apart with every kind of colour vision. Shapes differ as well."""
 MARKERS = "osD^vPX"
 LONGEST_NAME = 26
+MOST_NAMED = 14
+"""More models than that leave no room for the name of each."""
 
 
 class Theme(NamedTuple):
@@ -109,30 +111,37 @@ def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: 
     canvas = FigureCanvasAgg(figure)
     size_axes, speed_axes = figure.subplots(2, 1) if stacked else figure.subplots(1, 2)
     sizes, speeds, absent = _points(rows, brief=stacked)
-    measure = _measure(rows)
-    _panel(size_axes, sizes, theme, measure, smaller_is_better=True)
-    _panel(speed_axes, speeds, theme, measure, smaller_is_better=False)
+    measure, references = _measure(rows), {_short(row.name) for row in rows if row.reference is None}
+    size_front = _panel(size_axes, sizes, theme, measure, smaller_is_better=True)
+    speed_front = _panel(speed_axes, speeds, theme, measure, smaller_is_better=False)
     ringed = any(axes.findobj(lambda artist: artist.get_gid() == "knee") for axes in (size_axes, speed_axes))
     figure.supxlabel(
-        fill(_legend(absent, ringed), 64 if stacked else 195),
+        fill(_legend(absent, ringed, len(sizes) > MOST_NAMED), 64 if stacked else 195),
         fontsize=7.5 if stacked else 8,
         color=theme.faint,
         parse_math=False,
     )
     figure.draw_without_rendering()  # settles the layout: labels are placed in pixels
     figure.set_layout_engine("none")
-    _label(size_axes, sizes, theme)
-    _label(speed_axes, speeds, theme)
+    _label(size_axes, sizes, _named(sizes, size_front, references), theme)
+    _label(speed_axes, speeds, _named(speeds, speed_front, references), theme)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     picture.quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
 
 
-def _legend(absent: Sequence[str], ringed: bool) -> str:
+def _named(points: Sequence[Point], on_front: Sequence[int], references: set[str]) -> list[int]:
+    """The points that have room for a label: all of few, of many those on the front and what they are compared with."""
+    few = len(points) <= MOST_NAMED
+    return [i for i, point in enumerate(points) if few or i in on_front or point.name in references]
+
+
+def _legend(absent: Sequence[str], ringed: bool, many: bool) -> str:
     return (
         "Filled: on the Pareto front. Hollow: another model is at least as good on both axes. "
         + ("Ring: the knee of the front, beyond which giving up quality saves little. " if ringed else "")
         + "Bars: difference from the reference ± 2 standard errors; middle half of the timed rounds. "
+        + ("Named: the front, and what the others are compared with; all numbers are in the table. " if many else "")
     ) + (f"Not drawn, without quality: {', '.join(absent)}." if absent else "")
 
 
@@ -195,7 +204,10 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
-def _panel(axes: Any, points: Sequence[Point], theme: Theme, measure: Measure | None, smaller_is_better: bool) -> None:
+def _panel(
+    axes: Any, points: Sequence[Point], theme: Theme, measure: Measure | None, smaller_is_better: bool
+) -> list[int]:
+    """Draws axes, front and points; returns the points on the front."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     what, unit = ("size on disk", "B") if smaller_is_better else ("tokens per second, measured", "")
@@ -213,17 +225,19 @@ def _panel(axes: Any, points: Sequence[Point], theme: Theme, measure: Measure | 
         axes.set(xticks=[], yticks=[])
         missing = "no quality was measured" if smaller_is_better else "speed and quality were not both measured"
         axes.text(0.5, 0.5, missing, transform=axes.transAxes, ha="center", color=theme.faint, fontsize=10)
-        return
+        return []
     _limits(axes, points)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: re.sub(r"\.0+(?=\D|$)", "", scaled(x, unit))))
     on_front, bend = _draw_front(axes, points, theme, smaller_is_better, measure is not None and measure.higher)
+    crowd = len(points) > MOST_NAMED
     for i, p in enumerate(points):
         axes.errorbar(p.x, p.y, yerr=p.error, xerr=[[p.x - p.low], [p.high - p.x]], color=p.color, lw=1.4)
-        face = p.color if i in on_front else theme.paper
-        axes.plot(p.x, p.y, p.marker, ms=9, mfc=face, mec=p.color, mew=1.8, zorder=4)
+        face, size = (p.color, 9) if i in on_front else (theme.paper, 5 if crowd else 9)
+        axes.plot(p.x, p.y, p.marker, ms=size, mfc=face, mec=p.color, mew=1.8, zorder=5 if i in on_front else 4)
         if i == bend:
             axes.plot(p.x, p.y, "o", ms=17, mfc="none", mec=theme.ink, mew=1.2, zorder=3, gid="knee")
+    return on_front
 
 
 def _what(measure: Measure | None) -> str:
@@ -289,18 +303,19 @@ def _draw_front(
     return best, None if bend is None else best[bend]
 
 
-def _label(axes: Any, points: Sequence[Point], theme: Theme) -> None:
-    """Writes name and numbers beside every point, where they cover the least; from afar with a line to the point."""
+def _label(axes: Any, points: Sequence[Point], named: Sequence[int], theme: Theme) -> None:
+    """Writes name and numbers beside those points, where they cover the least; from afar with a line to the point."""
     renderer, dot = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
-    centres = [tuple(axes.transData.transform((p.x, p.y))) for p in points]
-    plain = {"transform": None, "zorder": 5, "parse_math": False}
+    all_centres = [tuple(axes.transData.transform((p.x, p.y))) for p in points]
+    centres = [all_centres[i] for i in named]
+    plain = {"transform": None, "zorder": 6, "parse_math": False}
     texts, options = [], []
-    for p, (x, y) in zip(points, centres, strict=True):
+    for p, (x, y) in zip((points[i] for i in named), centres, strict=True):
         name = axes.text(0, 0, p.name, fontsize=9.5, fontweight="bold", color=theme.ink, **plain)
         note = axes.text(0, 0, p.note, fontsize=8, color=theme.faint, **plain)
         width = max(text.get_window_extent(renderer).width for text in (name, note))
         texts.append((name, note))
-        options.append(candidates((x, y), [c for c in centres if c != (x, y)], width, dot))
+        options.append(candidates((x, y), [c for c in all_centres if c != (x, y)], width, dot))
     chosen = arrange(options, _obstacles(axes, points), tuple(axes.get_window_extent(renderer).extents), dot)
     for (name, note), (x, y), (_, box) in zip(texts, centres, chosen, strict=True):
         side = "left" if box[0] > x else "right" if box[2] < x else "center"

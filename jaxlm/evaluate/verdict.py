@@ -22,6 +22,9 @@ ASPECTS = {
     "quality": "quality",
 }
 
+MANY = 10
+"""Models of which a paragraph cannot tell everything."""
+
 
 def quality_words(measure: Measure | None) -> dict[int, str]:
     """What a better, an equal and a worse model is called."""
@@ -213,7 +216,10 @@ def _change(row: Row, reference: Row) -> str:
 
 
 def verdict(rows: Sequence[Row], tolerance: float) -> str:
-    """The paragraph at the top: which model to ship for what, and which not at all."""
+    """The paragraph at the top: which model to ship for what, and which not at all.
+
+    Of more than `MANY` models it only names those that another one beats; every model has its own lines further down.
+    """
     by_name(rows)
     if len(rows) == 1:
         return f"One model only, {one_line(rows[0].name)}: there is nothing to compare it with."
@@ -223,16 +229,21 @@ def verdict(rows: Sequence[Row], tolerance: float) -> str:
         if found
         else ["No model is recommended: the reference has no measured quality."]
     )
+    many, beaten = len(rows) > MANY, []
     for row in rows:
         better = next((other for other in rows if other is not row and dominates(other, row)), None)
-        for name in row.beside:
+        for name in () if many else row.beside:
             other = next(other for other in rows if other.name == name)
             gained = gist(findings(compare(row, other), row.measure), row.measure)
             text.append(f"Beside {one_line(name)}, {one_line(row.name)} is {gained}.")
         if row.held_out is not None and math.isnan(_value(row)):
             text.append(f"Do not ship {one_line(row.name)}: its predictions are not numbers.")
+        elif better is not None and many:
+            beaten.append(f"{one_line(row.name)} ({one_line(better.name)})")
         elif better is not None:
             text.append(_beaten(row, better))
+    if beaten:
+        text.append(f"Nothing speaks for {_and(beaten)}: that in brackets is as good in every way and better in one.")
     return " ".join(text)
 
 

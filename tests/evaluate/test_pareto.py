@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxlm.evaluate import pareto
 from jaxlm.evaluate.pareto import COLORS, draw, front, knee
 
 
@@ -44,6 +45,19 @@ def test_models_without_quality_or_speed_do_not_spoil_the_picture(awkward, make,
     draw([make.row("counted", 2.3)], tmp_path / "none.png")
     draw([make.row("untimed", 2.3, None, 1.7)], tmp_path / "untimed.png")
     assert near(tmp_path / "untimed.png", COLORS[0]) and not near(tmp_path / "none.png", COLORS[0])
+
+
+def test_of_many_models_the_front_and_the_reference_are_named(make, tmp_path, monkeypatch):
+    many = [make.row(f"m{i}", 5 + i, 0.3, 1.6 + 0.01 * i) for i in range(20)]
+    named = []
+    monkeypatch.setattr(
+        pareto, "_label", lambda axes, points, chosen, theme: named.append([points[i].name for i in chosen])
+    )
+    draw(many[:5], tmp_path / "few.png")
+    assert [len(names) for names in named] == [5, 5]
+    references = {row.name for row in many if row.reference is None}
+    draw([*many, make.row("slow and bad", 90, 3.0, 9.0, reference="m0")], tmp_path / "many.png")
+    assert {"m0", *references} <= set(named[2]) and "slow and bad" not in {*named[2], *named[3]}
 
 
 def test_equal_models_are_drawn(make, tmp_path):

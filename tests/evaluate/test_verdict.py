@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from jaxlm.evaluate import verdict as module
 from jaxlm.evaluate.row import by_name
 from jaxlm.evaluate.verdict import chips, described, near_enough, picks, sentence, verdict, won_nothing
 from jaxlm.tasks.measure import accuracy, bits_per_byte, pearson
@@ -49,6 +50,15 @@ def test_picks_stay_within_the_tolerance_and_skip_what_is_beaten(rows):
     assert [p.name for p in picks(rows, 0.03)] == ["teacher", "int8", "prune"]
     assert [p.name for p in picks(rows, 0.001)] == ["teacher"]
     assert "control" not in [p.name for p in picks(rows, 0.5)], "as small and fast as the student, and worse"
+
+
+def test_the_verdict_of_many_models_is_short(rows, monkeypatch):
+    monkeypatch.setattr(module, "MANY", 3)
+    text = verdict(rows, 0.05)
+    assert "for size ship int8" in text and "Beside" not in text
+    assert text.endswith(
+        "Nothing speaks for control (student): that in brackets is as good in every way and better in one."
+    )
 
 
 def test_the_verdict_names_what_to_ship_and_what_not(rows):
