@@ -10,7 +10,6 @@ from jaxlm.core import Tree, flatten, materialize
 from jaxlm.evaluate.cost import bytes_by_tensor
 from jaxlm.evaluate.row import Layer
 from jaxlm.models.config import ModelConfig
-from jaxlm.nn.layer import Layer as Structure
 
 
 def anatomy(config: ModelConfig, params: Tree, directory: str | Path) -> tuple[Layer, ...]:
@@ -23,14 +22,12 @@ def anatomy(config: ModelConfig, params: Tree, directory: str | Path) -> tuple[L
     """
     flat, stored = flatten(params), bytes_by_tensor(directory)
     if not config.encoder_decoder:
-        return _stack(flat, stored, "", "", config.layers())
-    encoder = _stack(flat, stored, "encoder/", "e", config.layers())
-    return encoder + _stack(flat, stored, "decoder/", "d", config.decoder_layers())
+        return _stack(config, flat, stored)
+    return _stack(config, flat, stored, "encoder/") + _stack(config, flat, stored, "decoder/")
 
 
-def _stack(
-    flat: Mapping[str, Any], stored: Mapping[str, int], at: str, letter: str, structure: tuple[Structure, ...]
-) -> tuple[Layer, ...]:
+def _stack(config: ModelConfig, flat: Mapping[str, Any], stored: Mapping[str, int], at: str = "") -> tuple[Layer, ...]:
+    structure = config.decoder_layers() if at == "decoder/" else config.layers()
     found = []
     for i, own in enumerate(structure):
         kernels = {p: leaf for p, leaf in flat.items() if p.startswith(f"{at}layers_{i}/") and p.endswith("/kernel")}
@@ -38,7 +35,7 @@ def _stack(
         zeros = sum(int((np.asarray(materialize(leaf)) == 0).sum()) for leaf in kernels.values())
         size = sum(_size(path, leaf, stored) for path, leaf in kernels.items())
         heads, each = own.kv_heads * own.q_per_kv, max(entries, 1)
-        found.append(Layer(f"{letter}{i}", heads, own.kv_heads, own.ffn, own.hidden, zeros / each, 8 * size / each))
+        found.append(Layer(f"{at[:1]}{i}", heads, own.kv_heads, own.ffn, own.hidden, zeros / each, 8 * size / each))
     return tuple(found)
 
 
