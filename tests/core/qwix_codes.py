@@ -21,6 +21,11 @@ GROUPS = (None, 4)
 """Rows that share a scale; `None`: all of a column."""
 
 
+def listed(a: jnp.ndarray | None, kind: type) -> list | None:
+    """Rows of plain numbers."""
+    return None if a is None else [[kind(x) for x in row] for row in np.asarray(a, np.float32)]
+
+
 def case(w: jnp.ndarray, bits: str, group: int | None, symmetric: bool) -> list:
     """Format, rows of a group, whether symmetric; scales, zero points or `None`, codes."""
     found = qwix.quantize(
@@ -31,7 +36,6 @@ def case(w: jnp.ndarray, bits: str, group: int | None, symmetric: bool) -> list:
         calibration_method="absmax" if symmetric else "minmax",
     )
     number = float if "fp8" in bits else int
-    listed = lambda a, kind: None if a is None else [[kind(x) for x in row] for row in np.asarray(a, np.float32)]  # noqa: E731
     return [
         bits,
         group,
