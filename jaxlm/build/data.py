@@ -11,11 +11,13 @@ from jax.sharding import NamedSharding
 
 from jaxlm.build.config import digest
 from jaxlm.data.loader import Batches
+from jaxlm.data.ragged import Examples
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.parallel import spec_of, ways
 from jaxlm.tasks import TASKS, Prepared, Task
+from jaxlm.tasks.task import with_unlabelled
 
 _prepared: dict[str, Prepared] = {}
 
@@ -63,12 +65,41 @@ def prepare(
     key = digest([name, json.loads(vocabulary), labels, [str(v) for v in vars(settings).values()], split])
     if key not in _prepared:
         source = settings.source(split)
-        _prepared[key] = task.prepare(source, tokenizer, labels, settings)
-        for bad in source.bad[:5]:
-            say(f"{split}: skipped {bad}")
-        if len(source.bad) > 5:
-            say(f"{split}: skipped {len(source.bad)} rows in all")
+        found = task.prepare(source, tokenizer, labels, settings)
+        tell_bad(source, split, say)
+        if split == "train" and settings.unlabelled:
+            more = unlabelled(name, task, tokenizer, settings, say)
+            try:
+                found = found._replace(examples=with_unlabelled(found.examples, more))
+            except ValueError as error:
+                raise ValueError(f"config.data.unlabelled beside config.data.train: {error}") from error
+        _prepared[key] = found
     return _prepared[key]
+
+
+def unlabelled(name: str, task: Task, tokenizer: Any, settings: DataSettings, say: Callable[[str], None]) -> Examples:
+    """The texts of `config.data.unlabelled`, encoded.
+
+    Raises:
+      ValueError: for a task whose texts are their own labels, or texts that a model is measured on.
+    """
+    if task.unlabelled is None:
+        raise ValueError(
+            f"config.data.unlabelled: data of the task {name!r} need no labels; put these texts into config.data.train"
+        )
+    settings.refuse_evaluated(settings.unlabelled, "config.data.unlabelled")
+    source = settings.source("unlabelled")
+    found = task.unlabelled(source, tokenizer, settings)
+    tell_bad(source, "unlabelled", say)
+    return found
+
+
+def tell_bad(source: Source, split: str, say: Callable[[str], None]) -> None:
+    """Says which rows of a split were skipped."""
+    for bad in source.bad[:5]:
+        say(f"{split}: skipped {bad}")
+    if len(source.bad) > 5:
+        say(f"{split}: skipped {len(source.bad)} rows in all")
 
 
 def prepare_splits(

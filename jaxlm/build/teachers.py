@@ -64,13 +64,25 @@ def losses_of(setting: Setting, batches: Batches, steps: int, say: Callable[[str
     """
     school = School(setting, batches, steps, say)
     methods = []
-    for entry in setting.config["losses"]:
+    entries = setting.config["losses"]
+    if setting.data.unlabelled and not any(map(has_teachers, entries)):
+        raise ValueError(
+            "config.data.unlabelled: nobody says anything of texts without labels; give config.losses a teacher, or "
+            "leave them out"
+        )
+    for entry in entries:
         name = entry.get("name", "")
-        if "lessons" in inspect.signature(lookup(registry.LOSSES, name, "entry of config.losses")).parameters:
+        if has_teachers(entry):
             methods.append((name, distillation(entry, school.teacher, school.place, school.writing)))
         else:
             methods.append((name, registry.make(registry.LOSSES, entry, "losses")))
     return Taught(methods, school.batches, {"teacher_caches": school.caches} if school.caches else {})
+
+
+def has_teachers(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of `config.losses` is one that learns from teachers."""
+    loss = lookup(registry.LOSSES, entry.get("name", ""), "entry of config.losses")
+    return "lessons" in inspect.signature(loss).parameters
 
 
 class School:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.loader import Batches
-from jaxlm.data.packing import IGNORED, Batch
+from jaxlm.data.packing import Batch, counted
 
 DTYPES = ("float16", "float32")
 Answers = Mapping[str, np.ndarray]
@@ -72,9 +72,9 @@ class Layout:
         return np.dtype([("ids", ids, k), ("logits", self.dtype, k), ("logsumexp", np.float32, temperatures)])
 
 
-def counted(labels: np.ndarray) -> np.ndarray:
-    """Where a label counts: the positions that have answers."""
-    return labels != IGNORED if labels.dtype.kind == "i" else ~np.isnan(labels)
+def answered(batch: Batch) -> np.ndarray:
+    """The positions that have answers: where a label counts, or where the column `scored` says so."""
+    return batch["scored"] > 0 if "scored" in batch else counted(batch["labels"])
 
 
 def row_digests(batch: Batch) -> list[bytes]:
@@ -152,12 +152,12 @@ class Cache:
             )
 
     def answers(self, batch: Batch, step: int) -> dict[str, np.ndarray]:
-        """The answers to a batch, zeros where no label counts.
+        """The answers to a batch, zeros where nobody was asked.
 
         Raises:
           ValueError: for a row that the cache has not seen.
         """
-        where = counted(batch["labels"])
+        where = answered(batch)
         record = self.layout.record
         kinds = {"ids": np.dtype(np.int32), "logits": np.dtype(self.layout.dtype), "logsumexp": np.dtype(np.float32)}
         found = {part: np.zeros((*where.shape, *record[part].shape), kind) for part, kind in kinds.items()}
@@ -230,7 +230,7 @@ def write_cache(
     positions = 0
     for step in range(made_for["steps"]):
         batch = batches(step)
-        where = counted(batch["labels"])
+        where = answered(batch)
         digests = row_digests(batch)
         new = [r for r in range(len(digests)) if where[r].any() and digests[r] not in known]
         if not new:

@@ -16,6 +16,11 @@ IGNORED = -100  # the label of a position that is not predicted
 Batch = dict[str, np.ndarray]
 
 
+def counted(labels: np.ndarray) -> np.ndarray:
+    """Where a label counts: of classes and tokens where it is not IGNORED, of real numbers where it is one."""
+    return ~np.isnan(labels) if labels.dtype.kind == "f" else labels != IGNORED
+
+
 @dataclass(frozen=True)
 class Joined:
     """A stream of pieces of ``values`` (documents, mostly) laid end to end and cut in rows of ``length`` tokens.

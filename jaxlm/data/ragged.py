@@ -67,6 +67,11 @@ class Ragged:
         starts, lengths = self.places(rows)
         return Ragged(self.values[spans(starts, lengths)], offsets_of(lengths))
 
+    def then(self, other: "Ragged") -> "Ragged":
+        """These sequences, and behind them the other's."""
+        values = np.concatenate([self.values, other.values])
+        return Ragged(values, np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]))
+
     def padded(self, rows: np.ndarray, length: int, fill: int) -> np.ndarray:
         """int32 ``[len(rows), length]``: the given rows, right-padded with ``fill``; row -1 is all ``fill``.
 
@@ -146,6 +151,21 @@ class Examples:
     def take(self, rows: np.ndarray) -> "Examples":
         """The given rows, in the given order."""
         return Examples({n: c.take(rows) if isinstance(c, Ragged) else c[rows] for n, c in self.columns.items()})
+
+    def then(self, other: "Examples") -> "Examples":
+        """These examples, and behind them the other's; raises ValueError if their columns differ."""
+        if self.columns.keys() != other.columns.keys():
+            raise ValueError(f"one has the columns {sorted(self.columns)}, the other {sorted(other.columns)}")
+        columns: dict[str, Ragged | np.ndarray] = {}
+        for name, column in self.columns.items():
+            more = other.columns[name]
+            if isinstance(column, Ragged) and isinstance(more, Ragged):
+                columns[name] = column.then(more)
+            elif isinstance(column, np.ndarray) and isinstance(more, np.ndarray):
+                columns[name] = np.concatenate([column, more])
+            else:
+                raise ValueError(f"the column {name!r} has one value a row in one, one a token in the other")
+        return Examples(columns)
 
     def fingerprint(self) -> str:
         """sha256 over names, dtypes and contents: equal for equal data, whatever it was read from or lies in."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlm.data.sources import Source, read
+from jaxlm.data.sources.places import may_share
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,9 @@ class DataSettings:
     Attributes:
       format: `tfds`, `jsonl`, `csv`, `tsv`, `conll`, `text` or `python`.
       train, eval, test: path, glob or split, with an optional slice (`corpus.txt[:90%]`); "" where there is none.
+      unlabelled: a place like these, of texts without labels that a student reads besides, for what its teachers say
+        of them; of tasks whose data have labels. One that may share a row with `eval` or `test` is refused.
+      unlabelled_format, unlabelled_columns: `format` and `columns` of these texts; of `text` every line is one.
       columns: names by position, or `{ours: the file's}`; ours are `text`, `text_pair`, `label`, `tokens`, `tags`,
         `source`, `target`, and `weight` (of a sample, for distillation).
       documents: what one document of the text format is: `file`, `line` or `paragraph`.
@@ -29,6 +33,9 @@ class DataSettings:
     train: str = ""
     eval: str = ""
     test: str = ""
+    unlabelled: str = ""
+    unlabelled_format: str = "text"
+    unlabelled_columns: Any = None
     columns: Any = None
     documents: str = "file"
     bad_rows: str = "stop"
@@ -43,12 +50,27 @@ class DataSettings:
                 raise ValueError(f"config.data.{name} = {getattr(self, name)}: must be at least 1")
 
     def source(self, split: str) -> Source:
-        """The records of `train`, `eval` or `test`."""
+        """The records of `train`, `eval`, `test` or `unlabelled`."""
         place = getattr(self, split)
         if not place:
             raise ValueError(f"config.data.{split} is empty; name a file, a glob or a tfds split")
         columns: Mapping[str, str] | Sequence[str] | None = self.columns
-        return read(self.format, place, columns=columns, bad_rows=self.bad_rows, documents=self.documents)
+        format, documents = self.format, self.documents
+        if split == "unlabelled":
+            format, columns = self.unlabelled_format, self.unlabelled_columns
+            documents = "line" if format == "text" else "file"
+        return read(format, place, columns=columns, bad_rows=self.bad_rows, documents=documents)
+
+    def refuse_evaluated(self, place: str, field: str) -> None:
+        """Raises ValueError for a place, of a field of the config, that may share a row with `eval` or `test`."""
+        for split in ("eval", "test"):
+            other = getattr(self, split)
+            if other and may_share(place, other):
+                raise ValueError(
+                    f"{field} reads {place!r}, which may share rows with config.data.{split} = {other!r}: what a model "
+                    f"is compressed on must not be what it is measured on; take a slice that ends where the other "
+                    f"begins (both in rows or both in percent), or another place"
+                )
 
 
 @dataclass(frozen=True)

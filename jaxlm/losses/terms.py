@@ -19,9 +19,10 @@ Taps = Mapping[Tap, jax.Array]
 
 
 def answered(batch: Batch) -> jax.Array:
-    """Where a teacher's answer is learned: where a label counts, and where the student wrote itself (`scored`)."""
+    """Where a teacher's answer is learned: where a label counts; a column `scored` says it for texts without labels and
+    for what the student wrote itself."""
     if "scored" in batch:
-        return batch["scored"]
+        return batch["scored"].astype(bool)
     labels = batch["labels"]
     return labels != IGNORED if labels.dtype.kind == "i" else ~jnp.isnan(labels)
 

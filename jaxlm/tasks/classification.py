@@ -68,7 +68,8 @@ def labelled_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], sett
         texts.append(texts_of(record, source))
         classes.append(numbers[label])
         kept.append(record)
-    return _texts(texts, np.array(classes, np.int32), sample_weights(kept, source), tokenizer, settings)
+    columns = {"labels": np.array(classes, np.int32)} | sample_weights(kept, source)
+    return Prepared(Examples(_inputs(texts, tokenizer, settings) | columns), {})
 
 
 def rated_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
@@ -84,7 +85,8 @@ def rated_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], setting
         targets.append(number)
         texts.append(texts_of(record, source))
         kept.append(record)
-    return _texts(texts, np.array(targets, np.float32), sample_weights(kept, source), tokenizer, settings)
+    columns = {"labels": np.array(targets, np.float32)} | sample_weights(kept, source)
+    return Prepared(Examples(_inputs(texts, tokenizer, settings) | columns), {})
 
 
 def _number(value: Any) -> float:
@@ -95,18 +97,18 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _texts(
-    texts: list[tuple[str, ...]],
-    labels: np.ndarray,
-    weights: dict[str, np.ndarray],
-    tokenizer: Any,
-    settings: DataSettings,
-) -> Prepared:
+def unlabelled_texts(source: Source, tokenizer: Any, settings: DataSettings) -> Examples:
+    """`text` (and `text_pair`), each of which a teacher says the class of."""
+    records = list(source)
+    inputs = _inputs([texts_of(record, source) for record in records], tokenizer, settings)
+    return Examples(inputs | {"scored": np.ones(len(records), np.int32)} | sample_weights(records, source))
+
+
+def _inputs(texts: list[tuple[str, ...]], tokenizer: Any, settings: DataSettings) -> dict[str, Any]:
+    """The columns that a model reads of texts, or of pairs of them."""
     paired = any(len(t) == 2 for t in texts)
-    inputs = texts if paired else [t[0] for t in texts]
-    encoded = encode(tokenizer, inputs, max_length=settings.max_length)
-    columns: dict[str, Any] = {"input_ids": encoded.ids, "labels": labels, **weights}
-    return Prepared(Examples(columns | ({"token_type_ids": encoded.types} if paired else {})), {})
+    encoded = encode(tokenizer, texts if paired else [t[0] for t in texts], max_length=settings.max_length)
+    return {"input_ids": encoded.ids} | ({"token_type_ids": encoded.types} if paired else {})
 
 
 def class_loss(outputs: Outputs, batch: Batch) -> Terms:
@@ -213,6 +215,16 @@ def labelled_words(source: Source, tokenizer: Any, labels: tuple[str, ...], sett
     return Prepared(Examples(columns), {"truncated_words": int(starts[-1] - first.sum())})
 
 
+def unlabelled_words(source: Source, tokenizer: Any, settings: DataSettings) -> Examples:
+    """`tokens`, or the words of a `text`, of each of which a teacher says the tag, on its first piece."""
+    records = list(source)
+    sentences = [record["tokens"] if "tokens" in record else texts_of(record, source)[0].split() for record in records]
+    encoded = encode(tokenizer, sentences, words=True, max_length=settings.max_length)
+    heard = Ragged((encoded.words.values >= 0).astype(np.int32), encoded.ids.offsets)
+    columns: dict[str, Any] = {"input_ids": encoded.ids, "scored": heard}
+    return Examples(columns | sample_weights(records, source))
+
+
 def word_score(
     terms: dict[str, Term], predictions: dict[str, np.ndarray], labels: tuple[str, ...], facts: Mapping[str, int]
 ) -> Score:
@@ -275,6 +287,7 @@ sequence = Task(
     {**PADDED, "labels": Column(per_token=False)},
     text_labels,
     class_predictions,
+    unlabelled_texts,
 )
 regression = Task(
     {"head": "sequence", "regression": True},
@@ -286,6 +299,7 @@ regression = Task(
     Quality((pearson,), rating_pieces, same="true", read=rating_read, agreement=correlation),
     {**PADDED, "labels": Column(per_token=False, dtype=np.float32)},
     predict=rating_predictions,
+    unlabelled=unlabelled_texts,
 )
 token = Task(
     {"head": "token"},
@@ -298,4 +312,5 @@ token = Task(
     {**PADDED, "labels": Column()},
     word_labels,
     class_predictions,
+    unlabelled_words,
 )

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxlm.core import Term, Terms
 from jaxlm.data.loader import Batches, fitted
-from jaxlm.data.ragged import Examples
+from jaxlm.data.packing import counted
+from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.losses.cross_entropy import IGNORED, log_likelihood
@@ -140,6 +141,8 @@ class Task(NamedTuple):
       columns: the arrays of a batch.
       labels: `source -> names of the classes`, learned from training data.
       predict: `(outputs, batch) -> {name: array [batch, ...]}` that `score` reads on the host.
+      unlabelled: `(source, tokenizer, settings) -> Examples` of texts without labels, with a column `scored` of where
+        a teacher is heard; `None` where texts are their own labels.
       sentinels: `<extra_id_…>` tokens that a tokenizer trained for the task has.
     """
 
@@ -153,6 +156,7 @@ class Task(NamedTuple):
     columns: Mapping[str, Column]
     labels: Callable[[Source], tuple[str, ...]] = no_labels
     predict: Callable[[Outputs, Batch], dict[str, jax.Array]] = no_predictions
+    unlabelled: Callable[[Source, Any, DataSettings], Examples] | None = None
     sentinels: int = 0
 
 
@@ -180,6 +184,28 @@ def texts_of(record: Mapping[str, Any], source: Source) -> tuple[str, ...]:
     """`(text,)`, or `(text, text_pair)` where records have both."""
     first = column(record, "text", source)
     return (first, record["text_pair"]) if "text_pair" in record else (first,)
+
+
+def with_unlabelled(labelled: Examples, unlabelled: Examples) -> Examples:
+    """Examples with labels, and behind them those without; the column `scored` says where a teacher is heard.
+
+    Args:
+      labelled: with a column `labels`: a class or a number a row, or a class a token.
+      unlabelled: the same columns, and instead of `labels` a `scored` of 0 and 1.
+
+    Raises:
+      ValueError: where the columns differ otherwise.
+    """
+    labels, heard = labelled.columns["labels"], unlabelled.columns["scored"]
+    values = labels.values if isinstance(labels, Ragged) else labels
+    nothing = np.nan if values.dtype.kind == "f" else IGNORED
+    blank = np.full(len(heard.values if isinstance(heard, Ragged) else heard), nothing, values.dtype)
+
+    def like(column: Ragged | np.ndarray, values: np.ndarray) -> Ragged | np.ndarray:
+        return Ragged(values, column.offsets) if isinstance(column, Ragged) else values
+
+    own = Examples({**labelled.columns, "scored": like(labels, counted(values).astype(np.int32))})
+    return own.then(Examples({**unlabelled.columns, "labels": like(heard, blank)}))
 
 
 def sample_weights(records: Sequence[Mapping[str, Any]], source: Source) -> dict[str, np.ndarray]:

@@ -84,3 +84,40 @@ def find_files(place: str) -> list[str]:
         folder, name = os.path.split(folder)
     where = folder or os.getcwd()
     raise FileNotFoundError(f"{place!r} does not exist: in {where!r}, {nearest(name, os.listdir(where))}")
+
+
+def may_share(a: str, b: str) -> bool:
+    """Whether two places may have a row in common.
+
+    >>> may_share("corpus[:40%]", "corpus[98%:]"), may_share("corpus[:40%]", "corpus[30%:]")
+    (False, True)
+    """
+    (bare_a, part_a), (bare_b, part_b) = split_place(a), split_place(b)
+    files_a, files_b = _files(bare_a), _files(bare_b)
+    if files_a.isdisjoint(files_b):
+        return False
+    return files_a != files_b or not (_ends_before(part_a, part_b) or _ends_before(part_b, part_a))
+
+
+def _files(bare: str) -> frozenset[str]:
+    """What a place names: its files, whatever they are called, or the name itself (`dataset:version:split`)."""
+    path = os.path.expanduser(bare)
+    found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+    dataset, _, split = bare.rpartition(":")
+    return frozenset(map(os.path.realpath, found)) or frozenset({f"{dataset.partition(':')[0]}:{split}"})
+
+
+def _ends_before(first: Slice, second: Slice) -> bool:
+    """Whether one slice ends before another begins, however many rows there are."""
+    (share, rows), (other_share, other_rows) = _bound(first.stop, (1.0, 0)), _bound(second.start, (0.0, 0))
+    return share <= other_share and rows <= other_rows
+
+
+def _bound(bound: str | None, default: tuple[float, int]) -> tuple[float, int]:
+    """A bound as `share · n + rows`."""
+    if bound is None:
+        return default
+    value = int(bound.rstrip("%"))
+    if bound.endswith("%"):
+        return (value if not bound.startswith("-") else 100 + value) / 100, 0
+    return (1.0, value) if bound.startswith("-") else (0.0, value)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from jaxlm.data.sources.places import Slice, find_files, split_place
+from jaxlm.data.sources.places import Slice, find_files, may_share, split_place
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,35 @@ def test_find_files(tmp_path, monkeypatch):
 def test_an_existing_file_is_no_glob(tmp_path):
     (tmp_path / "a[1].txt").write_text("")
     assert find_files(f"{tmp_path}/a[1].txt") == [f"{tmp_path}/a[1].txt"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shared"),
+    [
+        ("x", "y", False),
+        ("x", "x", True),
+        ("x[:40%]", "x[40%:]", False),
+        ("x[:41%]", "x[40%:]", True),
+        ("x[:-10%]", "x[90%:]", False),
+        ("x[:100]", "x[100:200]", False),
+        ("x[:101]", "x[100:200]", True),
+        ("x[:-100]", "x[-100:]", False),
+        ("x[:-99]", "x[-100:]", True),
+        ("x[:100]", "x[90%:]", True),  # whether they share one depends on how many there are
+        ("x[10%:20%]", "x[30%:40%]", False),
+        ("glue/sst2:train", "glue/sst2:validation", False),
+        ("glue/sst2:1.0.0:validation", "glue/sst2:validation[:5]", True),
+    ],
+)
+def test_places_that_may_share_rows(a, b, shared):
+    assert may_share(a, b) is may_share(b, a) is shared
+
+
+def test_files_are_the_same_by_whatever_name(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    monkeypatch.chdir(tmp_path)
+    assert may_share("./a.txt", str(tmp_path / "a.txt")) and may_share("link.txt", "b.txt")
+    assert may_share("*.txt[:10%]", "b.txt[90%:]"), "slices of other sets of files cannot be compared"
+    assert not may_share("a.txt", "b.txt")
