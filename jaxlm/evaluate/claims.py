@@ -104,6 +104,18 @@ class Evidence:
         models = (self.held_out(each) for each in (name, control, of))
         return combine(lambda a, b, c: (a - b) / (c - b), *models)
 
+    def won_back(self, what: str, name: str, control: str, of: str, bar: float) -> Claim:
+        """A claim that enough of what the control lost is won back.
+
+        Where the control's interval reaches what it is compared with, nothing is known to be lost and there is no share
+        of it to speak of: then the claim says so, and is reached by a model of which that is true as well.
+        """
+        lost, left = self.gain(control, of), self.gain(name, of)
+        if lost.value + (lost.error or 0.0) < 0:
+            return at_least(what, self.recovered(name, control, of), bar, "%")
+        measured = f"nothing lost: {written(left, 'points')}, without {written(lost, 'points')}"
+        return Claim(what, measured, f"≥ {_bar(bar, '%')}", left.value + (left.error or 0.0) >= 0)
+
     def speed(self, name: str, over: str) -> Ratio:
         """Times as fast in batches."""
         found = compare(self.row(name), self.row(over)).speed

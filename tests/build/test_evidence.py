@@ -116,6 +116,10 @@ def test_what_one_may_ask_of_models():
     assert found.share(last, teacher).value == pytest.approx(a / b)
     assert found.gain(last, teacher).value == pytest.approx(a - b) and found.gain(last, teacher).error > 0
     assert found.recovered(last, last, teacher).value == 0 and found.recovered(teacher, last, teacher).value == 1
+    assert found.won_back("x", last, last, teacher, 0.5) == Claim("x", "0.0 ± 0.0%", "≥ 50%", False)
+    nothing = found.won_back("x", last, teacher, last, 0.5)
+    assert nothing.measured.startswith("nothing lost: +0.0") and nothing.measured.endswith("points") and nothing.reached
+    assert not found.won_back("x", last, teacher, teacher, 0.5).reached, "it lost what the control did not"
     assert found.parameters(last, teacher, embeddings=True) > found.parameters(last, teacher)
     with pytest.raises(ValueError, match="did you mean 'teacher'"):
         found.row("techer")

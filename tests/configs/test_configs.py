@@ -253,6 +253,9 @@ def tiny(config: ConfigDict, place: Path) -> ConfigDict:
     trains = train.steps or train.epochs or not config.stages  # stages of a pipeline may be without
     train.steps, train.epochs, train.checkpoint_every = 2 if trains else 0, 0.0, 1
     for entry in config.stages:
+        if "data" in entry:
+            assert entry["data"].keys() <= {"unlabelled", "unlabelled_format", "unlabelled_columns"}
+            entry["data"] = {"unlabelled": str(place / "data.text"), "unlabelled_format": "text"}
         if "train" in entry:
             steps = min(entry["train"].get("steps", 2), 2)
             entry["train"] = {**entry["train"], "steps": steps, "epochs": 0.0, "checkpoint_every": 1}
