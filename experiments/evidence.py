@@ -52,7 +52,7 @@ def main() -> None:
     missed = [claim for claim in claims if not claim.reached]
     print(f"{len(claims) - len(missed)} of {len(claims)} reached what was wanted; docs/results.md is rewritten")
     for claim in missed:
-        print(f"missed: {claim.what}: {claim.measured}, wanted {claim.wanted}")
+        print(f"{'open' if claim.reached is None else 'missed'}: {claim.what}: {claim.measured}, wanted {claim.wanted}")
 
 
 if __name__ == "__main__":

@@ -69,10 +69,7 @@ def prepare(
         tell_bad(source, split, say)
         if split == "train" and settings.unlabelled:
             more = unlabelled(name, task, tokenizer, settings, say)
-            try:
-                found = found._replace(examples=with_unlabelled(found.examples, more))
-            except ValueError as error:
-                raise ValueError(f"config.data.unlabelled beside config.data.train: {error}") from error
+            found = found._replace(examples=with_unlabelled(found.examples, more))
         _prepared[key] = found
     return _prepared[key]
 
@@ -81,11 +78,12 @@ def unlabelled(name: str, task: Task, tokenizer: Any, settings: DataSettings, sa
     """The texts of `config.data.unlabelled`, encoded.
 
     Raises:
-      ValueError: for a task whose texts are their own labels, or texts that a model is measured on.
+      ValueError: for a task that knows none, or texts that a model is measured on.
     """
     if task.unlabelled is None:
         raise ValueError(
-            f"config.data.unlabelled: data of the task {name!r} need no labels; put these texts into config.data.train"
+            f"config.data.unlabelled: the task {name!r} takes no texts without labels; those of sequence, regression "
+            "and token do"
         )
     settings.refuse_evaluated(settings.unlabelled, "config.data.unlabelled")
     source = settings.source("unlabelled")

@@ -74,7 +74,8 @@ def table(rows: Sequence[Row]) -> str:
 def verdicts(claims: Sequence[Claim]) -> str:
     """What was wanted and what was measured, in Markdown."""
     lines = ["| what | measured | wanted | reached |", "|---|---|---|---|"]
-    lines += [f"| {c.what} | {c.measured} | {c.wanted} | {'yes' if c.reached else '**no**'} |" for c in claims]
+    said = {True: "yes", False: "**no**", None: "open"}
+    lines += [f"| {c.what} | {c.measured} | {c.wanted} | {said[c.reached]} |" for c in claims]
     return "\n".join(lines)
 
 

@@ -5,7 +5,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxlm.core import Method, call, nearest
+from jaxlm.build import registry
+from jaxlm.core import Method, call, lookup, nearest
 from jaxlm.losses.distill import distill
 from jaxlm.losses.teacher import CachedTeacher, Lesson, Teacher
 
@@ -81,6 +82,12 @@ def split(entry: Mapping[str, Any], what: str) -> tuple[dict[str, Any], list[dic
         if not (options.get("teacher") or options.get("cache")):
             raise ValueError(f"{what} needs a teacher: a model directory, a stage, or a cache of its answers")
     return own, each
+
+
+def has_teachers(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of `config.losses` is one that learns from teachers."""
+    loss = lookup(registry.LOSSES, entry.get("name", ""), "entry of config.losses")
+    return "lessons" in inspect.signature(loss).parameters
 
 
 def teachers_in(entries: Sequence[Mapping[str, Any]]) -> list[str]:

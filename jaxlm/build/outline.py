@@ -13,7 +13,7 @@ import numpy as np
 from jaxlm.build import registry
 from jaxlm.build.blueprint import Blueprint, abstract_adapted, blueprint, tap_breaks
 from jaxlm.build.config import plain, set_fields
-from jaxlm.build.lessons import distillation
+from jaxlm.build.lessons import distillation, has_teachers
 from jaxlm.core import Adapted, Axes, Context, Method, Tree, arrays, chain, flatten, lookup, unflatten, with_arrays
 from jaxlm.data.settings import DataSettings
 from jaxlm.io.directory import open_model
@@ -123,8 +123,7 @@ def lesson(
     def writing(**options: Any) -> Any:
         raise ValueError(f"{what}: what a student writes is not known from shapes; leave on_policy out here")
 
-    function = lookup(registry.LOSSES, entry.get("name", ""), "entry of config.losses")
-    if "lessons" in inspect.signature(function).parameters:
+    if has_teachers(entry):
         return entry["name"], distillation(entry, teacher, placed, writing)
     return entry["name"], registry.make(registry.LOSSES, entry, "losses")
 

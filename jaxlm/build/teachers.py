@@ -1,7 +1,6 @@
 """`config.losses`: teachers from directories or caches, what is learned from each, and the student's own texts."""
 
 import dataclasses
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -16,10 +15,10 @@ from jaxlm.build.blueprint import tap_breaks
 from jaxlm.build.config import digest
 from jaxlm.build.data import to_devices
 from jaxlm.build.evaluation import everywhere
-from jaxlm.build.lessons import distillation
+from jaxlm.build.lessons import distillation, has_teachers
 from jaxlm.build.records import params_sha256
 from jaxlm.build.setting import Setting, on_mesh, operate, set_up
-from jaxlm.core import Method, Tree, call, lookup
+from jaxlm.core import Method, Tree, call
 from jaxlm.data.cached_teacher import Cache, CacheSettings, Layout, write_cache
 from jaxlm.data.loader import Batches
 from jaxlm.io.model import LM, load
@@ -68,21 +67,14 @@ def losses_of(setting: Setting, batches: Batches, steps: int, say: Callable[[str
     if setting.data.unlabelled and not any(map(has_teachers, entries)):
         raise ValueError(
             "config.data.unlabelled: nobody says anything of texts without labels; give config.losses a teacher, or "
-            "leave them out"
+            "leave them out (in a pipeline: name them in the stage that has a teacher)"
         )
     for entry in entries:
-        name = entry.get("name", "")
         if has_teachers(entry):
-            methods.append((name, distillation(entry, school.teacher, school.place, school.writing)))
+            methods.append((entry["name"], distillation(entry, school.teacher, school.place, school.writing)))
         else:
-            methods.append((name, registry.make(registry.LOSSES, entry, "losses")))
+            methods.append((entry["name"], registry.make(registry.LOSSES, entry, "losses")))
     return Taught(methods, school.batches, {"teacher_caches": school.caches} if school.caches else {})
-
-
-def has_teachers(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of `config.losses` is one that learns from teachers."""
-    loss = lookup(registry.LOSSES, entry.get("name", ""), "entry of config.losses")
-    return "lessons" in inspect.signature(loss).parameters
 
 
 class School:

@@ -55,11 +55,13 @@ class DataSettings:
         if not place:
             raise ValueError(f"config.data.{split} is empty; name a file, a glob or a tfds split")
         columns: Mapping[str, str] | Sequence[str] | None = self.columns
-        format, documents = self.format, self.documents
-        if split == "unlabelled":
-            format, columns = self.unlabelled_format, self.unlabelled_columns
-            documents = "line" if format == "text" else "file"
-        return read(format, place, columns=columns, bad_rows=self.bad_rows, documents=documents)
+        if split != "unlabelled":
+            return read(self.format, place, columns=columns, bad_rows=self.bad_rows, documents=self.documents)
+        format, columns = self.unlabelled_format, self.unlabelled_columns
+        documents = "line" if format == "text" else "file"
+        found = read(format, place, columns=columns, bad_rows=self.bad_rows, documents=documents)
+        found.columns_field = "config.data.unlabelled_columns"
+        return found
 
     def refuse_evaluated(self, place: str, field: str) -> None:
         """Raises ValueError for a place, of a field of the config, that may share a row with `eval` or `test`."""
@@ -68,8 +70,8 @@ class DataSettings:
             if other and may_share(place, other):
                 raise ValueError(
                     f"{field} reads {place!r}, which may share rows with config.data.{split} = {other!r}: what a model "
-                    f"is compressed on must not be what it is measured on; take a slice that ends where the other "
-                    f"begins (both in rows or both in percent), or another place"
+                    f"is made from must not be what it is measured on; take a slice that ends where the other begins "
+                    f"(both in rows or both in percent), or another place"
                 )
 
 

@@ -13,12 +13,13 @@ Value = Estimate | Ratio | float
 
 
 class Claim(NamedTuple):
-    """One line of a table: what, how much, how much was wanted, and whether that was reached."""
+    """One line of a table: what, how much, how much was wanted, and whether that was reached; `None` where it cannot be
+    said."""
 
     what: str
     measured: str
     wanted: str
-    reached: bool
+    reached: bool | None
 
 
 def at_least(what: str, value: Value, bar: float, unit: str = "") -> Claim:
@@ -107,14 +108,13 @@ class Evidence:
     def won_back(self, what: str, name: str, control: str, of: str, bar: float) -> Claim:
         """A claim that enough of what the control lost is won back.
 
-        Where the control's interval reaches what it is compared with, nothing is known to be lost and there is no share
-        of it to speak of: then the claim says so, and is reached by a model of which that is true as well.
+        Where the control's interval reaches what it is compared with, no loss is shown, and no share of it can be.
         """
         lost, left = self.gain(control, of), self.gain(name, of)
         if lost.value + (lost.error or 0.0) < 0:
             return at_least(what, self.recovered(name, control, of), bar, "%")
-        measured = f"nothing lost: {written(left, 'points')}, without {written(lost, 'points')}"
-        return Claim(what, measured, f"≥ {_bar(bar, '%')}", left.value + (left.error or 0.0) >= 0)
+        measured = f"no loss shown: {written(lost, 'points')} without, {written(left, 'points')} with"
+        return Claim(what, measured, f"≥ {_bar(bar, '%')}", None)
 
     def speed(self, name: str, over: str) -> Ratio:
         """Times as fast in batches."""

@@ -113,12 +113,12 @@ class Quality(NamedTuple):
 
 def token_pieces(read: Read) -> dict[str, np.ndarray]:
     """Every row that has something to predict: its nats and tokens, and on how many the teacher predicts the same."""
-    counted = read.batch["labels"] != IGNORED
-    rows = counted.any(axis=1)
-    found = {"nats": read.seen["nats"][rows], "tokens": counted.sum(axis=1)[rows]}
+    known = counted(read.batch["labels"])
+    rows = known.any(axis=1)
+    found = {"nats": read.seen["nats"][rows], "tokens": known.sum(axis=1)[rows]}
     if read.teacher is None:
         return found
-    agreed = ((read.seen["predicted"] == read.teacher["predicted"]) & counted).sum(axis=1)
+    agreed = ((read.seen["predicted"] == read.teacher["predicted"]) & known).sum(axis=1)
     return found | {"agreed": agreed[rows], "compared": found["tokens"]}
 
 
@@ -142,7 +142,7 @@ class Task(NamedTuple):
       labels: `source -> names of the classes`, learned from training data.
       predict: `(outputs, batch) -> {name: array [batch, ...]}` that `score` reads on the host.
       unlabelled: `(source, tokenizer, settings) -> Examples` of texts without labels, with a column `scored` of where
-        a teacher is heard; `None` where texts are their own labels.
+        a teacher is heard; `None` for tasks that give no text or word a label.
       sentinels: `<extra_id_…>` tokens that a tokenizer trained for the task has.
     """
 
@@ -165,7 +165,7 @@ def column(record: Mapping[str, Any], name: str, source: Source) -> Any:
     if name not in record:
         raise ValueError(
             f"{source.place} has no column {name!r}, only {', '.join(map(repr, record))}; "
-            f"rename with config.data.columns = {{{name!r}: ...}}"
+            f"rename with {source.columns_field} = {{{name!r}: ...}}"
         )
     return record[name]
 
@@ -191,11 +191,16 @@ def with_unlabelled(labelled: Examples, unlabelled: Examples) -> Examples:
 
     Args:
       labelled: with a column `labels`: a class or a number a row, or a class a token.
-      unlabelled: the same columns, and instead of `labels` a `scored` of 0 and 1.
+      unlabelled: what a model reads, and instead of `labels` a `scored` of 0 and 1. Where samples have a `weight`, and
+        one side has none, there it is 1.
 
     Raises:
-      ValueError: where the columns differ otherwise.
+      ValueError: where only one side is of pairs of texts.
     """
+    pairs = ["token_type_ids" in each.columns for each in (labelled, unlabelled)]
+    if pairs[0] != pairs[1]:
+        having, lacking = ("the training data", "these texts")[:: 1 if pairs[0] else -1]
+        raise ValueError(f"config.data.unlabelled: {having} have a column text_pair, {lacking} have none")
     labels, heard = labelled.columns["labels"], unlabelled.columns["scored"]
     values = labels.values if isinstance(labels, Ragged) else labels
     nothing = np.nan if values.dtype.kind == "f" else IGNORED
@@ -204,8 +209,12 @@ def with_unlabelled(labelled: Examples, unlabelled: Examples) -> Examples:
     def like(column: Ragged | np.ndarray, values: np.ndarray) -> Ragged | np.ndarray:
         return Ragged(values, column.offsets) if isinstance(column, Ragged) else values
 
-    own = Examples({**labelled.columns, "scored": like(labels, counted(values).astype(np.int32))})
-    return own.then(Examples({**unlabelled.columns, "labels": like(heard, blank)}))
+    own = {**labelled.columns, "scored": like(labels, counted(values).astype(np.int32))}
+    more = {**unlabelled.columns, "labels": like(heard, blank)}
+    if "weight" in own or "weight" in more:
+        own.setdefault("weight", np.ones(len(labelled), np.float32))
+        more.setdefault("weight", np.ones(len(unlabelled), np.float32))
+    return Examples(own).then(Examples(more))
 
 
 def sample_weights(records: Sequence[Mapping[str, Any]], source: Source) -> dict[str, np.ndarray]:
@@ -224,7 +233,7 @@ def sample_weights(records: Sequence[Mapping[str, Any]], source: Source) -> dict
     if not (np.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(
             f"{source.place}: the column 'weight' must hold a number of 0 or more in every row; correct it, or "
-            "select the columns to read with config.data.columns"
+            f"select the columns to read with {source.columns_field}"
         )
     return {"weight": weights}
 

@@ -163,15 +163,18 @@ def _is_due(every: int, number: int) -> bool:
 
 
 def summarize(logs: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over several steps, less those that were skipped: the loss, each of several terms, the gradient norm."""
+    """Means over several steps, less those that were skipped: the loss, each of several terms, the gradient norm.
+
+    A term is averaged over the steps that had it: a batch may be without any label.
+    """
     logs = [log for log in logs if not log["nonfinite"]] or logs
     terms: dict[str, float] = {}
     total = 0.0
     for name in logs[0]["terms"]:
         sums = [log["terms"][name] for log in logs]
-        means = [float(s) / max(float(w), 1e-9) for s, w, _ in sums]
-        terms[name] = float(np.mean(means))
-        total += float(np.mean([c * m for (_, _, c), m in zip(sums, means, strict=True)]))
+        means = [(float(s) / float(w), float(c)) for s, w, c in sums if w > 0]
+        terms[name] = float(np.mean([mean for mean, _ in means])) if means else 0.0
+        total += float(np.mean([c * mean for mean, c in means])) if means else 0.0
     values = {"loss": total} | (terms if len(terms) > 1 else {})
     return values | {"gradient_norm": float(np.mean([log["gradient_norm"] for log in logs]))}
 

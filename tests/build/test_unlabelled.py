@@ -135,14 +135,14 @@ def test_what_cannot_be_is_refused(recipe, teachers, place, tmp_path):
     texts = str(place / "more.txt")
     with pytest.raises(ValueError, match=r"config.data.unlabelled: nobody says anything of texts without labels"):
         stage.run(recipe("sequence", unlabelled=texts), tmp_path / "a")
-    with pytest.raises(ValueError, match=r"config.data.unlabelled: data of the task 'masked' need no labels"):
+    with pytest.raises(ValueError, match=r"config.data.unlabelled: the task 'masked' takes no texts without labels"):
         set_up(recipe("masked", unlabelled=texts))
     with pytest.raises(ValueError, match=r"config.data.unlabelled reads .*eval.conll', which may share rows with"):
         set_up(recipe("token", unlabelled=str(place / "eval.conll"), unlabelled_format="conll"))
     pairs = {"text": "text", "text_pair": "note"}
     with pytest.raises(
         ValueError,
-        match=r"config.data.unlabelled beside config.data.train: one has the columns .* the other .*token_type_ids",
+        match=r"config.data.unlabelled: these texts have a column text_pair, the training data have none",
     ):
         set_up(
             recipe(
@@ -152,4 +152,13 @@ def test_what_cannot_be_is_refused(recipe, teachers, place, tmp_path):
                 unlabelled_columns=pairs,
             )
         )
+    wrong = {"unlabelled": texts.replace("txt", "jsonl"), "unlabelled_format": "jsonl"}
+    with pytest.raises(ValueError, match=r"no column 'text', .* rename with config.data.unlabelled_columns"):
+        set_up(recipe("sequence", **wrong, unlabelled_columns={"tokens": "note"}))
     assert TASKS["causal"].unlabelled is None
+
+
+def test_weights_are_one_where_there_are_none():
+    ids, heard = Ragged.of([[1, 2], [3]]), {"scored": np.ones(2, np.int32)}
+    weighed = Examples({"input_ids": ids, "labels": np.int32([0, 1]), "weight": np.float32([2, 3])})
+    assert with_unlabelled(weighed, Examples({"input_ids": ids, **heard})).columns["weight"].tolist() == [2, 3, 1, 1]

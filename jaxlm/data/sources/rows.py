@@ -57,7 +57,12 @@ class Source:
 
     ``rows`` and ``bad`` describe the latest pass; asking for them before any pass makes one. Nothing is dropped
     silently: a bad row either stops the reading or stands in ``bad``.
+
+    Attributes:
+      columns_field: of the config, where columns are renamed: what an error about them names.
     """
+
+    columns_field = "config.data.columns"
 
     def __init__(self, format: str, place: str, stream: Stream, rename: Mapping[str, str] | None, bad_rows: str):
         self.format, self.place = format, place
