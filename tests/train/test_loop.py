@@ -17,7 +17,7 @@ from jaxlm.io.checkpoint import Checkpoints
 from jaxlm.train.compiled import shape_of
 from jaxlm.train.gradient import gradient
 from jaxlm.train.journal import Journal, read_lines
-from jaxlm.train.loop import Run, _not_finite, is_better, train
+from jaxlm.train.loop import Run, _not_finite, is_better, summarize, train
 from jaxlm.train.optimizer import optimizer
 from jaxlm.train.saving import Stores
 from jaxlm.train.settings import TrainSettings
@@ -116,6 +116,15 @@ def test_too_many_in_a_row_end_the_run(start, tmp_path):
     assert progress.skipped == 2
 
 
+def test_a_term_is_averaged_over_the_steps_that_had_it():
+    """A batch without any label says nothing of the loss of labels."""
+    log = {"nonfinite": 0, "gradient_norm": 1.0}
+    labelled = log | {"terms": {"label": (6.0, 2.0, 0.5), "teacher": (4.0, 4.0, 1.0)}}
+    without = log | {"terms": {"label": (0.0, 0.0, 0.5), "teacher": (12.0, 4.0, 1.0)}}
+    assert summarize([labelled, without]) == {"loss": 3.5, "label": 3.0, "teacher": 2.0, "gradient_norm": 1.0}
+    assert summarize([without]) == {"loss": 3.0, "label": 0.0, "teacher": 3.0, "gradient_norm": 1.0}
+
+
 def test_a_log_leaves_skipped_steps_out(start, tmp_path):
     go(*start(poisoned(3), log_every=4))
     poisoned_losses = [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")]
@@ -130,7 +139,9 @@ def test_the_share_of_the_time_that_input_took_is_logged(start, tmp_path):
     _, progress = go(*start(slow))
     lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "train"]
     assert all(0 <= line["input_wait"] <= 1 for line in lines) and lines[0]["input_wait"] > 0.5
-    assert 0.1 < progress.waited_seconds <= progress.seconds
+    assert 0.04 < progress.waited_seconds <= progress.seconds, (
+        "at least the last batch is not made while others compile"
+    )
 
 
 def test_layers_are_named():
