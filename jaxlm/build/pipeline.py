@@ -129,7 +129,8 @@ def run(config: ConfigDict, workdir: Path) -> list[Row]:
     console, workdir = Console(stderr=True), workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     stages = run_stages(config, lambda name, inputs: workdir / name, console)
-    inputs = digest([plain(config.report), *(stage.inputs for stage in stages)])
+    said = [{field: stage.entry.get(field) for field in STAGE_FIELDS} for stage in stages]
+    inputs = digest([plain(config.report), said, *(stage.inputs for stage in stages)])
     rows = measured_rows(config, workdir, stages, inputs, console)
     console.print(report.table(rows))
     console.print(f"report: {workdir / 'report.html'}")
