@@ -21,7 +21,7 @@ def get_config(model: str = "runs/sequence/model"):
     config.data.columns = ("text", "label")
     config.data.max_length = 128
 
-    config.surgery = ({"name": "prune", "heads": 1 / 3, "ffn": 0.5, "score": "taylor"},)
+    config.surgery = ({"name": "prune", "heads": 1 / 3, "ffn": 0.5},)
     config.losses = ({"name": "distill", "teacher": model, "alpha": 0.7, "temperature": 2.0, "hidden": 1.0},)
 
     config.train.epochs = 2

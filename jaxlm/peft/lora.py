@@ -6,7 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import Adapted, ArrayInfo, LowRank, Method, Tree, flatten, map_leaves, matches, materialize
+from jaxlm.core import (
+    Adapted,
+    ArrayInfo,
+    LowRank,
+    Method,
+    Quantized,
+    Tree,
+    flatten,
+    map_leaves,
+    matches,
+    materialize,
+)
 
 
 def lora(
@@ -21,8 +32,8 @@ def lora(
     """`y = x W + (α/r) · drop(x) A B` with W frozen, A uniform (Kaiming, √5) and B zero at first.
 
     Baking merges: `W + (α/r) A B`, in float32, dense (a quantized W comes back dense; quantize it again in a later
-    stage). Source: Hu et al. 2021, arXiv:2106.09685; `α/√r` with `rank_stabilized`, Kalajdzievski 2023,
-    arXiv:2312.03732.
+    stage). A W that rounds its inputs is refused: what is merged would not round them. Source: Hu et al. 2021,
+    arXiv:2106.09685; `α/√r` with `rank_stabilized`, Kalajdzievski 2023, arXiv:2312.03732.
 
     Args:
       rank: columns of A; alpha: strength; dropout: rate on the update's input.
@@ -44,6 +55,7 @@ def lora(
         def adapt(path: str, leaf: Any) -> Any:
             if path not in keys:
                 return leaf
+            check_base(path, leaf)
             rows, columns = leaf.shape
             bound = 1 / math.sqrt(rows)  # Kaiming uniform with a = sqrt(5): gain sqrt(1/3), bound gain * sqrt(3/rows)
             a = jax.random.uniform(keys[path], (rows, rank), jnp.float32, -bound, bound)
@@ -62,3 +74,13 @@ def lora(
         return {(path, "update") for path in flatten(params) if matches(targets, path)}
 
     return Method(init=init, trainable=trainable, bake=bake, claims=claims)
+
+
+def check_base(path: str, leaf: Any) -> None:
+    """Raises ValueError for a weight that rounds its inputs, which no sum with an update can do."""
+    parts = jax.tree.leaves(leaf, is_leaf=lambda part: isinstance(part, Quantized))
+    if any(isinstance(part, Quantized) and part.activations is not None for part in parts):
+        raise ValueError(
+            f"lora: {path} rounds its inputs, and would not once the update is merged; round the weights alone "
+            "(quantize with dynamic = False), or quantize in a later stage"
+        )

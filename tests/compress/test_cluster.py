@@ -110,3 +110,10 @@ def test_tables_too():
     w = clustered(DENSE, 16, group=8)
     ids = jnp.array([[3, 31], [8, 8]])
     assert np.array_equal(w.take(ids, None), np.asarray(materialize(w))[np.asarray(ids)])
+
+
+def test_layers_of_a_stack_have_codebooks_of_their_own():
+    """What methods see that compare entries between layers of the run view."""
+    layers = [clustered(w, 4, group=8) for w in np.random.default_rng(0).normal(size=(3, 16, 6)).astype(np.float32)]
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    assert np.array_equal(materialize(stack), [materialize(layer) for layer in layers])

@@ -253,6 +253,12 @@ def tiny(config: ConfigDict, place: Path) -> ConfigDict:
     trains = train.steps or train.epochs or not config.stages  # stages of a pipeline may be without
     train.steps, train.epochs, train.checkpoint_every = 2 if trains else 0, 0.0, 1
     for entry in config.stages:
+        for method in entry.get("methods", ()):
+            if "length" in method:
+                method["length"] = 16
+        for surgery in entry.get("surgery", ()):
+            if surgery["name"] == "mixed_precision":
+                surgery["budget"] = 0.5  # vectors are more of a tiny model
         if "data" in entry:
             assert entry["data"].keys() <= {"unlabelled", "unlabelled_format", "unlabelled_columns"}
             entry["data"] = {"unlabelled": str(place / "data.text"), "unlabelled_format": "text"}

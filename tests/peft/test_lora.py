@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Context, Factored, LowRank, Quantized, describe, dot, trainable
+from jaxlm.core import Context, Factored, LowRank, Masked, Quantized, describe, dot, trainable
 from jaxlm.peft.lora import lora
 
 PARAMS = {
@@ -70,3 +70,13 @@ def test_dropout_acts_while_training_only():
     x = jnp.ones((2, 64))
     assert np.array_equal(dot(x, leaf), dot(x, leaf.replace(rate=0.0)))
     assert not np.allclose(dot(x, leaf, Context(key=jax.random.key(0))), dot(x, leaf))
+
+
+@pytest.mark.parametrize("inside", [lambda w: w, lambda w: Masked(w, jnp.ones(w.shape, bool))])
+def test_a_base_that_rounds_its_inputs_is_refused(inside):
+    """What is merged would not round them, so a baked model would be another than the one that was trained."""
+    params = lambda **options: {"query": {"kernel": inside(Quantized.of(jnp.eye(8), **options))}}  # noqa: E731
+    method = lora(rank=2, targets=r"query/kernel")
+    method.init(jax.random.key(0), None, params(), {})
+    with pytest.raises(ValueError, match=r"lora: query/kernel rounds its inputs.*dynamic = False"):
+        method.init(jax.random.key(0), None, params(dynamic=True), {})

@@ -30,7 +30,12 @@ class Clustered(Weight):
         return self.codebook.dtype
 
     def materialize(self) -> jax.Array:
-        return self.codebook[self.groups[:, None], self.codes]
+        def entries(codes: jax.Array, groups: jax.Array, codebook: jax.Array) -> jax.Array:
+            return codebook[groups[:, None], codes]
+
+        for _ in self.codes.shape[:-2]:  # layers of a stack have codebooks of their own
+            entries = jax.vmap(entries)
+        return entries(self.codes, self.groups, self.codebook)
 
     def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
         return self.codebook[self.groups[ids][..., None], self.codes[ids]]
