@@ -65,7 +65,7 @@ def get_config():
             "description": "half of the FFN units and a third of the heads cut out, recovered by distillation",
             "after": "teacher",
             "reference": "teacher",
-            "surgery": ({"name": "prune", "heads": 1 / 3, "ffn": 0.5, "score": "taylor"},),
+            "surgery": ({"name": "prune", "heads": 1 / 3, "ffn": 0.5},),
             "losses": (LEARN,),
             "train": RECOVER,
         },
