@@ -62,6 +62,14 @@ def one_device(devices) -> None:
     devices(1)
 
 
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """A few steps of tiny models: what counts is the time of compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def cut_at(monkeypatch) -> Callable[..., None]:
     """`cut_at(step, signal)`: before that step this process gets the signal, or without one, is as good as gone."""

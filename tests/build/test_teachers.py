@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,15 +11,8 @@ from jaxlm.build.lessons import distillation, split
 from jaxlm.build.teachers import cache_teachers
 from jaxlm.core import arrays
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 STEPS = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """A few steps of tiny models: what counts is the time of compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,18 +15,12 @@ from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.task import with_unlabelled
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SENTENCES = {
     "train": ["we saw Anna", "the red bird sings in Rome", "Anna ran", "a dog sat", "we sing", "trees and water"],
     "more": ["Rome saw Anna run up the hill", "a red hill", "water sings", "we ran", "the dog and the bird saw trees"],
     "eval": ["Anna sings", "a bird in Rome"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
