@@ -62,7 +62,7 @@ def calibration_place(source: str, data: DataSettings) -> str:
     """
     if source in ("eval", "test"):
         raise ValueError(
-            f"config.calibration.source = {source!r}: what a model is compressed on must not be what it is measured "
+            f"config.calibration.source = {source!r}: what a model is made from must not be what it is measured "
             f"on; use 'train', or another place"
         )
     place = data.train if source == "train" else source

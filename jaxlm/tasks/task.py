@@ -199,7 +199,7 @@ def with_unlabelled(labelled: Examples, unlabelled: Examples) -> Examples:
     """
     pairs = ["token_type_ids" in each.columns for each in (labelled, unlabelled)]
     if pairs[0] != pairs[1]:
-        having, lacking = ("the training data", "these texts")[:: 1 if pairs[0] else -1]
+        having, lacking = ("the training data", "these texts") if pairs[0] else ("these texts", "the training data")
         raise ValueError(f"config.data.unlabelled: {having} have a column text_pair, {lacking} have none")
     labels, heard = labelled.columns["labels"], unlabelled.columns["scored"]
     values = labels.values if isinstance(labels, Ragged) else labels

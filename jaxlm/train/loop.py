@@ -172,7 +172,7 @@ def summarize(logs: list[dict[str, Any]]) -> dict[str, float]:
     total = 0.0
     for name in logs[0]["terms"]:
         sums = [log["terms"][name] for log in logs]
-        means = [(float(s) / float(w), float(c)) for s, w, c in sums if w > 0]
+        means = [(float(s) / float(w), float(c)) for s, w, c in sums if w != 0]
         terms[name] = float(np.mean([mean for mean, _ in means])) if means else 0.0
         total += float(np.mean([c * mean for mean, c in means])) if means else 0.0
     values = {"loss": total} | (terms if len(terms) > 1 else {})

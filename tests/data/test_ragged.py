@@ -83,3 +83,15 @@ def test_fingerprint_sees_every_difference():
     prints = [Examples(columns).fingerprint() for columns in [base, *others]]
     assert len(set(prints)) == len(prints)
     assert Examples(dict(reversed(base.items()))).fingerprint() == prints[0]
+
+
+def test_examples_behind_examples():
+    first = Examples({"input_ids": Ragged.of([[1, 2], [3]], np.uint16), "labels": np.int32([0, 1])})
+    second = Examples({"input_ids": Ragged.of([[4], [], [5, 6]]), "labels": np.int32([2, 3, 4])})
+    both = first.then(second)
+    assert [row.tolist() for row in both.columns["input_ids"]] == [[1, 2], [3], [4], [], [5, 6]]
+    assert both.columns["labels"].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"one has the columns \['input_ids', 'labels'\], the other \['input_ids'\]"):
+        first.then(Examples({"input_ids": second.columns["input_ids"]}))
+    with pytest.raises(ValueError, match="'labels' has one value a row in one, one a token in the other"):
+        first.then(Examples({"input_ids": second.columns["input_ids"], "labels": second.columns["input_ids"]}))

@@ -75,7 +75,10 @@ def test_dropout_acts_while_training_only():
 @pytest.mark.parametrize("inside", [lambda w: w, lambda w: Masked(w, jnp.ones(w.shape, bool))])
 def test_a_base_that_rounds_its_inputs_is_refused(inside):
     """What is merged would not round them, so a baked model would be another than the one that was trained."""
-    params = lambda **options: {"query": {"kernel": inside(Quantized.of(jnp.eye(8), **options))}}  # noqa: E731
+
+    def params(**options):
+        return {"query": {"kernel": inside(Quantized.of(jnp.eye(8), **options))}}
+
     method = lora(rank=2, targets=r"query/kernel")
     method.init(jax.random.key(0), None, params(), {})
     with pytest.raises(ValueError, match=r"lora: query/kernel rounds its inputs.*dynamic = False"):

@@ -133,15 +133,13 @@ def test_a_log_leaves_skipped_steps_out(start, tmp_path):
 
 def test_the_share_of_the_time_that_input_took_is_logged(start, tmp_path):
     def slow(number: int):
-        time.sleep(0.05)
+        time.sleep(0.1)
         return batch(number)
 
     _, progress = go(*start(slow))
     lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "train"]
     assert all(0 <= line["input_wait"] <= 1 for line in lines) and lines[0]["input_wait"] > 0.5
-    assert 0.04 < progress.waited_seconds <= progress.seconds, (
-        "at least the last batch is not made while others compile"
-    )
+    assert 0.1 < progress.waited_seconds <= progress.seconds
 
 
 def test_layers_are_named():
