@@ -91,6 +91,10 @@ def test_every_stage_once_and_again_only_where_inputs_changed(corpus, tmp_path):
     assert json.loads((tmp_path / "prune" / "result.json").read_text())["steps"] == 3
     assert json.loads((tmp_path / "prune.previous" / "result.json").read_text())["steps"] == 2
 
+    changed.stages[2]["description"] = "eight bits"
+    *_, said = run(changed, tmp_path)
+    assert times(tmp_path) == second and said.description == "eight bits", "another report of the same models"
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
