@@ -14,11 +14,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # each other may fill it and wait for each other until they time out.
 os.environ.setdefault("PJRT_NPROC", "32")
 # Tests compile much and compute little: code that is compiled fast is worth more here than fast code, and splitting a
-# program of this size for several compiling threads costs more than it gains.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+# program of this size for several compiling threads costs more than it gains. Flags from outside come last and win: an
+# older instruction set, `XLA_FLAGS=--xla_cpu_max_isa=AVX2`, say.
+FAST_TO_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
+if FAST_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):  # programs that tests start have them already
+    os.environ["XLA_FLAGS"] = f"{FAST_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
