@@ -24,6 +24,7 @@ from jaxlm.core import (
     describe,
     first_match,
     trainable,
+    widened,
     with_arrays,
 )
 from jaxlm.models.model import Model
@@ -93,6 +94,7 @@ def blueprint(
       rules: from axis names to mesh axes (`make_rules`).
     """
     verdicts = [method.trainable, rule_verdict(training, describe(adapted.params).values())]
+    adapted = adapted._replace(params=widened(adapted.params, verdicts))
     ctx, dtype = Context(place=place(mesh, rules)), jnp.dtype(training.dtype)
 
     def base(taps: frozenset) -> Loss:

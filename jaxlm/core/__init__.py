@@ -2,10 +2,11 @@
 
 from jaxlm.core.context import Context
 from jaxlm.core.dropout import dropout
+from jaxlm.core.kinds import check_fields, checked
 from jaxlm.core.loss import Loss, Tap, Term, Terms, add_terms, total
 from jaxlm.core.method import Adapted, Method, Step, chain
 from jaxlm.core.parameter import Dim, Parameter, abstract, axis_names, axis_sizes, dim, initialize
-from jaxlm.core.partition import merge, partition, trainable
+from jaxlm.core.partition import merge, partition, trainable, widened
 from jaxlm.core.paths import (
     SEGMENT,
     ArrayInfo,

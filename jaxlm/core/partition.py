@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxlm.core.paths import ArrayInfo, Tree, arrays, describe, with_arrays
 
 Verdict = Callable[[ArrayInfo], bool | None]
@@ -36,3 +39,25 @@ def partition(params: Tree, verdicts: Sequence[Verdict] = ()) -> tuple[dict[str,
 def merge(template: Tree, trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `partition`; `template` gives the structure."""
     return with_arrays(template, {**frozen, **trained})
+
+
+def widened(params: Tree, verdicts: Sequence[Verdict] = ()) -> dict[str, Any]:
+    """Parameters (arrays or shapes) whose trained floats are float32; what is frozen keeps its dtype.
+
+    Most public checkpoints are bfloat16. Adam's steps are smaller than the distance of its numbers, so training in it
+    would hardly move them.
+
+    >>> tree = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
+    >>> {name: a.dtype.name for name, a in widened(tree, [lambda info: info.path == "a"]).items()}
+    {'a': 'float32', 'b': 'bfloat16'}
+    """
+
+    def wide(array: Any) -> Any:
+        if array.dtype == jnp.float32 or not jnp.issubdtype(array.dtype, jnp.floating):
+            return array
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=array.sharding)
+        return array.astype(jnp.float32)
+
+    trained, frozen = partition(params, verdicts)
+    return merge(params, {name: wide(array) for name, array in trained.items()}, frozen)

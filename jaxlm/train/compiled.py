@@ -2,10 +2,11 @@
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,8 +21,7 @@ def shape_of(batch: Mapping[str, Any]) -> Shape:
 class Compiled:
     """Executables by shape of batch, compiled by a thread, that which is asked for before all others.
 
-    A run with many shapes so waits for those of its next steps, not for all; an executable cannot recompile, so none is
-    compiled twice. An error of the compiler comes up where its shape is asked for, or in `check`. Settings of jax that
+    A run with many shapes so waits for those of its next steps, not for all, and none is compiled twice. An error of the compiler comes up where its shape is asked for, or in `check`. Settings of jax that
     hold for one thread only (`with jax.default_matmul_precision(…)`) do not reach the compiling one: set them globally.
 
     Args:
@@ -86,8 +86,35 @@ def _return_memory() -> None:
 def compiled(
     step: Callable, shardings: Any, state: Any, constants: Any, batches: Sequence[Mapping[str, Any]]
 ) -> Compiled:
-    """`step(state, constants, batch) -> (state, log)`, the state donated, its shardings those given."""
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    """`step(state, constants, batch) -> (state, log)`, the state donated, its shardings those given.
+
+    What is called is the jitted function, which finds its executable in jax's cache: by itself an executable of jax 0.10
+    refuses arrays of four bits, which it takes to be laid out otherwise than it lays them out.
+    """
+    here = threading.local()
+
+    def announced(*args: Any) -> Any:
+        if not getattr(here, "lowers", False):
+            raise TypeError("the step was compiled for a state and batches of other shapes or dtypes than it is given")
+        return step(*args)
+
+    jitted = jax.jit(announced, donate_argnums=0, out_shardings=(shardings, None))
     # Shapes, since the arrays of the state are gone once the first step has begun.
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-    return Compiled(lambda batch: jitted.lower(state, constants, batch), batches)
+
+    def lower(batch: Mapping[str, Any]) -> Lowered:
+        here.lowers = True
+        return Lowered(jitted, jitted.lower(state, constants, batch))
+
+    return Compiled(lower, batches)
+
+
+class Lowered(NamedTuple):
+    """A jitted function lowered for one shape of batch; `compile` gives the function, ready for that shape."""
+
+    jitted: Callable
+    lowered: jax.stages.Lowered
+
+    def compile(self) -> Callable:
+        self.lowered.compile()
+        return self.jitted

@@ -48,8 +48,16 @@ def create_state(
     optimizer: optax.GradientTransformation,
     verdicts: Sequence[Verdict],
 ) -> TrainState:
-    """The state before the first update; `key` is a `dropout_key`."""
+    """The state before the first update; `key` is a `dropout_key`.
+
+    Raises:
+      ValueError: for a trained array that is not float32, whose updates would be lost in rounding, or be of another
+        dtype than it.
+    """
     trained, _ = partition(params, verdicts)
+    for name, array in trained.items():
+        if array.dtype != jnp.float32:
+            raise ValueError(f"{name} trains and is {array.dtype}: what trains must be float32 (`core.widened`)")
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, key, params, optimizer.init(trained), method_state)
 
