@@ -15,6 +15,7 @@ from jaxlm.build.calibration import read_calibration
 from jaxlm.build.config import plain, set_fields
 from jaxlm.build.data import Texts, prepare_splits, to_devices, tokenizer_for
 from jaxlm.build.evaluation import evaluator
+from jaxlm.build.labels import classes
 from jaxlm.compress.calibrate import Calibration
 from jaxlm.core import Axes, Context, Operated, Tree, lookup
 from jaxlm.data.settings import CalibrationSettings, DataSettings
@@ -75,7 +76,7 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
     data, training = DataSettings(**config.data), TrainSettings(**config.train)
     task = lookup(TASKS, config.task, "task")
     key = key_of(config.seed, "init")
-    labels = task.labels(data.source("train")) if data.train else ()
+    labels = classes(config, task, data, say)
     lm = None
     if config.model.init:
         lm = starting_model(config, task, labels, key, say)
