@@ -78,10 +78,15 @@ def assemble(setting: Setting, workdir: Path, journal: Journal) -> Ready:
 
 
 def check_splits(setting: Setting) -> None:
-    """Raises ValueError where training needs a split that the config does not name."""
+    """Raises ValueError where training needs a split that the config does not name, or a model that is not to be."""
     select = setting.training.select
     if "train" not in setting.splits:
         raise ValueError("config.data.train is empty; name a file, a glob or a tfds split to train on")
+    if setting.training.average_last > 1 and setting.config["methods"] and not setting.config["bake"]:
+        raise ValueError(
+            f"config.train.average_last = {setting.training.average_last}: what is averaged are baked models, since a "
+            "mean of factors or masks is no mean of what they stand for; set config.bake, or average nothing"
+        )
     if select and "eval" not in setting.splits:
         raise ValueError(f"config.train.select = {select!r} needs config.data.eval, the data to evaluate on")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.build.data import prepare
+from jaxlm.build.data import batches_of, prepare
 from jaxlm.compress.calibrate import Calibration
 from jaxlm.data.packing import counted
 from jaxlm.data.settings import CalibrationSettings, DataSettings
@@ -40,7 +40,7 @@ def read_calibration(
         )
     own = dataclasses.replace(data, train=place, unlabelled="", max_length=length, buckets=1)  # one shape to compile
     prepared = prepare(name, task, tokenizer, model.labels, own, "train")
-    batches = task.batches(prepared, tokenizer, own, min(settings.batch_size, settings.samples), seed)
+    batches = batches_of(model, task, prepared, tokenizer, own, min(settings.batch_size, settings.samples), seed)
     kept: list[dict[str, np.ndarray]] = []
     missing = settings.samples
     for step in range(batches.steps_per_epoch):

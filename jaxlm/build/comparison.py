@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.build.data import prepare, token_count
+from jaxlm.build.data import batches_of, prepare, token_count
 from jaxlm.core import Context, Tree
 from jaxlm.data.loader import Batches
 from jaxlm.data.settings import DataSettings
@@ -80,7 +80,7 @@ class Trial:
         prepared = prepare(
             self.name, self.task, lm.tokenizer, lm.config.labels, self.data, self.settings.split, say=lambda text: None
         )
-        return self.task.batches(prepared, lm.tokenizer, self.data, self.settings.batch_size, None)
+        return batches_of(lm.config, self.task, prepared, lm.tokenizer, self.data, self.settings.batch_size, None)
 
 
 class Loaded(NamedTuple):
@@ -301,25 +301,42 @@ def flops(lm: LM, lengths: tuple[int, ...]) -> int:
 def write_sample(loaded: Loaded, trial: Trial) -> tuple[str | None, float | None]:
     """What a generating model writes for the prompt (temperature 0.8, top-p 0.9, one seed for all), and its tokens/s.
 
-    A model with few positions gets at most half of them as prompt, and stops at the last one.
+    A model with few positions gets at most half of them as prompt, and stops at the last one; what follows an end token
+    is not shown.
     """
-    config, tokenizer, text = loaded.lm.config, loaded.lm.tokenizer, trial.settings.prompt
-    if not text or config.head not in ("causal", "seq2seq"):
+    lm, tokenizer, text = loaded.lm, loaded.lm.tokenizer, trial.settings.prompt
+    if not text or lm.config.head not in ("causal", "seq2seq"):
         return None, None
-    prompt = tokenizer(text, add_special_tokens=config.encoder_decoder)["input_ids"]
-    room = config.max_positions or 2 * (len(prompt) + NEW_TOKENS)
-    ids = np.asarray(prompt[: room // 2], np.int32)[None]
+    prompt = prompt_ids(tokenizer, text, lm.config.encoder_decoder)
+    room = lm.config.max_positions or 2 * (len(prompt) + NEW_TOKENS)
+    ids = jnp.asarray(prompt[: room // 2], jnp.int32)[None]
+    if not ids.size:
+        return None, None
     new_tokens = min(NEW_TOKENS, room - ids.shape[1])
-    options = {"new_tokens": new_tokens, "temperature": 0.8, "top_p": 0.9}
+    options: dict[str, Any] = {"new_tokens": new_tokens, "temperature": 0.8, "top_p": 0.9, "stop": lm.end_ids}
 
     def write() -> np.ndarray:
-        return np.asarray(generate(config, loaded.params, {"input_ids": ids}, jax.random.key(0), **options))
+        return np.asarray(generate(lm.config, loaded.params, {"input_ids": ids}, jax.random.key(0), **options))
 
-    tokens = write()
+    tokens = write()[0]
     started = time.perf_counter()
     write()
     seconds = time.perf_counter() - started
-    return tokenizer.decode(tokens[0], skip_special_tokens=True), new_tokens / seconds
+    written = np.cumsum(np.isin(tokens, lm.end_ids)) == 0
+    return tokenizer.decode(tokens[written], skip_special_tokens=True), new_tokens / seconds
+
+
+def prompt_ids(tokenizer: Any, text: str, whole: bool) -> list[int]:
+    """A text as the tokenizer encodes it, special tokens included; those behind a text that is to go on are left out.
+
+    Args:
+      whole: an encoder reads the text, to its end.
+    """
+    encoding = tokenizer(text, return_special_tokens_mask=True)
+    ids, special = encoding["input_ids"], encoding["special_tokens_mask"]
+    while ids and special[len(ids) - 1] and not whole:
+        ids = ids[:-1]
+    return ids
 
 
 def protocol(trial: Trial, rows: Sequence[Row], tokenizer: Any, seed: int) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxlm.build.config import digest
-from jaxlm.data.loader import Batches
+from jaxlm.data.loader import Batches, started
 from jaxlm.data.ragged import Examples
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.models.config import ModelConfig
 from jaxlm.parallel import spec_of, ways
 from jaxlm.tasks import TASKS, Prepared, Task
 from jaxlm.tasks.task import with_unlabelled
@@ -31,10 +32,12 @@ class Texts:
     def __iter__(self) -> Iterator[str]:
         for record in self.source:
             for name in ("text", "text_pair", "source", "target"):
-                if name in record:
+                if isinstance(record.get(name), str):  # of a bad row a task says so
                     yield record[name]
-            if "tokens" in record:
-                yield " " + " ".join(record["tokens"])  # as words are encoded, every one after a space
+            words = record.get("tokens")
+            if isinstance(words, list):
+                # as words are encoded, every one after a space
+                yield " " + " ".join(word for word in words if isinstance(word, str))
 
 
 def tokenizer_for(settings: DataSettings, task: Task, own: Any) -> Any:
@@ -67,6 +70,8 @@ def prepare(
         source = settings.source(split)
         found = task.prepare(source, tokenizer, labels, settings)
         tell_bad(source, split, say)
+        for notice in found.notices if split == "train" else ():
+            say(f"{split}: {notice}")
         if split == "train" and settings.unlabelled:
             more = unlabelled(name, task, tokenizer, settings, say)
             found = found._replace(examples=with_unlabelled(found.examples, more))
@@ -112,6 +117,19 @@ def prepare_splits(
     found = {split: prepare(name, TASKS[name], tokenizer, labels, settings, split, say) for split in splits}
     together = tuple(prepared.examples for prepared in found.values())
     return {split: prepared._replace(fitted_to=together) for split, prepared in found.items()}
+
+
+def batches_of(
+    config: ModelConfig,
+    task: Task,
+    prepared: Prepared,
+    tokenizer: Any,
+    settings: DataSettings,
+    batch_size: int,
+    seed: int | None,
+) -> Batches:
+    """The batches of a split as a model reads them: its decoder begins with the token that it begins to write with."""
+    return started(task.batches(prepared, tokenizer, settings, batch_size, seed), config.decoder_start_token_id)
 
 
 def token_count(batch: Mapping[str, np.ndarray]) -> int:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxlm.build.data import batches_of
 from jaxlm.core import Context, Term, Tree
 from jaxlm.data.settings import DataSettings
 from jaxlm.models.model import Model
@@ -41,7 +42,7 @@ def evaluator(
       ctx: placement of activations.
       dtype: of activations and products.
     """
-    batches = task.batches(prepared, tokenizer, settings, batch_size, None)
+    batches = batches_of(model.config, task, prepared, tokenizer, settings, batch_size, None)
 
     read = functools.partial(_read, model=model, measure=task.measure, predict=task.predict, ctx=ctx, dtype=dtype)
 

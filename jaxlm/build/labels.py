@@ -1,4 +1,4 @@
-"""Whose classes a run learns or predicts: the config's, the model's own, its teachers', or those of the training data."""
+"""Whose classes a run learns or predicts: the config's, the model's own, its teachers', or the training data's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Classes:
     init: str
 
     def resolve(self, say: Callable[[str], None]) -> Names:
-        """The classes in the order of the head's outputs. Where they are not `own`, the head is fresh, and that is said.
+        """The classes in the order of the head's outputs; where they are not `own`, the head is fresh, which is said.
 
         A model's own classes win: their order is that of its outputs. Only training may give it others, and then only
         where the config asks for them, or the data have a class that it does not know; a distillation learns its
@@ -83,8 +83,8 @@ class Classes:
                     f"config.data.labels which of {', '.join(names)} each of them is"
                 )
             say(
-                f"{self.init}: its classes have no names; they are taken for {', '.join(names)}, in this order. If that "
-                "is not what it learned, set config.data.labels"
+                f"{self.init}: its classes have no names; they are taken for {', '.join(names)}, in this order. If "
+                "that is not what it learned, set config.data.labels"
             )
         return names
 

@@ -14,7 +14,7 @@ from jaxlm.build import stage
 from jaxlm.build.comparison import Candidate, Trial, compare_models, protocol
 from jaxlm.build.config import code_version, default_config, digest, overlay, plain
 from jaxlm.build.lessons import teacher_places, teachers_in
-from jaxlm.build.records import PLACEMENT
+from jaxlm.build.records import PLACEMENT, data_contents
 from jaxlm.core import lookup
 from jaxlm.data.settings import DataSettings
 from jaxlm.evaluate import report
@@ -44,7 +44,7 @@ def stage_config(config: ConfigDict, entry: Mapping[str, Any], done: Mapping[str
 
 
 def fingerprint(config: ConfigDict, done: Mapping[str, Path], code: str) -> str:
-    """sha256 of a stage's inputs: its config, the code, and the parameters of the models that it reads.
+    """sha256 of a stage's inputs: its config, the code, its data, and the parameters of the models that it reads.
 
     Where it runs (`config.mesh`, `config.sharding`) is no input: a stage that is done is done.
     """
@@ -55,7 +55,8 @@ def fingerprint(config: ConfigDict, done: Mapping[str, Path], code: str) -> str:
         for path in done.values()
         if str(path / "model") in read
     ]
-    return digest([values, code, hashes])
+    data = [file["sha256"] for files in data_contents(config).values() for file in files.values()]
+    return digest([values, code, data, hashes])
 
 
 def run_stage(config: ConfigDict, workdir: Path, name: str, inputs: str, console: Console) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import platform
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,9 @@ import jax
 import numpy as np
 
 from jaxlm.core import Tree, arrays
+from jaxlm.core.strict_json import strict
+from jaxlm.data.settings import CalibrationSettings, DataSettings
+from jaxlm.data.sources.contents import changes, contents
 
 PLACEMENT = ("mesh", "sharding")
 """Sections that say where a run takes place and not what it is: it may go on on another mesh."""
@@ -36,6 +39,38 @@ def refuse_other(config: dict[str, Any], workdir: Path) -> None:
         )
 
 
+def data_contents(config: Mapping[str, Any], known: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """What lies at every place of a config that data are read from, by field, see `contents`.
+
+    Args:
+      config: plain values or a ConfigDict; known: an earlier answer.
+    """
+    data, calibration = DataSettings(**config["data"]), CalibrationSettings(**config["calibration"])
+    places = {f"config.data.{split}": (data.format, getattr(data, split)) for split in ("train", "eval", "test")}
+    places["config.data.unlabelled"] = data.unlabelled_format, data.unlabelled
+    if config["surgery"] and calibration.source != "train":
+        places["config.calibration.source"] = data.format, calibration.source
+    return {field: contents(*place, known.get(field, {})) for field, place in places.items() if place[1]}
+
+
+def refuse_changed(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+    """What the data of a run hold now.
+
+    Raises:
+      ValueError: where they are no longer those that the run in `workdir` began with, naming the files.
+    """
+    path = workdir / "data.json"
+    before = read_json(path) if path.exists() else {}
+    now = data_contents(config, before)
+    changed = [f"{field}: {file}" for field in before for file in changes(before[field], now.get(field, {}))]
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run over data that have changed since:\n  " + "\n  ".join(changed[:8]) + "\n"
+            "choose another --workdir, or delete this one"
+        )
+    return now
+
+
 def differences(before: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
     """`(field, before, now)` of every field that differs.
 
@@ -49,8 +84,8 @@ def differences(before: Any, now: Any, where: str) -> Iterator[tuple[str, Any, A
         yield where, before, now
 
 
-def remember(config: dict[str, Any], workdir: Path) -> None:
-    """Saves the resolved config, and the versions, commit and devices that the run begins with."""
+def remember(config: dict[str, Any], workdir: Path, data: Mapping[str, Any]) -> None:
+    """Saves the resolved config, and the data (see `data_contents`), versions, commit and devices of the beginning."""
     if (workdir / "config.json").exists() or jax.process_index():
         return
     workdir.mkdir(parents=True, exist_ok=True)
@@ -64,6 +99,7 @@ def remember(config: dict[str, Any], workdir: Path) -> None:
             "packages": {name: version(name) for name in packages},
         },
     )
+    write_json(workdir / "data.json", data)
     write_json(workdir / "config.json", config)
 
 
@@ -98,9 +134,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written whole or not at all."""
+    """Written whole or not at all; what is not a finite number is null."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.write_text(json.dumps(strict(value), indent=2, allow_nan=False) + "\n")
     part.replace(path)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,7 +18,10 @@ from jaxlm.build.evaluation import evaluator
 from jaxlm.build.labels import classes
 from jaxlm.compress.calibrate import Calibration
 from jaxlm.core import Axes, Context, Operated, Tree, lookup
+from jaxlm.data.ragged import Ragged
 from jaxlm.data.settings import CalibrationSettings, DataSettings
+from jaxlm.data.tokenizer import padding_id
+from jaxlm.io.carried import for_tokenizer
 from jaxlm.io.model import LM, load
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.config import ModelConfig
@@ -37,6 +40,8 @@ class Setting:
       task, tokenizer, splits: what is learned, and the encoded data by split.
       model, params, axes: canonical view.
       mesh, rules: placement.
+      tokenizer_source: the model's own files of the tokenizer where it is theirs; carried: what its directory says
+        besides the network (`io.carried`), in the ids of the tokenizer.
       calibration: facts about the text that the surgery was calibrated on, for the result.
     """
 
@@ -51,6 +56,8 @@ class Setting:
     axes: dict[str, Axes]
     mesh: jax.sharding.Mesh
     rules: Mapping[str, Any]
+    tokenizer_source: Any = None
+    carried: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
 
     @property
@@ -82,31 +89,59 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
         lm = starting_model(config, task, labels, key, say)
         tokenizer = tokenizer_for(data, task, lm.tokenizer)
         model, params = Model(lm.config), lm.params
+        carried = for_tokenizer(lm.carried, lm.tokenizer, tokenizer)
     else:
         tokenizer = tokenizer_for(data, task, None)
+        carried = for_tokenizer({}, None, tokenizer)
         model = Model(fresh_config(config, task, labels, tokenizer))
         params = model.init(key)
     check_fit(model.config, tokenizer, data)
     mesh, axes = make_mesh(config.mesh), model.axes() if lm is None else lm.axes
     named = tuple(s for s in splits if getattr(data, s))
     prepared = prepare_splits(named, config.task, tokenizer, model.config.labels, data, say)
+    check_types(model.config, prepared)
     rules = make_rules(config.sharding, axes, mesh)
-    return Setting(plain(config), data, training, task, tokenizer, prepared, model, params, axes, mesh, rules)
+    source = lm.tokenizer_source if lm is not None and tokenizer is lm.tokenizer else tokenizer
+    return Setting(
+        plain(config), data, training, task, tokenizer, prepared, model, params, axes, mesh, rules, source, carried
+    )
 
 
 def check_fit(config: ModelConfig, tokenizer: Any, data: DataSettings) -> None:
     """Raises ValueError when rows of tokens would reach beyond the model's tables (a lookup would not notice)."""
-    if len(tokenizer) > config.vocab_size:
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size}
+    if beyond:
+        largest = max(beyond)
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's table only {config.vocab_size} rows: use the "
-            f'model\'s own tokenizer (config.data.tokenizer = ""), a smaller one, or for a fresh model a larger '
-            f"config.model.vocab_size"
+            f"the tokenizer has {len(beyond)} tokens beyond the {config.vocab_size} rows of the model's table, the "
+            f'last {beyond[largest]!r} with the id {largest}: use the model\'s own tokenizer (config.data.tokenizer = ""), '
+            f"take the tokens out of it, or for a fresh model set a larger config.model.vocab_size"
+        )
+    start = config.decoder_start_token_id
+    if start is not None and start >= config.vocab_size:
+        raise ValueError(f"decoder_start_token_id {start} is beyond the {config.vocab_size} rows of the model's table")
+    if config.position_offset and padding_id(tokenizer) != config.pad_token_id:
+        raise ValueError(
+            f"the tokenizer pads with {padding_id(tokenizer)}, the model counts its positions over tokens that are not "
+            f"{config.pad_token_id}; use the model's own tokenizer, or set its pad_token to that token"
         )
     if config.max_positions and data.max_length > config.max_positions:
         raise ValueError(
             f"config.data.max_length = {data.max_length}, but the model has {config.max_positions} positions; "
             f"shorten the rows, or for a fresh model raise config.model.max_positions"
         )
+
+
+def check_types(config: ModelConfig, splits: Mapping[str, Prepared]) -> None:
+    """Raises ValueError for token types beyond the model's table of them."""
+    for split, prepared in splits.items():
+        types = prepared.examples.columns.get("token_type_ids")
+        largest = int(types.values.max(initial=0)) if isinstance(types, Ragged) else 0
+        if config.type_vocab_size and largest >= config.type_vocab_size:
+            raise ValueError(
+                f"config.data.{split}: the tokenizer gives pairs the token type {largest}, the model knows "
+                f"{config.type_vocab_size} (type_vocab_size); use the model's own tokenizer"
+            )
 
 
 def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Array, say=print) -> LM:
@@ -166,11 +201,14 @@ def operate(setting: Setting) -> Setting:
         given = {"model": now.model, "params": now.params, "axes": now.axes}
         done = Operated(*registry.make(registry.SURGERY, entry, "surgery", offered, **given))
         now = done if done.tokenizer is not None else done._replace(tokenizer=now.tokenizer)
-    splits = setting.splits
+    splits, source, carried = setting.splits, setting.tokenizer_source, setting.carried
     if now.tokenizer is not setting.tokenizer:
+        source, carried = now.tokenizer, for_tokenizer(carried, setting.tokenizer, now.tokenizer)
         labels = now.model.config.labels
         splits = prepare_splits(tuple(splits), config["task"], now.tokenizer, labels, setting.data)
-    return dataclasses.replace(setting, **now._asdict(), splits=splits, calibration=read or None)
+    return dataclasses.replace(
+        setting, **now._asdict(), splits=splits, tokenizer_source=source, carried=carried, calibration=read or None
+    )
 
 
 def on_mesh(setting: Setting, model: Model, params: Tree, axes: Mapping[str, Axes]) -> dict[str, Any]:

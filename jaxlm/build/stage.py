@@ -6,6 +6,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,19 @@ from jax.experimental.multihost_utils import process_allgather
 
 from jaxlm.build.assembly import Ready, assemble
 from jaxlm.build.config import default_config, overlay, plain
-from jaxlm.build.records import params_sha256, peak_memory, refuse_other, remember, room_on_disk, write_json
+from jaxlm.build.records import (
+    params_sha256,
+    peak_memory,
+    refuse_changed,
+    refuse_other,
+    remember,
+    room_on_disk,
+    write_json,
+)
 from jaxlm.build.setting import Setting, on_mesh, operate, set_up, split_evaluator
 from jaxlm.core import Axes, Tree, lookup
+from jaxlm.core.strict_json import strict
+from jaxlm.data.tokenizer import padding_id
 from jaxlm.io.model import LM, save
 from jaxlm.merge.average import average
 from jaxlm.models.model import Model
@@ -37,33 +48,41 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
     A run that was cut off goes on from its last checkpoint; a finished one is returned at once.
 
     Raises:
-      ValueError: when `workdir` holds a run of another config.
+      ValueError: when `workdir` holds a run of another config, or over data that have changed since.
       OSError: when the disk is full; the same command goes on once it is not.
     """
     started, workdir = time.perf_counter(), workdir.resolve()
     layout = lookup(LAYOUTS, config.layout, "layout")
     refuse_other(plain(config), workdir)
+    data = refuse_changed(config, workdir)
     if (workdir / "result.json").exists():
         return json.loads((workdir / "result.json").read_text())
+    trains = bool(config.train.steps or config.train.epochs)
     with room_on_disk(workdir), Journal(workdir, name) as journal:
-        setting = operate(set_up(config, say=journal.say))
-        trained, facts = learn(setting, workdir, journal)
+        setting = operate(set_up(config, ("train", "eval", "test") if trains else ("eval", "test"), say=journal.say))
+        if trains:
+            trained, facts = learn(setting, workdir, journal, data)
+        else:
+            remember(setting.config, workdir, data)
+            trained, facts = Trained(setting.model, setting.params, setting.axes), told(Progress())
+        if journal.writes:  # before it is measured: whatever becomes of the scores, the model is there
+            save(carrier(setting, trained), workdir / "model", **layout)
         measured = measure(setting, trained, workdir)
         result = facts | measured | {"metrics": facts["metrics"] | measured["metrics"]}
-        result |= peak_memory() | {"seconds": round(time.perf_counter() - started, 3)}
+        result = strict(result | peak_memory() | {"seconds": round(time.perf_counter() - started, 3)})
         if journal.writes:
-            site_axes = {path: names for path, names in trained.axes.items() if path not in trained.model.axes()}
-            special = special_tokens(setting.tokenizer)
-            lm = LM(trained.model.config, trained.params, setting.tokenizer, site_axes, special)
-            save(lm, workdir / "model", **layout)
             write_json(workdir / "result.json", result)
     return result
 
 
-def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Ids that a transformers config carries for generation: `bos_token_id`, `eos_token_id`, …"""
-    names = [f"{name}_token_id" for name in ("bos", "eos", "sep", "cls", "mask", "unk")]
-    return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
+def carrier(setting: Setting, trained: "Trained") -> LM:
+    """The model to write: with what its directory carried, the tokenizer it was read with, and the padding id used."""
+    config = trained.model.config
+    if not config.position_offset:  # a RoBERTa counts positions from its own, which `check_fit` holds to be the same
+        config = config.replace(pad_token_id=padding_id(setting.tokenizer))
+    own = trained.model.axes()
+    site_axes = {path: names for path, names in trained.axes.items() if path not in own}
+    return LM(config, trained.params, setting.tokenizer_source, site_axes, setting.carried)
 
 
 class Trained(NamedTuple):
@@ -74,13 +93,10 @@ class Trained(NamedTuple):
     axes: dict[str, Axes]
 
 
-def learn(setting: Setting, workdir: Path, journal: Journal) -> tuple[Trained, dict[str, Any]]:
-    """The trained model, and what training took; without steps, the model as it is."""
-    if not (setting.training.steps or setting.training.epochs):
-        remember(setting.config, workdir)
-        return Trained(setting.model, setting.params, setting.axes), told(Progress())
+def learn(setting: Setting, workdir: Path, journal: Journal, data: Mapping[str, Any]) -> tuple[Trained, dict[str, Any]]:
+    """The trained model, and what training took."""
     ready = assemble(setting, workdir, journal)
-    remember(setting.config, workdir)  # not before: a config that does not work leaves nothing behind
+    remember(setting.config, workdir, data)  # not before: a config that does not work leaves nothing behind
     with contextlib.closing(ready.run.stores):
         state, progress = train(ready.run, ready.state)
         return finish(setting, ready, state), told(progress) | ready.facts
@@ -101,13 +117,41 @@ def told(progress: Progress) -> dict[str, Any]:
 
 
 def finish(setting: Setting, ready: Ready, state: TrainState) -> Trained:
-    """The trained model in the canonical view: averaged, without vocabulary padding, baked."""
-    run, method = ready.run, ready.method
-    if run.stores.trail is not None:
-        steps = run.stores.trail.steps()[-run.settings.average_last :]
-        states = [run.stores.restore_model(run.stores.trail, step, state, run.shardings) for step in steps]
-        state = state.replace(params=average([each.params for each in states]))
-        run.journal.say(f"averaged steps {', '.join(map(str, steps))}")
+    """The trained model in the canonical view: without vocabulary padding, baked, averaged."""
+    run = ready.run
+    if run.stores.trail is None:
+        return finished(setting, ready, state)
+    steps = run.stores.trail.steps()[-run.settings.average_last :]
+    states = [run.stores.restore_model(run.stores.trail, step, state, run.shardings) for step in steps]
+    try:
+        found = averaged([finished(setting, ready, each) for each in states])
+    except ValueError as codes:
+        # What trained with quantization bakes to codes, which have no mean: the mean of what they round has.
+        try:
+            mean = state.replace(params=average([each.params for each in states]))
+            found = finished(setting, ready, mean)
+        except ValueError:
+            run.journal.say(f"steps {', '.join(map(str, steps))} have no average, the last of them is kept: {codes}")
+            return finished(setting, ready, states[-1])
+    run.journal.say(f"averaged steps {', '.join(map(str, steps))}")
+    return found
+
+
+def averaged(models: Sequence[Trained]) -> Trained:
+    """Baked checkpoints of one run as one model: the functions are averaged, not the parts that they are made of.
+
+    Raises:
+      ValueError: where their structures differ, or they hold codes that do.
+    """
+    last = models[-1]
+    if any(each.model != last.model for each in models):
+        raise ValueError("the widths of the layers changed between them")
+    return last._replace(params=average([each.params for each in models]))
+
+
+def finished(setting: Setting, ready: Ready, state: TrainState) -> Trained:
+    """The model in a state: canonical view, without vocabulary padding, baked unless the config says not to."""
+    method = ready.method
     params, method_state = on_host((method.eval_params(state.params, state.method), state.method))
     params = canonical_view(unpad_vocab(params, ready.axes, setting.model.config.vocab_size))
     if not setting.config["bake"]:
@@ -153,6 +197,7 @@ def evaluate(config: Any, directory: str, workdir: Path) -> dict[str, Any]:
     setting = set_up(own, splits=("eval", "test"))
     if not setting.splits:
         raise ValueError("nothing to measure: set config.data.eval or config.data.test")
-    result = {"model": str(directory)} | measure(setting, Trained(setting.model, setting.params, setting.axes), workdir)
+    measured = measure(setting, Trained(setting.model, setting.params, setting.axes), workdir)
+    result = strict({"model": str(directory)} | measured)
     write_json(workdir / "result.json", result)
     return result

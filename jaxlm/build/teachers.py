@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jaxlm.build import registry
 from jaxlm.build.blueprint import tap_breaks
 from jaxlm.build.config import digest
-from jaxlm.build.data import to_devices
+from jaxlm.build.data import batches_of, to_devices
 from jaxlm.build.evaluation import everywhere
 from jaxlm.build.lessons import distillation, has_teachers
 from jaxlm.build.records import params_sha256
@@ -21,7 +21,7 @@ from jaxlm.build.setting import Setting, on_mesh, operate, set_up
 from jaxlm.core import Method, Tree, call
 from jaxlm.data.cached_teacher import Cache, CacheSettings, Layout, write_cache
 from jaxlm.data.loader import Batches
-from jaxlm.io.model import LM, load
+from jaxlm.io.model import LM, end_ids, load
 from jaxlm.losses.on_policy import on_policy
 from jaxlm.losses.response import top_answers
 from jaxlm.losses.teacher import CachedTeacher, Lesson, Teacher
@@ -40,8 +40,14 @@ class Taught(NamedTuple):
 def training_batches(setting: Setting) -> tuple[Batches, int]:
     """The batches of a run, without what teachers add, and how many steps it takes."""
     training = setting.training
-    batches = setting.task.batches(
-        setting.splits["train"], setting.tokenizer, setting.data, training.batch_size, setting.config["seed"]
+    batches = batches_of(
+        setting.model.config,
+        setting.task,
+        setting.splits["train"],
+        setting.tokenizer,
+        setting.data,
+        training.batch_size,
+        setting.config["seed"],
     )
     return batches, training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch))
 
@@ -194,7 +200,7 @@ class School:
         if config.head not in ("causal", "seq2seq"):
             raise ValueError(f"on_policy: a model with the head {config.head!r} writes no text; leave on_policy out")
         check_sampling(temperature, top_k, top_p)
-        stop = setting.tokenizer.eos_token_id
+        ends = end_ids({}, setting.tokenizer, config.vocab_size)
 
         def sample(params: Tree, prompts: dict[str, jax.Array], key: jax.Array, new_tokens: int) -> jax.Array:
             return generate(
@@ -206,11 +212,11 @@ class School:
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
-                stop=stop,
+                stop=ends,
                 dtype=setting.dtype,
             )
 
-        return on_policy(sample, stop=stop, encoder_decoder=config.encoder_decoder, prompt=prompt, share=share)
+        return on_policy(sample, ends=ends, encoder_decoder=config.encoder_decoder, prompt=prompt, share=share)
 
 
 def forward_of(lm: LM, setting: Setting) -> Callable[..., dict[str, Any]]:

@@ -26,7 +26,7 @@ from jaxlm.core.paths import (
 )
 from jaxlm.core.product import PRODUCT, kept, matmul, matmul_transposed
 from jaxlm.core.registry import call, lookup, nearest
-from jaxlm.core.site import SITES, Gate, HardConcrete, Site, Switch, visit
+from jaxlm.core.site import SITES, Constraint, Gate, HardConcrete, Site, Switch, visit
 from jaxlm.core.surgery import Operated
 from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take
 from jaxlm.core.weights import (

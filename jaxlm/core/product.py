@@ -2,9 +2,13 @@
 
 Operands are multiplied in the dtype of the activation and accumulated in float32, forward and backward: with bfloat16
 activations all three products (output, gradient of the input, gradient of the weight) take bfloat16 operands, and the
-gradient of the weight leaves the accumulator in float32. Results carry a name, by which layers keep
-them for the backward pass while they compute the rest anew.
+gradient of the weight leaves the accumulator in float32. So does the output where it is asked for in
+float32, as logits are. Results carry a name, by which layers keep them for the backward pass while they compute the
+rest anew.
 """
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +25,24 @@ def _dot(a: jax.Array, b: jax.Array, contract: Contract) -> jax.Array:
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x @ w` for `x [..., in]` and `w [in, out]`, in the dtype of `x`.
+def matmul(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+    """`x @ w` for `x [..., in]` and `w [in, out]`, in `dtype`, which is that of `x` if not given.
 
-    Integers in `w` (codes) are widened to that dtype and have no gradient.
+    The operands have the dtype of `x` in any case. Integers in `w` (codes) are widened to it and have no gradient.
 
     >>> matmul(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[4.0, 6.0]]
     """
-    return _matmul(x, _floating(w, x))
+    return _matmul(x, _floating(w, x), x.dtype if dtype is None else jnp.dtype(dtype))
 
 
-def matmul_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x @ wᵀ` for `x [..., in]` and `w [out, in]`, in the dtype of `x`.
+def matmul_transposed(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+    """`x @ wᵀ` for `x [..., in]` and `w [out, in]`, in `dtype`, which is that of `x` if not given.
 
     >>> matmul_transposed(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[3.0, 7.0]]
     """
-    return _matmul_transposed(x, _floating(w, x))
+    return _matmul_transposed(x, _floating(w, x), x.dtype if dtype is None else jnp.dtype(dtype))
 
 
 def kept(y: jax.Array) -> jax.Array:
@@ -58,30 +62,32 @@ def _floating(w: jax.Array, x: jax.Array) -> jax.Array:
     return w if jnp.issubdtype(w.dtype, jnp.floating) else w.astype(x.dtype)
 
 
-@jax.custom_vjp
-def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    return _dot(x, w.astype(x.dtype), ((x.ndim - 1,), (0,))).astype(x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+    return _dot(x, w.astype(x.dtype), ((x.ndim - 1,), (0,))).astype(dtype)
 
 
-@jax.custom_vjp
-def _matmul_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
-    return _dot(x, w.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul_transposed(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+    return _dot(x, w.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(dtype)
 
 
-def _matmul_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _matmul_backward(dtype: Any, residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     g = g.astype(x.dtype)
-    return _matmul_transposed(g, w), _outer(x, g).astype(w.dtype)
+    return _matmul_transposed(g, w, x.dtype), _outer(x, g).astype(w.dtype)
 
 
-def _transposed_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _transposed_backward(
+    dtype: Any, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     g = g.astype(x.dtype)
-    return _matmul(g, w), _outer(x, g).T.astype(w.dtype)
+    return _matmul(g, w, x.dtype), _outer(x, g).T.astype(w.dtype)
 
 
-_matmul.defvjp(lambda x, w: (kept(_matmul(x, w)), (x, w)), _matmul_backward)
-_matmul_transposed.defvjp(lambda x, w: (kept(_matmul_transposed(x, w)), (x, w)), _transposed_backward)
+_matmul.defvjp(lambda x, w, dtype: (kept(_matmul(x, w, dtype)), (x, w)), _matmul_backward)
+_matmul_transposed.defvjp(lambda x, w, dtype: (kept(_matmul_transposed(x, w, dtype)), (x, w)), _transposed_backward)
 
 
 def _outer(x: jax.Array, g: jax.Array) -> jax.Array:

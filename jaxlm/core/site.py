@@ -101,7 +101,18 @@ class HardConcrete(Switch):
 TEMPERATURE, STRETCH = 2 / 3, (-0.1, 1.1)
 """β, and (γ, ζ), of the hard concrete distribution."""
 
-SITES: dict[str, type[Site]] = {"Gate": Gate, "HardConcrete": HardConcrete}
+
+class Constraint(Site):
+    """The target that learned gates are held to in this step, and the multiplier; no activation passes it."""
+
+    target: jax.Array
+    multiplier: jax.Array
+
+    def components(self, axes: Axes) -> dict[str, Component]:
+        return {"target": Component(axes, "buffer"), "multiplier": Component(axes, "buffer")}
+
+
+SITES: dict[str, type[Site]] = {"Constraint": Constraint, "Gate": Gate, "HardConcrete": HardConcrete}
 
 
 def visit(params: Mapping[str, Any], name: str, x: jax.Array, ctx: Context) -> jax.Array:

@@ -57,26 +57,29 @@ class Weight(Node):
         """The dense matrix `[in, out]`."""
         raise NotImplementedError
 
-    def dot(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """`x @ W` for `x [..., in]`, in the dtype of `x`."""
-        return matmul(x, self.materialize())
+    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        """`x @ W` for `x [..., in]`, in `dtype`, which is that of `x` if not given."""
+        return matmul(x, self.materialize(), dtype)
 
     def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
         """Rows `W[ids]`: `[..., out]`."""
         return jnp.take(self.materialize(), ids, axis=0)
 
-    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """`x @ Wᵀ` for `x [..., out]`: the transposed use by a tied head."""
-        return matmul_transposed(x, self.materialize())
+    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        """`x @ Wᵀ` for `x [..., out]`, in `dtype` (or that of `x`): the transposed use by a tied head."""
+        return matmul_transposed(x, self.materialize(), dtype)
 
 
-def dot(x: jax.Array, w: jax.Array | Weight, ctx: Context = Context()) -> jax.Array:
-    """`x @ w` for an array or a Weight.
+def dot(x: jax.Array, w: jax.Array | Weight, ctx: Context = Context(), dtype: Any = None) -> jax.Array:
+    """`x @ w` for an array or a Weight, in `dtype`, which is that of `x` if not given.
+
+    Operands have the dtype of `x` in any case: with bfloat16 activations, float32 is what the products add up to before
+    it is rounded.
 
     >>> dot(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[4.0, 6.0]]
     """
-    return w.dot(x, ctx) if isinstance(w, Weight) else matmul(x, w)
+    return w.dot(x, ctx, dtype) if isinstance(w, Weight) else matmul(x, w, dtype)
 
 
 def take(w: jax.Array | Weight, ids: jax.Array, ctx: Context = Context()) -> jax.Array:
@@ -84,9 +87,9 @@ def take(w: jax.Array | Weight, ids: jax.Array, ctx: Context = Context()) -> jax
     return w.take(ids, ctx) if isinstance(w, Weight) else jnp.take(w, ids, axis=0)
 
 
-def attend(x: jax.Array, w: jax.Array | Weight, ctx: Context = Context()) -> jax.Array:
-    """`x @ wᵀ`: logits from a tied embedding."""
-    return w.attend(x, ctx) if isinstance(w, Weight) else matmul_transposed(x, w)
+def attend(x: jax.Array, w: jax.Array | Weight, ctx: Context = Context(), dtype: Any = None) -> jax.Array:
+    """`x @ wᵀ`, in `dtype` as `dot`: logits from a tied embedding."""
+    return w.attend(x, ctx, dtype) if isinstance(w, Weight) else matmul_transposed(x, w, dtype)
 
 
 def materialize(w: jax.Array | Weight) -> jax.Array:

@@ -133,7 +133,8 @@ def denoise_spans(
 
     Each noise span becomes a sentinel in the input; the target lists each sentinel with the tokens it stands for; both
     end with ``end_id``. Full rows of ``length`` tokens give exactly ``span_counts(length)`` tokens, without padding.
-    Rows may hold several documents, as in T5. The decoder starts from ``pad_id``, as T5's does.
+    Rows may hold several documents, as in T5. The decoder starts from ``pad_id``, as T5's does; ``loader.started`` has
+    it start from another.
 
     Returns batches of ``input_ids``, ``attention_mask``, ``decoder_input_ids``, ``decoder_attention_mask``, ``labels``.
     """
@@ -195,6 +196,11 @@ def next_sentence_pairs(
     Returns columns ``input_ids`` and ``token_type_ids`` (ragged), ``next_sentence_labels`` int32 [n].
     """
     sizes = np.diff(documents)
+    if max_length < 5:
+        raise ValueError(
+            f"config.data.max_length = {max_length} leaves no room for two passages beside 3 special tokens; "
+            f"make it at least 5"
+        )
     if (sizes > 0).sum() < 2:
         raise ValueError("next-sentence pairs need at least two documents, to take unrelated passages from")
     filled = np.flatnonzero(sizes)

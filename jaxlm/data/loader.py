@@ -84,6 +84,22 @@ def shard(batches: Batches, host: int, hosts: int) -> Batches:
     return batches.map(rows)
 
 
+def started(batches: Batches, start_id: int | None) -> Batches:
+    """The batches with ``start_id`` as the first token of every ``decoder_input_ids``, where they have such a column.
+
+    That is what a model generates from; encoded targets begin with the padding, which is T5's start but not everyone's.
+    """
+    if start_id is None or "decoder_input_ids" not in batches(-1):
+        return batches
+
+    def start(batch: Batch, step: int) -> Batch:
+        ids = batch["decoder_input_ids"].copy()
+        ids[:, 0] = start_id
+        return batch | {"decoder_input_ids": ids}
+
+    return batches.map(start)
+
+
 def generator(*key: int) -> np.random.Generator:
     """A generator that is a pure function of its key, for example (seed, step); other keys give independent draws."""
     # Numbers of fixed width behind their count: by itself SeedSequence takes [7] and [7, 0] as one.
@@ -264,11 +280,15 @@ def packed(
     length: int,
     pad_id: int = 0,
     remainder: Remainder = "pad",
+    sizes: Ragged | None = None,
 ) -> Batches:
     """Pre-training batches: documents joined and cut in rows of ``length``; ``packing.cut`` says what a batch holds.
 
     Every epoch permutes the documents, cuts in other places and permutes the rows. With ``seed=None`` (evaluation)
     documents and rows stand in order. Each token is in exactly one row of an epoch (all but the remainder of "drop").
+
+    Args:
+      sizes: the bytes of text behind every token, for batches with a column ``bytes``.
     """
     steps = steps_per_epoch(-(-len(documents.values) // length), batch_size, remainder)
     filled = np.flatnonzero(documents.lengths)
@@ -286,7 +306,8 @@ def packed(
 
     def make(step: int) -> Batch:
         joined, rows = plan(max(step, 0) // steps)
-        return _attending(cut(joined, rows[step % steps] if step >= 0 else np.full(batch_size, -1), pad_id))
+        chosen = rows[step % steps] if step >= 0 else np.full(batch_size, -1)
+        return _attending(cut(joined, chosen, pad_id, None if sizes is None else sizes.values))
 
     return Batches(make, steps)
 

@@ -61,13 +61,14 @@ def join(documents: Ragged, length: int, order: np.ndarray | None = None, shift:
     return Joined(documents.values, starts, np.cumsum(lengths, dtype=np.int64), length)
 
 
-def cut(joined: Joined, rows: np.ndarray, pad_id: int = 0) -> Batch:
+def cut(joined: Joined, rows: np.ndarray, pad_id: int = 0, sizes: np.ndarray | None = None) -> Batch:
     """Gathers rows of the stream; row -1 (or any beyond the end) is padding.
 
     Returns int32 ``[len(rows), length]``: ``input_ids``; ``segment_ids`` 1, 2, .. by document, 0 on padding;
     ``positions`` from 0 in every segment (so also where a row begins inside a document); ``labels``, the document's
     next token, IGNORED at its end and on padding. At the end of a row inside a document that next token is the first
-    of the next row: a document of n tokens has n - 1 labels, however it is cut.
+    of the next row: a document of n tokens has n - 1 labels, however it is cut. With ``sizes``, the bytes of text
+    behind each of ``joined.values``, also ``bytes``: those of the token that the label names, 0 where it is IGNORED.
     """
     values, ends, length, total = joined.values, joined.ends, joined.length, joined.total
     begin = np.where(rows >= 0, rows, joined.rows).astype(np.int64)[:, None] * length
@@ -75,19 +76,22 @@ def cut(joined: Joined, rows: np.ndarray, pad_id: int = 0) -> Batch:
     real = place < total
     if not real.any():
         fill = {"input_ids": pad_id, "segment_ids": 0, "positions": 0, "labels": IGNORED}
+        fill |= {} if sizes is None else {"bytes": 0}
         return {name: np.full(place.shape, value, np.int32) for name, value in fill.items()}
     place = np.minimum(place, total - 1)
     document = _document_of(place, ends)
     start = np.where(document > 0, ends[document - 1], 0)
     source = joined.starts[document] + place - start
-    following = values[np.minimum(source + 1, len(values) - 1)].astype(np.int32)  # unsigned, it has no IGNORED
+    after = np.minimum(source + 1, len(values) - 1)
+    following = values[after].astype(np.int32)  # unsigned, it has no IGNORED
     inside = real & (place + 1 < ends[document])
-    return {
+    batch = {
         "input_ids": np.where(real, values[source], pad_id).astype(np.int32),
         "segment_ids": np.where(real, document - document[:, :1] + 1, 0).astype(np.int32),
         "positions": np.where(real, place - np.maximum(start, begin), 0).astype(np.int32),
         "labels": np.where(inside, following, IGNORED).astype(np.int32),
     }
+    return batch if sizes is None else batch | {"bytes": np.where(inside, sizes[after], 0).astype(np.int32)}
 
 
 def _document_of(places: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -59,7 +59,9 @@ class DataSettings:
             raise ValueError(f"config.data.{split} is empty; name a file, a glob or a tfds split")
         columns: Mapping[str, str] | Sequence[str] | None = self.columns
         if split != "unlabelled":
-            return read(self.format, place, columns=columns, bad_rows=self.bad_rows, documents=self.documents)
+            found = read(self.format, place, columns=columns, bad_rows=self.bad_rows, documents=self.documents)
+            found.evaluated = split in ("eval", "test")
+            return found
         format, columns = self.unlabelled_format, self.unlabelled_columns
         documents = "line" if format == "text" else "file"
         found = read(format, place, columns=columns, bad_rows=self.bad_rows, documents=documents)

@@ -134,7 +134,7 @@ def bytes_by_dtype(directory: str | Path) -> dict[str, int]:
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                packed = packed_shape(header.get("__metadata__"), name) is not None
+                packed = packed_shape(header.get("__metadata__", {}), name) is not None
                 dtype = "int4" if packed else DTYPES.get(entry["dtype"], entry["dtype"])
                 found[dtype] = found.get(dtype, 0) + end - start
     return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -17,6 +17,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxlm.core.strict_json import strict
 from jaxlm.evaluate import layers, pareto
 from jaxlm.evaluate.held_out import HeldOut
 from jaxlm.evaluate.row import Layer, Row, against_reference, by_name
@@ -180,7 +181,7 @@ def to_json(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolera
         "models": [_model(row, named) for row in rows],
         "protocol": protocol,
     }
-    return json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read(path: str | Path) -> list[Row]:
@@ -228,20 +229,6 @@ def _model(row: Row, rows: Mapping[str, Row]) -> dict[str, Any]:
         "summary": described(row, rows),
         "measurements": {"timing": timing, "held_out": held_out},
     }
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return _strict(value._asdict())
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    if hasattr(value, "item"):  # a number of numpy or jax
-        return _strict(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 # ---- report.md

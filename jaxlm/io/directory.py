@@ -9,8 +9,9 @@ zeros take less than their shape (`sparse`). Both carry jaxlm.json: format, layo
 import json
 import os
 import re
+import reprlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +19,32 @@ from jaxlm.core import (
     Axes,
     Node,
     Site,
+    Weight,
     arrays,
     call,
+    checked,
     describe,
     flatten,
     lookup,
     unflatten,
     with_arrays,
 )
+from jaxlm.io.carried import GENERATION, GENERATION_FILE, known
 from jaxlm.io.names import from_transformers, to_transformers
-from jaxlm.io.nodes import build_node, describe_node, take_tensor, tuples
+from jaxlm.io.nodes import build_node, check_node, describe_node, take_tensor, tuples
 from jaxlm.io.padding import pad_model
 from jaxlm.io.sparse import compress, expand
-from jaxlm.io.tensors import INDEX, MAX_SHARD_BYTES, SINGLE, open_tensors, read_json, write_tensors, write_text
+from jaxlm.io.tensors import (
+    INDEX,
+    MAX_SHARD_BYTES,
+    SINGLE,
+    find_file,
+    is_float,
+    open_tensors,
+    read_json,
+    write_tensors,
+    write_text,
+)
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import NotExpressible, config_from_hf, config_to_hf
@@ -53,19 +67,6 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "chat_template.jinja",
 )
-CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
-CARRIED_KEYS = (
-    "bos_token_id",
-    "eos_token_id",
-    "sep_token_id",
-    "cls_token_id",
-    "mask_token_id",
-    "unk_token_id",
-    "max_position_embeddings",
-    "task_specific_params",
-    "tokenizer_class",
-)
-"""Entries of config.json that say nothing about the network and are carried along."""
 
 
 class Stored(NamedTuple):
@@ -75,7 +76,7 @@ class Stored(NamedTuple):
       config: its structure.
       params: the parameter tree, canonical view, with a Tensor for every array.
       axes: axis names of leaves that methods added (sites), by path.
-      carried: entries of transformers' config.json that are not about the network.
+      carried: what transformers' configs say besides, see `carried`.
       tokenizer: directory with tokenizer files, a transformers tokenizer, or `None`.
       dropped: stored tensors that were left out, because they belong to another head.
     """
@@ -105,36 +106,70 @@ def open_model(directory: Path, head: str | None = None) -> Stored:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is no directory")
-    own = read_json(directory / OWN) if (directory / OWN).is_file() else None
-    if own is not None:
-        _check_own(own, directory / OWN)
-    tokenizer = directory if any((directory / name).is_file() for name in TOKENIZER_FILES) else None
-    if own is not None and own["layout"] == "native":
-        return _open_native(directory, own)._replace(tokenizer=tokenizer)
-    if not (directory / CONFIG).is_file():
-        raise FileNotFoundError(f"{directory} has no {CONFIG}: not a model directory")
+    check_files(directory)
+    own = read_json(path) if (path := find_file(directory, OWN)) else None
+    ours = _own_config(own, directory / OWN) if own is not None else None
+    tokenizer = directory if any(find_file(directory, name) for name in TOKENIZER_FILES) else None
+    generation = read_json(path) if (path := find_file(directory, GENERATION_FILE)) else None
+    if own is not None and ours is not None and own["layout"] == "native":
+        carried = _carried(directory / OWN, own["carried"], generation)
+        return _open_native(directory, own, ours)._replace(carried=carried, tokenizer=tokenizer)
+    if find_file(directory, CONFIG) is None:
+        adapter = ", but the adapter of one: merge it into its model (merge_and_unload of PEFT) and save that"
+        hint = adapter if find_file(directory, "adapter_config.json") else ""
+        raise FileNotFoundError(f"{directory} has no {CONFIG}: not a model directory{hint}")
     hf = read_json(directory / CONFIG)
     try:
-        config = _transformers_config(hf, own, head)
+        config = _transformers_config(hf, ours, head)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from None
     found = from_transformers(config, open_tensors(directory), str(directory), strict=head is None)
-    carried = {key: hf[key] for key in CARRIED_KEYS if hf.get(key) is not None}
+    carried = _carried(directory / CONFIG, hf, generation)
     params = unflatten(found.leaves)
     return Stored(found.config, params, carried=carried, tokenizer=tokenizer, dropped=tuple(found.dropped))
 
 
-def _check_own(own: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError for a jaxlm.json of another format, or one that lacks an entry."""
-    if own.get("format") != FORMAT:
-        raise ValueError(f"{path} has the format {own.get('format')!r}, this version reads {FORMAT}")
-    needed = ("layout", "config", *(("weights", "axes", "carried") if own.get("layout") == "native" else ()))
+def _carried(path: Path, config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is carried of a directory, whose config is in the file `path`."""
+    try:
+        return known(config, generation)
+    except ValueError as error:
+        raise ValueError(f"{path}, or {GENERATION_FILE} beside it: {error}") from None
+
+
+def check_files(directory: Path) -> None:
+    """Raises ValueError for a link out of a directory among the files that transformers reads of a tokenizer."""
+    for path in (*directory.iterdir(), *directory.glob("additional_chat_templates/*")):
+        if path.suffix in (".json", ".txt", ".model", ".jinja"):
+            find_file(directory, str(path.relative_to(directory)))
+
+
+def _own_config(own: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The config in a jaxlm.json.
+
+    Raises:
+      ValueError: another format, or an entry that is missing or of another kind.
+    """
+    if type(own.get("format")) is not int or own["format"] != FORMAT:
+        raise ValueError(f"{path} has the format {reprlib.repr(own.get('format'))}, this version reads {FORMAT}")
+    layout = own.get("layout", "transformers")
+    if layout not in ("transformers", "native"):
+        raise ValueError(f"{path} has the layout {reprlib.repr(layout)}, expected transformers or native")
+    needed = ("layout", "config", *(("weights", "axes", "carried") if layout == "native" else ()))
     missing = [key for key in needed if key not in own]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged, or not written by jaxlm")
+    for key in needed[1:]:
+        checked(own[key], dict, f"{path}: {key}")
+    try:
+        config = call(ModelConfig, own["config"], "config")
+        lookup(FAMILIES, config.family, "family")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
 
 
-def _transformers_config(hf: Mapping[str, Any], own: Mapping[str, Any] | None, head: str | None) -> ModelConfig:
+def _transformers_config(hf: Mapping[str, Any], ours: ModelConfig | None, head: str | None) -> ModelConfig:
     """The config of a directory in transformers' layout.
 
     jaxlm.json adds what transformers cannot say (a dropout rate of Llama, say), unless config.json has been changed
@@ -142,39 +177,64 @@ def _transformers_config(hf: Mapping[str, Any], own: Mapping[str, Any] | None, h
     """
     if hf.get("quantization_config"):
         raise ValueError("quantization_config: checkpoints quantized by other programs are not supported")
-    family = lookup(FAMILIES, str(hf.get("model_type")), "model_type")
+    family = lookup(FAMILIES, checked(hf.get("model_type"), str, "model_type"), "model_type")
     config = config_from_hf(family, hf, head)
-    if own is None:
+    if ours is None or ours.family != config.family:
         return config
-    ours = call(ModelConfig, own["config"], OWN)
-    written = config_to_hf(family, ours)
+    try:
+        written = config_to_hf(family, ours)
+    except NotExpressible:  # config.json cannot come from it
+        return config
     return ours if all(key in hf and hf[key] == value for key, value in written.items()) else config
 
 
-def _open_native(directory: Path, own: Mapping[str, Any]) -> Stored:
-    config = call(ModelConfig, own["config"], str(directory / OWN))
-    tensors = expand(open_tensors(directory), own.get("sparse", {}), directory / OWN)
+def _open_native(directory: Path, own: Mapping[str, Any], config: ModelConfig) -> Stored:
+    where = directory / OWN
+    tensors = expand(open_tensors(directory), own.get("sparse", {}), where)
     spec, weights = flatten(model_spec(config)), own["weights"]
+    axes = {path: tuples(names) for path, names in own["axes"].items()}
     leaves: dict[str, Any] = {}
-    for path in [*spec, *(path for path in weights if path not in spec)]:
+    for path in [*spec, *sorted((weights.keys() | axes.keys()) - spec.keys())]:
         description = weights.get(path)
         leaf: Any = (
-            take_tensor(tensors, path, directory / OWN)
-            if description is None
-            else build_node(description, path, tensors, directory / OWN)
+            take_tensor(tensors, path, where) if description is None else build_node(description, path, tensors, where)
         )
         if path not in spec:
-            if not isinstance(leaf, Site):
-                raise ValueError(f"{directory / OWN}: the network has no parameter {path!r}")
-        elif leaf.shape != spec[path].shape:
+            if isinstance(leaf, Weight):
+                raise ValueError(f"{where}: the network has no parameter {path!r}")
+            _check_added(path, {*spec, *leaves}, axes, where)
+            if isinstance(leaf, Site):
+                check_node(leaf, axes[path], path, where)
+            elif len(leaf.shape) != len(axes[path]):
+                raise ValueError(
+                    f"{where}: {path!r} has the shape {list(leaf.shape)}, but {len(axes[path])} axis names"
+                )
+        elif isinstance(leaf, Site):
+            raise ValueError(f"{where}: the parameter {path!r} cannot be a {type(leaf).__name__}")
+        elif isinstance(leaf, Node):
+            check_node(leaf, ("in", "out"), path, where)
+        elif not is_float(leaf.dtype):
+            raise ValueError(f"{directory}: {path!r} holds {leaf.dtype}, expected floating-point numbers")
+        if path in spec and leaf.shape != spec[path].shape:
             raise ValueError(
                 f"{directory}: {path!r} has the shape {list(leaf.shape)}, expected {list(spec[path].shape)}"
             )
         leaves[path] = leaf
     if tensors:
         raise ValueError(f"{directory} holds the unexpected tensor {min(tensors)!r}")
-    axes = {path: tuples(names) for path, names in own["axes"].items()}
-    return Stored(config, unflatten(leaves), axes, own["carried"])
+    if stray := axes.keys() & spec.keys():
+        raise ValueError(f"{where}: there are axis names for {min(stray)!r}, which has its own")
+    return Stored(config, unflatten(leaves), axes)
+
+
+def _check_added(path: str, others: Collection[str], axes: Mapping[str, Any], where: Path) -> None:
+    """What a method added, a site or an array, lies at a place of its own, and the axes of its array have names."""
+    if any(other.startswith(f"{path}/") or path.startswith(f"{other}/") for other in others):
+        raise ValueError(f"{where}: the network has no place for {path!r}")
+    try:
+        checked(axes.get(path), tuple[str | tuple[str, ...] | None, ...], "expected a name for each axis")
+    except ValueError as error:
+        raise ValueError(f"{where}: {path!r}: {error}") from None
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -242,18 +302,24 @@ def _write(
         tensors, sparse = compress(arrays(stored.params))
         own |= {"sparse": sparse} if sparse else {}
         nodes = {path: describe_node(leaf) for path, leaf in flat.items() if isinstance(leaf, Node)}
-        axes = {path: names for path, names in stored.axes.items() if isinstance(flat.get(path), Site)}
-        own |= {"layout": "native", "weights": nodes, "axes": axes, "carried": stored.carried}
+        spec = flatten(model_spec(stored.config))
+        axes = {path: names for path, names in stored.axes.items() if path in flat and path not in spec}
+        carried = {key: value for key, value in stored.carried.items() if key != GENERATION}
+        own |= {"layout": "native", "weights": nodes, "axes": axes, "carried": carried}
         hf = {"model_type": "jaxlm", "architectures": ["JaxlmModel"], "reason": reason}
     write_tensors(directory, tensors, max_shard_bytes, progress)
     _write_tokenizer(directory, stored.tokenizer, native=reason is not None)
+    if GENERATION in stored.carried:
+        write_text(
+            directory / GENERATION_FILE, [json.dumps(stored.carried[GENERATION], indent=2, sort_keys=True) + "\n"]
+        )
     write_text(directory / OWN, [json.dumps(own, indent=2) + "\n"])
     write_text(directory / CONFIG, [json.dumps(hf, indent=2, sort_keys=True) + "\n"])
     return reason
 
 
 def _check(stored: Stored) -> None:
-    """The tree must be what the config says, plus sites."""
+    """The tree must be what the config says, plus what methods added and named the axes of."""
     spec, flat = flatten(model_spec(stored.config)), flatten(stored.params)
     for path in spec:
         if path not in flat:
@@ -261,10 +327,11 @@ def _check(stored: Stored) -> None:
         if tuple(flat[path].shape) != spec[path].shape:
             raise ValueError(f"{path!r} has the shape {tuple(flat[path].shape)}, the config expects {spec[path].shape}")
     for path in flat.keys() - spec.keys():
-        if not isinstance(flat[path], Site):
-            raise ValueError(f"the parameters hold {path!r}, which the config does not expect (canonical view?)")
         if path not in stored.axes:
-            raise ValueError(f"{path!r} has no axis names; whoever adds a site must name its axes")
+            raise ValueError(
+                f"the parameters hold {path!r}, which the config does not expect and which has no axis names (is this "
+                "the canonical view? whoever adds a leaf must name its axes)"
+            )
 
 
 def _to_transformers_config(stored: Stored) -> dict[str, Any]:
@@ -272,9 +339,12 @@ def _to_transformers_config(stored: Stored) -> dict[str, Any]:
     for path, leaf in flat.items():
         if isinstance(leaf, Node):
             raise NotExpressible(f"transformers has no {type(leaf).__name__} ({path})")
+        if path in stored.axes:
+            raise NotExpressible(f"transformers has no {path}")
     hf = config_to_hf(FAMILIES[stored.config.family], stored.config)
     widest = max((leaf.dtype for leaf in flat.values()), key=lambda dtype: dtype.itemsize)
-    return {**stored.carried, **hf, "dtype": widest.name, "torch_dtype": widest.name}
+    carried = {key: value for key, value in stored.carried.items() if key != GENERATION}
+    return {**carried, **hf, "dtype": widest.name, "torch_dtype": widest.name}
 
 
 def _write_tokenizer(directory: Path, tokenizer: Any, native: bool) -> None:
@@ -285,7 +355,7 @@ def _write_tokenizer(directory: Path, tokenizer: Any, native: bool) -> None:
 
             tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         else:
-            for name in CARRIED_FILES:
+            for name in TOKENIZER_FILES:
                 if (tokenizer / name).is_file():
                     shutil.copyfile(tokenizer / name, directory / name)
             return
@@ -299,7 +369,7 @@ def _json_if_there(path: Path) -> dict[str, Any]:
 
 def _of_a_model(name: str) -> bool:
     shard = re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)
-    return shard is not None or name in (SINGLE, INDEX, CONFIG, OWN, PADDED, *CARRIED_FILES)
+    return shard is not None or name in (SINGLE, INDEX, CONFIG, OWN, PADDED, GENERATION_FILE, *TOKENIZER_FILES)
 
 
 def recover(target: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.core import Axes, Context, Tap, Tree, arrays, axis_names, flatten, initialize, lookup, unflatten, with_arrays
 from jaxlm.io.directory import Stored, cast, open_model, write_model
@@ -15,7 +16,7 @@ from jaxlm.io.names import rows
 from jaxlm.io.tensors import MAX_SHARD_BYTES, Tensor, read_json
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.generate import generate
+from jaxlm.models.generate import ended, generate
 from jaxlm.models.transformer import forward, model_spec
 
 
@@ -52,6 +53,11 @@ class LM:
         native = read_json(self.tokenizer_source / "config.json").get("model_type") == "jaxlm"
         reader = PreTrainedTokenizerFast if native else AutoTokenizer
         return reader.from_pretrained(self.tokenizer_source, trust_remote_code=False)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: what the generation config says, else the config, else the tokenizer."""
+        return end_ids(self.carried, self.tokenizer, self.config.vocab_size)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -97,12 +103,22 @@ class LM:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        stop: int | None = None,
+        stop: Any = None,
         dtype: Any = jnp.float32,
     ) -> jax.Array:
         """Continues every row: int32 `[batch, new_tokens]`; see `jaxlm.models.generate.generate`.
 
-        Prompts of unequal length are padded on the left. Sampling (`temperature` above 0) needs a `key`.
+        Prompts of unequal length are padded on either side, with an `attention_mask`. Sampling (`temperature` above 0)
+        needs a `key`.
+
+        Args:
+          stop: what ends a row: ids of tokens and strings, one or several. `None` is what the model itself says
+            (`end_ids`), `()` nothing. A row that meets an id repeats it; behind the token that completes a string in
+            the decoded text there is padding.
+
+        Raises:
+          ValueError: for a row without any token, a `stop` that is no id of the vocabulary, or strings without a
+            tokenizer to decode with.
         """
         if self.config.head not in ("causal", "seq2seq"):
             raise ValueError(
@@ -112,18 +128,52 @@ class LM:
             if temperature > 0:
                 raise ValueError("sampling needs a key: generate(..., key=jax.random.key(0)); temperature=0 is greedy")
             key = jax.random.key(0)
-        batch = {name: jnp.asarray(value) for name, value in batch.items()}
-        return generate(
+        check_prompts(batch)
+        stop = self.end_ids if stop is None else (stop,) if isinstance(stop, str) else stop
+        strings = [each for each in stop if isinstance(each, str)] if isinstance(stop, list | tuple) else []
+        if strings and (self.tokenizer is None or not all(strings)):
+            raise ValueError(
+                f"stop {strings!r}: an empty string ends nothing; leave it out"
+                if self.tokenizer is not None
+                else f"stop {strings!r}: this model has no tokenizer to decode its tokens with; give ids of tokens"
+            )
+        ids = [each for each in stop if not isinstance(each, str)] if strings else stop
+        tokens = generate(
             self.config,
             self.params,
-            batch,
+            {name: jnp.asarray(value) for name, value in batch.items()},
             key,
             new_tokens=new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            stop=stop,
+            stop=ids,
             dtype=dtype,
+        )
+        if not strings:
+            return tokens
+        pads = (self.tokenizer.pad_token_id, self.config.pad_token_id, *self.end_ids, 0)
+        pad_id = next(each for each in pads if each is not None)
+        return jnp.asarray(ended(np.asarray(tokens), strings, self.tokenizer, pad_id))
+
+
+def end_ids(carried: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text, of a model's carried configs and its tokenizer; those beyond the vocabulary left out."""
+    named = carried.get("generation", {}).get("eos_token_id", carried.get("eos_token_id"))
+    if named is None and tokenizer is not None:
+        named = tokenizer.eos_token_id
+    ids = named if isinstance(named, list | tuple) else [] if named is None else [named]
+    return tuple(each for each in ids if 0 <= each < vocab_size)
+
+
+def check_prompts(batch: Mapping[str, Any]) -> None:
+    """Raises ValueError for a row without any real token: there is nothing to go on from."""
+    ids = np.asarray(batch["input_ids"])
+    real = np.asarray(batch.get("segment_ids", batch.get("attention_mask", np.ones_like(ids)))) > 0
+    empty = np.flatnonzero(~real.any(axis=1))
+    if len(empty):
+        raise ValueError(
+            f"row {empty[0]} of the prompts has no token to go on from; begin it with one, the begin token say"
         )
 
 

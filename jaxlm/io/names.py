@@ -1,13 +1,15 @@
 """Between the tensors of a transformers checkpoint and the arrays of a parameter tree, one row at a time."""
 
+import functools
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlm.core import Parameter, flatten, nearest
-from jaxlm.io.tensors import Tensor
+from jaxlm.io.tensors import Tensor, is_float
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import Family, Row, architecture_of
@@ -31,7 +33,8 @@ class Found(NamedTuple):
     dropped: list[str]
 
 
-def rows(config: ModelConfig) -> list[Row]:
+@functools.lru_cache(maxsize=4)
+def rows(config: ModelConfig) -> tuple[Row, ...]:
     """The rows of a model, numbers filled in, in the order of the family's table.
 
     Raises:
@@ -46,7 +49,7 @@ def rows(config: ModelConfig) -> list[Row]:
     if sorted(covered) != sorted(spec):
         wrong = sorted(set(spec).symmetric_difference(covered)) or "a path named twice"
         raise KeyError(f"the names of {config.family} do not cover its parameters once: {wrong}")
-    return found
+    return tuple(found)
 
 
 def to_transformers(config: ModelConfig, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,10 +102,18 @@ def from_transformers(config: ModelConfig, stored: Mapping[str, Tensor], where: 
                 raise ValueError(f"{where} lacks the tensor {row.hf!r}, expected with the shape {list(expected)}")
         elif tensor.shape != expected:
             if strict or not head:
+                classes = config.head in ("sequence", "token") and row.paths[0].startswith("head/output/")
+                hint = f": id2label of config.json names {config.num_labels} classes" if classes else ""
                 raise ValueError(
                     f"{tensor.place}: tensor {row.hf!r} has the shape {list(tensor.shape)}, expected {list(expected)}"
+                    f"{hint}"
                 )
             unknown.append(row.hf)
+        elif not is_float(tensor.dtype):
+            raise ValueError(
+                f"{tensor.place}: tensor {row.hf!r} holds {tensor.dtype}, expected floating-point numbers; "
+                "checkpoints quantized by other programs are not supported"
+            )
         else:
             leaves |= _parts(row, tensor, parameters)
     leftover = sorted([*tensors, *unknown])
@@ -141,21 +152,68 @@ def _resolve(
     """Stored tensors by the full names of the family's rows, and the names that are none of these."""
     known = {row.hf for row in rows(config)} | family.aliases.keys()
     known |= {row.hf for row in rows(config.replace(tie_embeddings=False))}
+
+    def known_as(name: str) -> str | None:
+        modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        candidates = [modern, f"{family.base}.{modern}", modern.removeprefix(f"{family.base}.")]
+        return next((candidate for candidate in candidates if candidate in known), None)
+
     tensors: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, tensor in stored.items():
         if re.fullmatch(family.ignored, name):
             continue
-        modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
-        candidates = [modern, f"{family.base}.{modern}", modern.removeprefix(f"{family.base}.")]
-        full = next((candidate for candidate in candidates if candidate in known), None)
+        full = known_as(name)
         if full is None:
             unknown.append(name)
         elif full in tensors:
             raise ValueError(f"{where} holds {full!r} twice, under two names")
         else:
             tensors[full] = tensor
+    levels = zip(*(name.split(".")[:-1] for name in stored), strict=False)
+    shared = ".".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, levels))
+    for name in unknown:
+        for part, rest in _unwrapped(name, shared):
+            if part == "lora_A" or known_as(rest):
+                what = WRAPPERS.get(part, "an object that holds the model")
+                adapter = "merge its adapter (merge_and_unload), " * ("PEFT" in what)
+                raise ValueError(
+                    f"{where} holds the tensor {name!r}: {part!r} in its name comes from {what}, inside of which the "
+                    f"model was saved; {adapter}take the model out of it and save that with save_pretrained"
+                )
     return tensors, unknown
+
+
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DataParallel, DistributedDataParallel or DeepSpeed",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "lora_A": "PEFT",
+    "base_layer": "PEFT",
+    "base_model": "PEFT",
+}
+"""Part of a tensor's name -> the program that puts it there."""
+
+
+def _unwrapped(name: str, shared: str) -> Iterator[tuple[str, str]]:
+    """Parts of a name that wrappers put there, each with the name without all of them; `shared` begins every name.
+
+    >>> list(_unwrapped("module._orig_mod.score.weight", ""))
+    [('module', 'score.weight'), ('_orig_mod', 'score.weight')]
+    >>> list(_unwrapped("net.bert.pooler.weight", "net.bert"))[0]
+    ('net', 'bert.pooler.weight')
+    """
+    parts = name.split(".")
+    plain = [part for part in parts if part not in WRAPPERS]
+    for part in parts:
+        if part in WRAPPERS:
+            yield part, ".".join(plain)
+            if plain[:1] == ["model"]:  # PEFT's second part, and that of a Llama
+                yield part, ".".join(plain[1:])
+    outer = shared.split(".") if shared else []
+    for cut in range(1, len(outer) + 1):
+        yield ".".join(outer[:cut]), ".".join(parts[cut:])
 
 
 def _tie(family: Family, config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:

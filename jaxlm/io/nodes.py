@@ -1,12 +1,17 @@
 """Weights and Sites in a model directory: what they are, in JSON; their arrays are stored by name."""
 
 import dataclasses
+import reprlib
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.core import SITES, WEIGHTS, Node, Scheme, call, lookup
-from jaxlm.io.tensors import Tensor
+import numpy as np
+
+from jaxlm.core import SITES, WEIGHTS, Axes, Node, Scheme, Weight, call, checked, components, lookup
+from jaxlm.core.paths import field_of
+from jaxlm.io.tensors import Tensor, is_float
 
 
 def describe_node(node: Node) -> dict[str, Any]:
@@ -36,35 +41,109 @@ def build_node(description: Mapping[str, Any], name: str, tensors: dict[str, Ten
       ValueError: an unknown type or number format, a static field or an array that is missing or not one of the type's.
     """
     if not isinstance(description, Mapping):
-        raise ValueError(f"{where}: {name!r} is described by {description!r}, expected a table with a type")
+        raise ValueError(f"{where}: {name!r} is described by {reprlib.repr(description)}, expected a table with a type")
     try:
-        cls: type[Node] = lookup({**WEIGHTS, **SITES}, str(description.get("type")), "type")
+        cls: type[Node] = lookup({**WEIGHTS, **SITES}, checked(description.get("type"), str, "its type"), "type")
     except ValueError as error:
         raise ValueError(f"{where}: {name!r}: {error}") from None
-    fields: dict[str, Any] = {}
+    kinds, fields = typing.get_type_hints(cls), dict[str, Any]()
     for field in dataclasses.fields(cls):
+        options = typing.get_args(kinds[field.name]) or (kinds[field.name],)
         if not field.metadata.get("pytree_node", True):
             if field.name not in description:
                 raise ValueError(f"{where}: {name!r}: {cls.__name__} needs {field.name!r}")
-            fields[field.name] = static_value(description[field.name], f"{where}: {name!r}: {field.name}")
-        elif field.name in description and description[field.name] is None:
-            fields[field.name] = None
-        elif field.name in description:
-            fields[field.name] = build_node(description[field.name], f"{name}.{field.name}", tensors, where)
-        else:
+            value = static_value(description[field.name], f"{where}: {name!r}: {field.name}")
+            fields[field.name] = checked(value, kinds[field.name], f"{where}: {name!r}: {field.name}")
+        elif field.name not in description:
             fields[field.name] = take_tensor(tensors, f"{name}.{field.name}", where)
+        elif description[field.name] is None and type(None) in options:
+            fields[field.name] = None
+        else:
+            inner = build_node(description[field.name], f"{name}.{field.name}", tensors, where)
+            if not any(isinstance(option, type) and isinstance(inner, option) for option in options):
+                raise ValueError(f"{where}: {name!r}: {field.name} cannot be a {type(inner).__name__}")
+            fields[field.name] = inner
     unknown = description.keys() - fields.keys() - {"type"}
     if unknown:
         raise ValueError(f"{where}: {name!r}: {cls.__name__} has no field {min(unknown)!r}")
     return cls(**fields)
 
 
+def check_node(node: Node, axes: Axes, name: str, where: Path) -> None:
+    """Checks the parts of a node against each other: their dtypes, and the sizes that follow from its axes.
+
+    Args:
+      axes: of what the node stands for; names that two parts share have one size.
+
+    Raises:
+      ValueError: naming the part.
+    """
+    sizes: dict[Any, int] = {}
+    for field, part in components(node, axes).items():
+        array, owner = field_of(node, field), field_of(node, field.rpartition(".")[0])
+        last = field.rpartition(".")[2]
+        what = f"{where}: {name}.{field} is {array.dtype} {list(array.shape)}"
+        if not _fits(owner, last, array.dtype):
+            raise ValueError(f"{what}, which is no dtype of {last!r} in a {type(owner).__name__}")
+        if len(array.shape) != len(part.axes):
+            raise ValueError(f"{what}, expected {len(part.axes)} dimensions")
+        if last in ("scale", "zero") and hasattr(owner, "scheme"):
+            continue  # their sizes are those of groups, below
+        for axis, size in zip(part.axes, array.shape, strict=True):
+            if axis is not None and sizes.setdefault(axis, size) != size:
+                raise ValueError(f"{what}, expected {sizes[axis]} along {axis!r} as in the parts before")
+    _check_static(node, name, where)
+
+
+def _fits(owner: Node, field: str, dtype: np.dtype) -> bool:
+    """Whether a part of a node may have a dtype."""
+    exact = {"mask": np.bool_, "groups": np.int32, "zero": np.int8, "input_zero": np.int8, "codes": np.uint8}
+    if field == "codes" and hasattr(owner, "scheme"):
+        return dtype == owner.scheme.dtype
+    return dtype == exact[field] if field in exact else is_float(dtype)
+
+
+def _check_static(node: Node, name: str, where: Path) -> None:
+    """Static fields that choose how a weight computes, and the shapes of the scales that go with its format."""
+    own = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    for field, good in (
+        ("channel", lambda value: value in (-1, -2)),
+        ("rate", lambda value: 0 <= value < 1),
+        ("dtype_name", lambda value: value in ("float32", "bfloat16", "float16", "float64")),
+    ):
+        if field in own and not good(own[field]):
+            raise ValueError(f"{where}: {name!r}: {field} cannot be {reprlib.repr(own[field])}")
+    for field, inner in own.items():
+        if isinstance(inner, Node):
+            _check_static(inner, f"{name}.{field}", where)
+    if "scheme" not in own or not isinstance(node, Weight):
+        return
+    scheme, activations, shape = own["scheme"], own["activations"], list(node.shape)
+    present = {
+        "zero": not scheme.symmetric,
+        "input_scale": activations is not None and activations.group == "tensor",
+        "input_zero": activations is not None and activations.group == "tensor" and not activations.symmetric,
+    }
+    for field, wanted in present.items():
+        if field in own and (own[field] is not None) != wanted:
+            raise ValueError(f"{where}: {name!r}: its format {'needs' if wanted else 'has no'} {field}")
+    axis = -3 - own["channel"]
+    shape[axis] = scheme.groups(shape[axis])
+    for field in ("scale", "zero"):
+        expected = [1, 1] if scheme.group == "tensor" else shape
+        if own.get(field) is not None and list(own[field].shape) != expected:
+            raise ValueError(
+                f"{where}: {name}.{field} has the shape {list(own[field].shape)}, expected {expected} for {scheme}"
+            )
+
+
 def static_value(value: Any, where: str) -> Any:
     """A static field from JSON: a table stands for the Scheme that it holds, a list for a tuple."""
     if not isinstance(value, Mapping):
         return tuples(value)
+    kinds = typing.get_type_hints(Scheme)
     try:
-        return call(Scheme, value, "its format")
+        return call(Scheme, {k: checked(v, kinds.get(k, Any), k) for k, v in value.items()}, "its format")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -13,6 +13,8 @@ of b bytes of which m are stored, the sizes are `n/8 + m b`, `m ceil(log2 M)/8 +
 """
 
 import math
+import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.io.tensors import DTYPES, NAMES, Tensor, is_float
+from jaxlm.core import checked, lookup
+from jaxlm.io.tensors import DTYPES, INT4, MAX_DIM, MAX_DIMS, NAMES, Tensor, is_float
 
 GROUPS = (4, 8, 16)
 """Group sizes M that are tried."""
@@ -59,16 +62,19 @@ def expand(tensors: Mapping[str, Tensor], described: Mapping[str, Any], where: P
       ValueError: for a description or a stored part that cannot be, naming the tensor.
     """
     if not isinstance(described, Mapping):
-        raise ValueError(f"{where}: 'sparse' should be a table of tensors, not {described!r}")
+        raise ValueError(f"{where}: 'sparse' should be a table of tensors, not {reprlib.repr(described)}")
     left, found = dict(tensors), dict[str, Tensor]()
     last = lambda item: str(item[1]).find("'like ") >= 0  # noqa: E731
     for name, description in sorted(described.items(), key=last):  # what is like a mask comes after the mask
         try:
-            shape, dtype = tuple(description["shape"]), _dtype_of(description["dtype"])
-            form = {key: value for key, value in description.items() if key not in ("shape", "dtype")}
+            if name in left:
+                raise ValueError("it is stored as it is, too")
+            form = dict(checked(description, dict, "its description"))
+            shape, dtype = _shape_of(form.pop("shape", None)), _dtype_of(form.pop("dtype", None))
             found[name] = _whole(name, shape, dtype, form, left, found)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {name!r} cannot be unpacked as {description}: {error}") from None
+        except ValueError as error:
+            shown = reprlib.repr(description)
+            raise ValueError(f"{where}: {name!r} cannot be unpacked as {shown}: {error}") from None
     return {**left, **found}
 
 
@@ -186,20 +192,26 @@ def _whole(
     """A tensor out of its parts, which leave `left`; the mask that it is like is there, too, or was `found` before."""
     size = math.prod(shape)
     if set(form) == {"packed"}:
-        bits = int(form["packed"])
+        bits = checked(form["packed"], int, "packed")
+        if not 1 <= bits < 8 or dtype != np.uint8:
+            raise ValueError(f"expected U8 packed in 1 to 7 bits, not {dtype} in {bits}")
         part = _part(left, f"{name}#packed", -(-size * bits // 8), np.dtype(np.uint8))
-        return _made(name, shape, dtype, lambda: _unpack(part.read(), size, bits).reshape(shape).astype(dtype), part)
-    kind = str(form["support"])
+        return _made(name, shape, dtype, lambda: _unpack(part.read(), size, bits).reshape(shape), part)
+    if set(form) != {"support"}:
+        raise ValueError(f"expected either packed or support, not {reprlib.repr(sorted(form))}")
+    kind = checked(form["support"], str, "support")
     if kind.startswith("like "):
-        source = found[kind[5:]] if kind[5:] in found else left[kind[5:]]
-        support = source.read
+        other = {**left, **found}.get(kind[5:])
+        if other is None or other.shape != shape or other.dtype != np.bool_:
+            raise ValueError(f"there is no mask {kind[5:]!r} of its shape")
+        source, support = other, other.read
     elif kind == "bits":
         source = _part(left, f"{name}#support", -(-size // 8), np.dtype(np.uint8))
         support = lambda: np.unpackbits(source.read(), count=size).view(np.bool_).reshape(shape)  # noqa: E731
     else:
-        kept, group = map(int, kind.split(":"))
-        if shape[-2] % group:
-            raise ValueError(f"{shape[-2]} inputs are not groups of {group}")
+        kept, group = _kept_of(kind)
+        if len(shape) < 2 or shape[-2] % group:
+            raise ValueError(f"{shape[-2] if shape[1:] else 'no'} inputs are not groups of {group}")
         grouped = (*shape[:-2], shape[-2] // group, kept, shape[-1])
         per = _place_bits(group)
         source = _part(left, f"{name}#support", -(-math.prod(grouped) * per // 8), np.dtype(np.uint8))
@@ -297,7 +309,21 @@ def _dtype_name(dtype: np.dtype) -> str:
     return NAMES.get(dtype, dtype.name)
 
 
-def _dtype_of(name: str) -> np.dtype:
-    import ml_dtypes
+def _dtype_of(name: Any) -> np.dtype:
+    return lookup({**DTYPES, INT4.name: INT4}, checked(name, str, "dtype"), "dtype")
 
-    return DTYPES[name] if name in DTYPES else np.dtype(getattr(ml_dtypes, name))
+
+def _shape_of(given: Any) -> tuple[int, ...]:
+    shape = checked(given, tuple[int, ...], "shape")
+    if len(shape) > MAX_DIMS or not all(0 <= size <= MAX_DIM for size in shape):
+        raise ValueError(f"no array has the shape {reprlib.repr(shape)}")
+    return shape
+
+
+def _kept_of(form: str) -> tuple[int, int]:
+    """N and M of `N:M`."""
+    found = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", form)
+    kept, group = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 0 < kept < group <= 256:
+        raise ValueError(f"unknown support {reprlib.repr(form)}: expected bits, like <mask>, or N:M with N < M <= 256")
+    return kept, group

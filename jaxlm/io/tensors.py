@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,11 @@ INT4 = np.dtype(ml_dtypes.int4)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 MAX_HEADER = 100 << 20
+MAX_JSON = 64 << 20
+MAX_DEPTH = 100
+"""Bytes of a JSON file, and how deep its tables and lists may nest, which all that walk through them rely on."""
+MAX_DIMS, MAX_DIM = 32, 1 << 48
+"""Dimensions of a tensor, and the largest of them."""
 BLOCK = 1 << 22
 """Elements that are converted to another dtype at a time."""
 MAX_SHARD_BYTES = 5 << 30
@@ -139,28 +145,65 @@ def unpack(packed: np.ndarray, length: int) -> np.ndarray:
     return ((halves.view(np.int8) ^ 8) - 8).astype(INT4)
 
 
-def packed_shape(metadata: Any, name: str) -> tuple[int, ...] | None:
-    """Shape that a header's metadata give a tensor of four-bit integers; `None` for any other tensor."""
-    found = re.fullmatch(r"int4\[(\d+(?:,\d+)*)\]", str(metadata.get(name))) if isinstance(metadata, dict) else None
-    return None if found is None else tuple(map(int, found[1].split(",")))
+def packed_shape(metadata: Mapping[str, str], name: str) -> tuple[int, ...] | None:
+    """Shape that a header's metadata give a tensor of four-bit integers; `None` for any other tensor.
+
+    >>> packed_shape({"w": "int4[3,5]"}, "w")
+    (3, 5)
+    """
+    given = metadata.get(name, "")
+    if not given.startswith("int4["):
+        return None
+    found = re.fullmatch(r"int4\[([0-9]{1,15}(?:,[0-9]{1,15}){0,31})\]", given)
+    if found is None:
+        raise ValueError(f"tensor {name!r} is described as {reprlib.repr(given)}, expected int4[inputs,outputs]")
+    return tuple(map(int, found[1].split(",")))
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
+def find_file(directory: Path, name: str) -> Path | None:
+    """A file of a model directory; `None` where there is none.
+
+    Links are followed within the directory, and in the cache of the Hugging Face hub from a snapshot to its blobs,
+    which is how that library keeps files. Anywhere else a link could name any file of this machine, and its content
+    would end up in what is saved.
+
+    Raises:
+      ValueError: a link that leads elsewhere, or something that is no plain file.
+      FileNotFoundError: a link to a file that is missing.
+    """
+    path = directory / name
+    if not os.path.lexists(path):
+        return None
+    root, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
+    caches = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
+    if root not in target.parents and target.parent not in caches:
+        raise ValueError(
+            f"{path} is a link to {target}, outside of its directory, and is not followed; put a copy of the file in "
+            "its place"
+        )
+    if not os.path.lexists(target):
+        raise FileNotFoundError(f"{path} is a link to {target}, which is missing")
+    if not target.is_file():
+        raise ValueError(f"{path} is no plain file; put the file itself in its place")
+    return path
+
+
 def open_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory, from `model.safetensors` or from the shards that its index names.
+    """All tensors of a model directory, from `model.safetensors`, or else from the shards that its index names.
+
+    Where both are there the index is a remnant: transformers, too, takes the single file.
 
     Raises:
       FileNotFoundError: no tensors, or a shard is missing.
       ValueError: pickles instead of safetensors, or a damaged file; the message names it.
     """
-    index = directory / INDEX
-    if index.is_file():
-        return _open_shards(index)
-    single = directory / SINGLE
-    if single.is_file():
+    if single := find_file(directory, SINGLE):
         return open_file(single)
+    if index := find_file(directory, INDEX):
+        return _open_shards(index)
     found = sorted(path.name for path in directory.iterdir() if path.is_file())
     pickles = [name for name in found if name.endswith(PICKLES)]
     if pickles:
@@ -177,19 +220,22 @@ def _open_shards(index: Path) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index}: expected a weight_map from tensor names to file names")
+    members: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        members.setdefault(file, []).append(name)
     tensors: dict[str, Tensor] = {}
-    for file in sorted(set(weight_map.values())):
-        if file != os.path.basename(file) or not file.endswith(".safetensors"):
-            raise ValueError(f"{index} names {file!r}, expected the name of a .safetensors file beside it")
-        if not (index.parent / file).is_file():
-            first = next(name for name, where in weight_map.items() if where == file)
-            raise FileNotFoundError(f"{index.parent / file} is missing: {index.name} expects {first!r} in it")
-        shard = open_file(index.parent / file)
-        for name, where in weight_map.items():
-            if where == file and name not in shard:
-                raise ValueError(f"{index.parent / file} has no tensor {name!r}, which {index.name} expects in it")
+    for file, names in sorted(members.items()):
+        if not re.fullmatch(r"[^/\\]{1,200}\.safetensors", file) or not file.isprintable():
+            raise ValueError(f"{index} names {reprlib.repr(file)}, expected the name of a .safetensors file beside it")
+        path = find_file(index.parent, file)
+        if path is None:
+            raise FileNotFoundError(f"{index.parent / file} is missing: {index.name} expects {names[0]!r} in it")
+        shard = open_file(path)
+        for name in names:
+            if name not in shard:
+                raise ValueError(f"{path} has no tensor {name!r}, which {index.name} expects in it")
         if twice := tensors.keys() & shard.keys():
-            raise ValueError(f"{index.parent / file} holds {min(twice)!r}, which another shard holds too")
+            raise ValueError(f"{path} holds {min(twice)!r}, which another shard holds too")
         tensors |= shard
     return tensors
 
@@ -208,12 +254,14 @@ def open_file(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is no safetensors file{_guess(start)}: its header of {length} bytes cannot be")
         text = file.read(length)
     try:
-        header = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        header = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is no safetensors file{_guess(start)}: its header is no JSON ({error})") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is no table of tensors")
-    metadata = header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path}: __metadata__ is {reprlib.repr(metadata)}, expected a table of texts")
     tensors: dict[str, Tensor] = {}
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
@@ -230,7 +278,11 @@ def open_file(path: Path) -> dict[str, Tensor]:
                 f"{path} is truncated in tensor {name!r}: {size} bytes, its header needs {8 + length + end} or more"
             )
         tensors[name] = Tensor(shape, dtype, _reader(path, name, 8 + length + first, shape, dtype), str(path))
-        if (whole := packed_shape(metadata, name)) is not None:
+        try:
+            whole = packed_shape(metadata, name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if whole is not None:
             tensors[name] = _unpacked(path, name, tensors[name], whole)
     if 8 + length + end != size:
         raise ValueError(f"{path} has {size} bytes, its header describes {8 + length + end}")
@@ -263,15 +315,22 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
         return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"{path}: tensor {name!r} needs dtype, shape and data_offsets, the header has {entry!r}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not counts(shape) or not counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{path}: tensor {name!r} has the shape {shape!r} and the offsets {offsets!r}")
-    if entry["dtype"] not in DTYPES:
         raise ValueError(
-            f"{path}: tensor {name!r} has the dtype {entry['dtype']!r}; {nearest(str(entry['dtype']), DTYPES)}"
+            f"{path}: tensor {name!r} needs dtype, shape and data_offsets, the header has {reprlib.repr(entry)}"
         )
-    return DTYPES[entry["dtype"]], tuple(shape), (offsets[0], offsets[1])
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not counts(shape) or not counts(offsets) or len(offsets) != 2:
+        raise ValueError(
+            f"{path}: tensor {name!r} has the shape {reprlib.repr(shape)} and the offsets {reprlib.repr(offsets)}"
+        )
+    if len(shape) > MAX_DIMS or max(shape, default=0) > MAX_DIM:
+        raise ValueError(
+            f"{path}: tensor {name!r} has the shape {reprlib.repr(shape)}, which no array has: at most {MAX_DIMS} "
+            f"dimensions of {MAX_DIM}"
+        )
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {name!r} has the dtype {reprlib.repr(dtype)}; {nearest(str(dtype), DTYPES)}")
+    return DTYPES[dtype], tuple(shape), (offsets[0], offsets[1])
 
 
 def _reader(path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[..., np.ndarray]:
@@ -285,6 +344,8 @@ def _reader(path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: n
                 piece = block[: out.size - start]
                 if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
                     raise ValueError(f"{path} ended in tensor {name!r}: it changed while it was read")
+                if dtype == np.bool_ and piece.view(np.uint8).max(initial=0) > 1:
+                    raise ValueError(f"{path}: tensor {name!r} holds bytes that are neither false (0) nor true (1)")
                 if converts:
                     _convert(piece, out[start : start + piece.size], f"tensor {name!r} of {path}")
         return out.reshape(shape)
@@ -296,15 +357,47 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-      ValueError: the file holds something else.
+      ValueError: the file holds something else, by name; see `parse_json`.
     """
+    with open(path, "rb") as file:
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise ValueError(f"{path} has more than {MAX_JSON >> 20} MiB, too many for what it should hold")
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def parse_json(text: bytes) -> Any:
+    """JSON in UTF-8, with or without a byte order mark; Infinity and NaN are taken, transformers writes them.
+
+    Raises:
+      ValueError: for anything else, for a key that a table has twice (readers differ in which they take), and for
+        tables and lists nested deeper than MAX_DEPTH.
+    """
+    try:
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_table)
+    except RecursionError:
+        raise ValueError(f"tables and lists are nested deeper than {MAX_DEPTH}") from None
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [child for children in inner for child in children if isinstance(child, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"tables and lists are nested deeper than {MAX_DEPTH}")
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = next(key for key in table if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {reprlib.repr(twice)} is given twice")
+    return table
 
 
 # Writing ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """On-policy distillation: the student continues the data's texts, and the teacher judges what it wrote."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,11 @@ from jaxlm.losses.cross_entropy import IGNORED
 
 Batch = dict[str, jax.Array]
 Generate = Callable[[Tree, Batch, jax.Array, int], jax.Array]
-"""`(params, prompts, key, new tokens) -> tokens [batch, new tokens]`, a row repeating `stop` once it is over."""
+"""`(params, prompts, key, new tokens) -> tokens [batch, new tokens]`, a row repeating its end once it is over."""
 
 
 def on_policy(
-    generate: Generate, *, stop: int | None, encoder_decoder: bool, prompt: int = 16, share: float = 1.0
+    generate: Generate, *, ends: Sequence[int], encoder_decoder: bool, prompt: int = 16, share: float = 1.0
 ) -> Callable[[Tree, Batch, jax.Array], Batch]:
     """`(params, batch, key) -> batch` in which, with probability `share`, all rows are what the student wrote.
 
@@ -25,7 +25,7 @@ def on_policy(
 
     Args:
       generate: the student's sampling.
-      stop: token that ends a text, if there is one.
+      ends: the tokens that end a text.
       encoder_decoder: the student reads the row's source and writes the target; else it continues the row.
       prompt: tokens of a row that are given, those of the document that is running at their end; the student writes the
         rest of the row.
@@ -40,7 +40,7 @@ def on_policy(
     def fn(params: Tree, batch: Batch, key: jax.Array) -> Batch:
         given = batch | {"scored": batch["labels"] != IGNORED}
         coin, key = jax.random.split(key)
-        written = lambda: jax.lax.stop_gradient(write(generate, params, given, key, stop, prompt))  # noqa: E731
+        written = lambda: jax.lax.stop_gradient(write(generate, params, given, key, ends, prompt))  # noqa: E731
         if share == 1.0:
             return written()
         return jax.lax.cond(jax.random.uniform(coin) < share, written, lambda: given)
@@ -48,7 +48,7 @@ def on_policy(
     return fn
 
 
-def _continue(generate: Generate, params: Tree, batch: Batch, key: jax.Array, stop: Any, prompt: int) -> Batch:
+def _continue(generate: Generate, params: Tree, batch: Batch, key: jax.Array, ends: Any, prompt: int) -> Batch:
     """Packed rows: the document that is running after `prompt` tokens goes on in the student's words."""
     ids, segments = batch["input_ids"], batch["segment_ids"]
     length = ids.shape[1]
@@ -59,7 +59,7 @@ def _continue(generate: Generate, params: Tree, batch: Batch, key: jax.Array, st
     running = (segments[:, :prompt] == segments[:, prompt - 1 : prompt]) & (segments[:, :prompt] > 0)
     running = running.astype(jnp.int32)
     tokens = generate(params, {"input_ids": ids[:, :prompt], "attention_mask": running}, key, length - prompt)
-    real = jnp.concatenate([running, ~_over(tokens, stop)], axis=1).astype(jnp.int32)
+    real = jnp.concatenate([running, ~_over(tokens, ends)], axis=1).astype(jnp.int32)
     predicted = jnp.pad(real[:, 1:], ((0, 0), (0, 1))) > 0
     new = {
         "input_ids": jnp.concatenate([ids[:, :prompt], tokens], axis=1),
@@ -71,11 +71,11 @@ def _continue(generate: Generate, params: Tree, batch: Batch, key: jax.Array, st
     return _where(running[:, -1] > 0, new, batch)
 
 
-def _answer(generate: Generate, params: Tree, batch: Batch, key: jax.Array, stop: Any, prompt: int) -> Batch:
-    """An encoder-decoder: the student's own target for every source."""
+def _answer(generate: Generate, params: Tree, batch: Batch, key: jax.Array, ends: Any, prompt: int) -> Batch:
+    """An encoder-decoder: the student's own target for every source, begun as the data begin theirs."""
     sources: Batch = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     tokens = generate(params, sources, key, batch["labels"].shape[1])
-    real = ~_over(tokens, stop)
+    real = ~_over(tokens, ends)
     new = {
         "decoder_input_ids": jnp.concatenate([batch["decoder_input_ids"][:, :1], tokens[:, :-1]], axis=1),
         "decoder_attention_mask": real.astype(jnp.int32),
@@ -85,12 +85,10 @@ def _answer(generate: Generate, params: Tree, batch: Batch, key: jax.Array, stop
     return _where(batch["scored"].any(axis=1), new, batch)
 
 
-def _over(tokens: jax.Array, stop: int | None) -> jax.Array:
-    """Where a row is over: after its first `stop`."""
-    if stop is None:
-        return jnp.zeros(tokens.shape, bool)
-    ends = (tokens == stop).astype(jnp.int32)
-    return jnp.cumsum(ends, axis=1) - ends > 0
+def _over(tokens: jax.Array, ends: Sequence[int]) -> jax.Array:
+    """Where a row is over: after its first end."""
+    met = jnp.isin(tokens, jnp.array(ends, jnp.int32)).astype(jnp.int32)
+    return jnp.cumsum(met, axis=1) - met > 0
 
 
 def _where(rows: jax.Array, new: Batch, batch: Batch) -> Batch:

@@ -70,7 +70,7 @@ def roberta_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     if fields["pad_token_id"] is None:
         raise ValueError("roberta needs a pad_token_id: its positions are counted from there")
     offset = fields["pad_token_id"] + 1
-    return fields | {"position_offset": offset, "max_positions": hf.get("max_position_embeddings", 512) - offset}
+    return fields | {"position_offset": offset, "max_positions": fields["max_positions"] - offset}
 
 
 def roberta_to_hf(config: ModelConfig) -> dict[str, Any]:

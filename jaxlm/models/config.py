@@ -1,14 +1,40 @@
 """ModelConfig: one flat description for every family; per-layer sizes are part of it."""
 
 import dataclasses
+import reprlib
+import typing
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlm.nn.layer import Layer, Rotary
+from jaxlm.core import checked, nearest
+from jaxlm.nn.dense import ACTIVATIONS
+from jaxlm.nn.layer import NORMS, Layer, Rotary
 
 HEADS = ("causal", "masked", "sequence", "token", "seq2seq", "pooled", "none")
 Sizes = Any
 """One size, or one a layer; always a tuple once the config exists."""
+MAX_LAYERS, MAX_SIZE = 1_000, 1 << 24
+"""What no model reaches: numbers beyond are mistakes, and would take memory and hours before they showed."""
+LIMITS: dict[str, tuple[float, float]] = {
+    "hidden_size": (1, MAX_SIZE),
+    "num_layers": (1, MAX_LAYERS),
+    "num_decoder_layers": (0, MAX_LAYERS),
+    "head_dim": (1, MAX_SIZE),
+    "window": (1, MAX_SIZE),
+    "window_from": (0, MAX_LAYERS),
+    "norm_eps": (0, 1),
+}
+"""Smallest and largest value of a field; of other numbers 0 and MAX_SIZE."""
+RATES = ("dropout", "attention_dropout", "head_dropout")
+CHOICES: dict[str, Collection[str]] = {
+    "norm": NORMS,
+    "activation": ACTIVATIONS,
+    "head": HEADS,
+    "pooling": ("first", "last"),
+}
+"""Names that a field may have."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +66,9 @@ class ModelConfig:
       pad_token_id: id that HF configs carry; decoder_start_token_id: first decoder input of a T5.
       dropout, attention_dropout, head_dropout: rates.
       init_std: deviation of initial kernels and tables.
+
+    Raises:
+      ValueError: for a value of another kind, out of bounds, unknown, or that does not fit the others, by name.
     """
 
     family: str
@@ -96,42 +125,65 @@ class ModelConfig:
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                put(field.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
-        if isinstance(self.rotary, dict):
-            put("rotary", Rotary(**self.rotary))
-        if self.head not in HEADS:
-            raise ValueError(f"unknown head {self.head!r}; known: {', '.join(HEADS)}")
-        for name in ("dropout", "attention_dropout", "head_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be in [0, 1)")
+            put(field.name, check_field(field.name, getattr(self, field.name), field.name))
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; {nearest(getattr(self, name), known)}")
+        self._check_labels()
         heads = self._per_layer("num_heads", self.num_heads, self.num_layers)
         if self.head_dim is None:
-            if self.hidden_size % heads[0]:
+            if not heads[0] or self.hidden_size % heads[0]:
                 raise ValueError(
                     f"hidden_size {self.hidden_size} is not a multiple of num_heads {heads[0]}; set head_dim"
                 )
             put("head_dim", self.hidden_size // heads[0])
-        kv_heads = self._per_layer("num_kv_heads", self.num_kv_heads or heads, self.num_layers)
+        kv_heads = self._per_layer("num_kv_heads", _or(self.num_kv_heads, heads), self.num_layers)
         for i, (h, kv) in enumerate(zip(heads, kv_heads, strict=True)):
             if (kv == 0 and h) or (kv and h % kv):
                 raise ValueError(f"layer {i}: num_heads {h} is not a multiple of num_kv_heads {kv}")
         put("num_heads", heads)
         put("num_kv_heads", kv_heads)
-        put("ffn_size", self._per_layer("ffn_size", self.ffn_size or 4 * self.hidden_size, self.num_layers))
+        put("ffn_size", self._per_layer("ffn_size", _or(self.ffn_size, 4 * self.hidden_size), self.num_layers))
         if self.num_decoder_layers:
             for name, default in (
                 ("decoder_num_heads", heads),
                 ("cross_num_heads", heads),
                 ("decoder_ffn_size", self.ffn_size),
             ):
-                value = getattr(self, name) or (default[0] if len(set(default)) == 1 else default)
+                value = _or(getattr(self, name), default[0] if len(set(default)) == 1 else default)
                 put(name, self._per_layer(name, value, self.num_decoder_layers))
         self._check_map("layer_map", self.num_layers, "num_heads", "num_kv_heads", "ffn_size")
         self._check_map(
             "decoder_layer_map", self.num_decoder_layers, "decoder_num_heads", "cross_num_heads", "decoder_ffn_size"
         )
+        self._check_positions()
+
+    def _check_labels(self) -> None:
+        """Two classes of one name could not be told apart in data, and one number has no classes."""
+        counts = Counter(self.labels)
+        if len(counts) < len(self.labels):
+            twice, count = counts.most_common(1)[0]
+            raise ValueError(f"labels: {count} classes have the name {twice!r}, each needs its own")
+        if self.regression and self.labels:
+            raise ValueError(f"regression predicts one number, but there are labels: {reprlib.repr(self.labels)}")
+
+    def _check_positions(self) -> None:
+        """Positions that cannot be computed: pairs of an odd width, buckets without room, columns that lack a head."""
+        if self.rotary is not None and self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of numbers, so head_dim must be even, not {self.head_dim}")
+        buckets, distance = self.relative_buckets, self.relative_max_distance
+        if buckets and (buckets < 4 or distance <= buckets // 2):
+            raise ValueError(
+                f"relative_buckets {buckets} must be 0 or at least 4, and relative_max_distance {distance} above half "
+                "of it"
+            )
+        for name, heads in (
+            ("position_heads", self.num_heads),
+            ("decoder_position_heads", self.decoder_num_heads),
+        ):
+            columns = getattr(self, name)
+            if columns is not None and tuple(map(len, columns)) != heads:
+                raise ValueError(f"{name} needs a column for each head of each layer, {heads}")
 
     def _check_map(self, name: str, layers: int, *sizes: str) -> None:
         """Checks a map of shared layers; one that shares nothing becomes `None`."""
@@ -238,3 +290,43 @@ class ModelConfig:
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+SIZES = int | tuple[int, ...]
+KINDS = {name: SIZES | None if hint is Any else hint for name, hint in typing.get_type_hints(ModelConfig).items()}
+KINDS["num_heads"] = SIZES
+"""What every field may hold."""
+
+
+def check_field(name: str, value: Any, what: str) -> Any:
+    """A value of the field `name`: of its kind and within its bounds, lists as tuples.
+
+    >>> check_field("num_layers", 12, "num_hidden_layers")
+    12
+
+    Args:
+      what: what the value is called where it comes from.
+
+    Raises:
+      ValueError: `num_hidden_layers: expected a whole number, found 'x'`.
+    """
+    value = checked(value, KINDS[name], what)
+    if name in RATES and not 0 <= value < 1:
+        raise ValueError(f"{what} {value} must be in [0, 1)")
+    low, high = LIMITS.get(name, (0, MAX_SIZE))
+    for number in _numbers(value):
+        if not low <= number <= high:
+            raise ValueError(f"{what} {reprlib.repr(number)} must be from {low} to {high}")
+    return value
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """The numbers in a field, those of all layers."""
+    if isinstance(value, tuple):
+        return [number for entry in value for number in _numbers(entry)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def _or(value: Any, default: Any) -> Any:
+    """`value` where it is set; 0 is."""
+    return default if value is None else value

@@ -1,12 +1,14 @@
 """Family: what sets one model family apart. All of it is data and small pure functions; the network is one for all."""
 
+import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.core import lookup, nearest
-from jaxlm.models.config import ModelConfig
+from jaxlm.core import checked, lookup, nearest
+from jaxlm.models.config import MAX_SIZE, ModelConfig, check_field
 
 
 class NotExpressible(ValueError):
@@ -130,8 +132,19 @@ ACTIVATIONS = {
 
 
 def read(hf: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
-    """Fields of ModelConfig out of a transformers config."""
-    fields = {field: hf.get(key, default) for field, (key, default) in keys.items()}
+    """Fields of ModelConfig out of a transformers config; `null` only where a field, or its default, may be that.
+
+    Raises:
+      ValueError: for a value of another kind or out of bounds, by its key.
+    """
+    fields: dict[str, Any] = {}
+    for field, (key, default) in keys.items():
+        value = hf.get(key, default)
+        if isinstance(value, list):
+            raise ValueError(f"{key}: expected one value for all layers, found {reprlib.repr(value)}")
+        if field == "pad_token_id" and value == -1:  # how old conversions of Llama say that there is none
+            value = None
+        fields[field] = None if value is default is None else check_field(field, value, key)
     if "activation" in fields:
         fields["activation"] = lookup(ACTIVATIONS, fields["activation"], "activation")
     return fields
@@ -160,21 +173,56 @@ def refuse(hf: Mapping[str, Any], family: str, **supported: Any) -> None:
     """Raises ValueError for a setting whose value is not the one supported, naming it."""
     for key, value in supported.items():
         if key in hf and hf[key] != value:
-            raise ValueError(f"{family} with {key}={hf[key]!r} is not supported (only {value!r})")
+            raise ValueError(f"{family} with {key}={reprlib.repr(hf[key])} is not supported (only {value!r})")
 
 
 def read_labels(hf: Mapping[str, Any], head: str) -> dict[str, Any]:
-    """`labels` and `regression` of a sequence or token head; transformers means regression by a single label."""
+    """`labels` and `regression` of a sequence or token head; transformers means regression by a single label.
+
+    Names that are numbers are read as they are written. `label2id` is not read, as transformers computes without it:
+    many public files have set `id2label` alone, and an old `label2id` beside it.
+    """
     if head not in ("sequence", "token"):
         return {}
-    names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(hf.get("num_labels", 2))}
-    if sorted(map(int, names)) != list(range(len(names))):
-        raise ValueError(f"id2label numbers its labels {sorted(map(int, names))}, expected 0 to {len(names) - 1}")
+    names = _class_names(hf)
+    if head == "sequence" and hf.get("problem_type") == "multi_label_classification":
+        raise ValueError(
+            "problem_type 'multi_label_classification': several labels for one text are not supported; "
+            'load(..., head="none") takes the body of the model without this head'
+        )
     if head == "sequence" and (hf.get("problem_type") == "regression" or len(names) == 1):
         if len(names) != 1:
             raise ValueError(f"regression with {len(names)} outputs is not supported (only 1)")
         return {"regression": True}
-    return {"labels": tuple(name for _, name in sorted(names.items(), key=lambda item: int(item[0])))}
+    return {"labels": _unique(tuple(_class_name(name, number) for number, name in enumerate(names)))}
+
+
+def _class_names(hf: Mapping[str, Any]) -> list[Any]:
+    """What `id2label` calls the classes, in their order; without it there are `num_labels`, two by default."""
+    given = checked(hf.get("id2label"), dict | None, "id2label")
+    if not given:
+        count = checked(hf.get("num_labels", 2), int, "num_labels")
+        if not 1 <= count <= MAX_SIZE:
+            raise ValueError(f"num_labels {count} must be from 1 to {MAX_SIZE}")
+        return [f"LABEL_{i}" for i in range(count)]
+    if wrong := [number for number in given if not re.fullmatch(r"(0|[1-9][0-9]{0,8})", str(number))]:
+        raise ValueError(f"id2label: expected the numbers of the classes, found {reprlib.repr(wrong[0])}")
+    numbers = sorted(map(int, given))
+    if numbers != list(range(len(numbers))):
+        raise ValueError(f"id2label numbers its labels {reprlib.repr(numbers)}, expected 0 to {len(numbers) - 1}")
+    return [given[number] for number in sorted(given, key=int)]
+
+
+def _class_name(name: Any, number: int) -> str:
+    return str(checked(name, str | int | float, f"id2label: the name of class {number}"))
+
+
+def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
+    numbers: dict[str, int] = {}
+    for number, name in enumerate(names):
+        if numbers.setdefault(name, number) != number:
+            raise ValueError(f"id2label gives the classes {numbers[name]} and {number} one name, {name!r}")
+    return names
 
 
 def write_labels(config: ModelConfig) -> dict[str, Any]:
@@ -202,16 +250,21 @@ def config_from_hf(family: Family, hf: Mapping[str, Any], head: str | None = Non
     Raises:
       ValueError: for an architecture or a setting that is not supported, by name.
     """
-    architecture = (hf.get("architectures") or [None])[0]
+    architecture, *_ = checked(hf.get("architectures"), tuple[str, ...] | None, "architectures") or ("",)
     if architecture in family.architectures:
         own = dict(family.architectures[architecture])
     elif head is None:
         what = f"unknown architecture {architecture!r}" if architecture else "config.json names no architecture"
-        hint = nearest(str(architecture), family.architectures)
+        hint = nearest(architecture, family.architectures)
         raise ValueError(f"{what}; {hint} (load(..., head=...) takes the body of any {family.name})")
     else:
         own = {"head": head}
-    return ModelConfig(family.name, **{**family.defaults, **family.from_hf(hf), **own, **read_labels(hf, own["head"])})
+    if head not in (None, own["head"]) and own["head"] in ("sequence", "token"):
+        # What the classes of a head are called that is not taken, or whether it has several a text, does not matter.
+        labels: dict[str, Any] = {"labels": tuple(f"LABEL_{i}" for i in range(len(_class_names(hf))))}
+    else:
+        labels = read_labels(hf, own["head"])
+    return ModelConfig(family.name, **{**family.defaults, **family.from_hf(hf), **own, **labels})
 
 
 def config_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
@@ -229,7 +282,7 @@ def config_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
     }
     try:
         again = config_from_hf(family, hf)
-    except (ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise NotExpressible(f"transformers cannot hold these sizes: {error}") from None
     before, after = _function(config), _function(again)
     for field in before:

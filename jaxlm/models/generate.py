@@ -1,13 +1,15 @@
 """Autoregressive generation with a key/value cache."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.models.config import ModelConfig
+from jaxlm.models.heads import last_token
 from jaxlm.models.transformer import check_length, empty_cache, forward
 
 
@@ -47,7 +49,39 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"top_p {top_p} is no probability above 0; None keeps all tokens")
 
 
-@partial(jax.jit, static_argnames=("config", "new_tokens", "temperature", "top_k", "top_p", "stop", "dtype"))
+def stop_ids(stop: Any, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a row, of one id, of several, or of `None`.
+
+    >>> stop_ids([2, 7, 2], 10), stop_ids(3, 10), stop_ids(None, 10)
+    ((2, 7), (3,), ())
+
+    Raises:
+      ValueError: for what is no id of the vocabulary.
+    """
+    stop = np.asarray(stop).tolist() if hasattr(stop, "__array__") else stop
+    several = isinstance(stop, Iterable) and not isinstance(stop, str | bytes | Mapping)
+    ids = tuple(stop) if several else () if stop is None else (stop,)
+    for each in ids:
+        if not isinstance(each, int | np.integer) or isinstance(each, bool) or not 0 <= each < vocab_size:
+            raise ValueError(
+                f"stop {stop!r}: {each!r} is no id of a token; give one id from 0 to {vocab_size - 1}, several, or "
+                "None to go on to the last token"
+            )
+    return tuple(dict.fromkeys(map(int, ids)))
+
+
+def ended(tokens: np.ndarray, strings: Sequence[str], tokenizer: Any, pad_id: int) -> np.ndarray:
+    """Rows of new tokens with padding behind the token that completes one of `strings` in the decoded text."""
+    tokens = tokens.copy()
+    for row in tokens:
+        for size in range(1, len(row)):
+            text = tokenizer.decode(row[:size], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if any(string in text for string in strings):
+                row[size:] = pad_id
+                break
+    return tokens
+
+
 def generate(
     config: ModelConfig,
     params: Mapping[str, Any],
@@ -58,43 +92,59 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop: int | None = None,
+    stop: Any = None,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Continues every row of `batch`: int32 `[batch, new_tokens]`; after `stop` a row repeats `stop`.
+    """Continues every row of `batch`: int32 `[batch, new_tokens]`; a row that meets an id in `stop` repeats it.
 
     The prompt runs once and fills the cache; each further token is one cached step. Prompts of unequal length are
-    padded on the left (`attention_mask` 0 there), so that every row goes on at the same place. An encoder-decoder reads
-    `input_ids` and begins with `config.decoder_start_token_id`.
+    padded on either side (`attention_mask` 0 there): every row goes on behind its last real token. Of a packed row
+    (`segment_ids`) that is the last document. An encoder-decoder reads `input_ids` and begins with
+    `config.decoder_start_token_id`.
+
+    Args:
+      stop: an id, several (in a list, a tuple or an array), or `None`.
     """
-    rows, length = batch["input_ids"].shape
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens {new_tokens}: at least 1")
     check_sampling(temperature, top_k, top_p)
+    stop = stop_ids(stop, config.vocab_size)
+    return _generate(config, params, batch, key, new_tokens, temperature, top_k, top_p, stop, jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnames=("config", "new_tokens", "temperature", "top_k", "top_p", "stop", "dtype"))
+def _generate(config, params, batch, key, new_tokens, temperature, top_k, top_p, stop, dtype) -> jax.Array:
+    rows, length = batch["input_ids"].shape
     check_length(config, 0 if config.encoder_decoder else length + new_tokens - 1)
     if config.encoder_decoder:
         if config.decoder_start_token_id is None:
             raise ValueError("generation needs config.decoder_start_token_id")
         first = jnp.full((rows, 1), config.decoder_start_token_id, jnp.int32)
         cache = empty_cache(config, params, rows, 1 + new_tokens, dtype, source=length)
-        outputs = forward(config, params, {**batch, "decoder_input_ids": first}, cache=cache, dtype=dtype)
+        source = {name: array for name, array in batch.items() if not name.startswith("decoder_")}
+        outputs = forward(config, params, {**source, "decoder_input_ids": first}, cache=cache, dtype=dtype)
     else:
         cache = empty_cache(config, params, rows, length + new_tokens, dtype)
-        outputs = forward(config, params, batch, cache=cache, dtype=dtype)
+        segments = batch.get("segment_ids", batch.get("attention_mask", jnp.ones((rows, length), jnp.int32)))
+        last = last_token(segments)
+        running = (segments == jnp.take_along_axis(segments, last[:, None], axis=1)) & (segments > 0)
+        prompt = {name: array for name, array in batch.items() if name in ("input_ids", "token_type_ids")}
+        prompt["attention_mask"] = running.astype(jnp.int32)
+        outputs = forward(config, params, prompt, cache=cache, head_at=last, dtype=dtype)
+    ends = jnp.array(stop, jnp.int32)
 
-    def choose(logits, done, key):
-        token = sample(key, logits[:, -1], temperature, top_k, top_p)
-        if stop is None:
-            return token, done
-        token = jnp.where(done, stop, token)
-        return token, done | (token == stop)
+    def choose(logits, before, done, key):
+        token = jnp.where(done, before, sample(key, logits[:, -1], temperature, top_k, top_p))
+        return token, done | jnp.isin(token, ends)
 
     def step(carry, key):
         token, done, cache = carry
         name = "decoder_input_ids" if config.encoder_decoder else "input_ids"
         out = forward(config, params, {name: token[:, None]}, cache=cache, dtype=dtype)
-        token, done = choose(out["logits"], done, key)
+        token, done = choose(out["logits"], token, done, key)
         return (token, done, out["cache"]), token
 
     keys = jax.random.split(key, new_tokens)
-    token, done = choose(outputs["logits"], jnp.zeros(rows, bool), keys[0])
+    token, done = choose(outputs["logits"], jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), keys[0])
     _, rest = jax.lax.scan(step, (token, done, outputs["cache"]), keys[1:])
     return jnp.concatenate([token[:, None], rest.T], axis=1)

@@ -17,7 +17,7 @@ KEYS: Keys = {
     "norm_eps": ("layer_norm_epsilon", 1e-5),
     "dropout": ("resid_pdrop", 0.1),
     "attention_dropout": ("attn_pdrop", 0.1),
-    "head_dropout": ("classifier_dropout", 0.1),
+    "head_dropout": ("classifier_dropout", None),
     "scale_scores": ("scale_attn_weights", True),
     "tie_embeddings": ("tie_word_embeddings", True),
     "pad_token_id": ("pad_token_id", None),
@@ -28,7 +28,10 @@ KEYS: Keys = {
 def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     """One dropout rate stands for embeddings and residuals: that of the residuals."""
     refuse(hf, "gpt2", scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, pruned_heads={})
-    return read(hf, KEYS)
+    fields = read(hf, KEYS)
+    if fields["head_dropout"] is None:
+        fields["head_dropout"] = 0.1
+    return fields
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def apply_head(
 ) -> dict[str, jax.Array]:
     """Outputs of the head on `x [batch, length, hidden]`.
 
-    `logits` are float32: `[batch, length, vocab]` (causal, masked, seq2seq), `[batch, labels]` (sequence) or
-    `[batch, length, labels]` (token). Also `next_sentence_logits [batch, 2]` and `pooled [batch, hidden]` where the
-    config has them.
+    `logits` are float32, in which the last product adds up whatever the dtype of `x`: `[batch, length, vocab]` (causal,
+    masked, seq2seq), `[batch, labels]` (sequence) or `[batch, length, labels]` (token). Also
+    `next_sentence_logits [batch, 2]` and `pooled [batch, hidden]` where the config has them.
     """
     head, own, ctx = config.head, params.get("head", {}), ctx.at("head")
     outputs: dict[str, jax.Array] = {}
@@ -56,26 +56,25 @@ def apply_head(
     if head in ("causal", "seq2seq"):
         x = x * config.hidden_size**-0.5 if config.scale_head else x
         if config.tie_embeddings:
-            logits = attend(x, params["embed"]["tokens"]["embedding"], ctx)
+            logits = attend(x, params["embed"]["tokens"]["embedding"], ctx, jnp.float32)
         else:
-            logits = dense(own["output"], x, ctx)
+            logits = dense(own["output"], x, ctx, jnp.float32)
     elif head == "masked":
         h = ACTIVATIONS[config.activation](dense(own["transform"], x, ctx.at("transform")))
         h = norm(config.norm, own["norm"], h, config.norm_eps, ctx.hidden)
         if config.tie_embeddings:
-            logits = attend(h, params["embed"]["tokens"]["embedding"], ctx) + own["output"]["bias"].astype(h.dtype)
+            logits = attend(h, params["embed"]["tokens"]["embedding"], ctx, jnp.float32) + own["output"]["bias"]
         else:
-            logits = dense(own["output"], h, ctx)
+            logits = dense(own["output"], h, ctx, jnp.float32)
         if config.next_sentence:
-            outputs["next_sentence_logits"] = dense(own["next_sentence"], outputs["pooled"], ctx).astype(jnp.float32)
+            outputs["next_sentence_logits"] = dense(own["next_sentence"], outputs["pooled"], ctx, jnp.float32)
     elif head == "sequence":
         h = outputs["pooled"] if config.pooler else _pool(config, x, segments)
-        logits = dense(own["output"], dropout(h, config.head_dropout, ctx.at("dropout")), ctx)
+        logits = dense(own["output"], dropout(h, config.head_dropout, ctx.at("dropout")), ctx, jnp.float32)
     elif head == "token":
-        logits = dense(own["output"], dropout(x, config.head_dropout, ctx.at("dropout")), ctx)
+        logits = dense(own["output"], dropout(x, config.head_dropout, ctx.at("dropout")), ctx, jnp.float32)
     else:
         return outputs
-    logits = logits.astype(jnp.float32)
     if head in ("causal", "seq2seq", "masked"):
         logits = mask_padded_logits(ctx.place(logits, ("batch", "length", "vocab")), config.vocab_size)
     return outputs | {"logits": logits}
@@ -85,5 +84,13 @@ def _pool(config: ModelConfig, x: jax.Array, segments: jax.Array) -> jax.Array:
     """The first token, or the last real one: `[batch, hidden]`."""
     if config.pooling == "first":
         return x[:, 0]
-    last = jnp.max(jnp.where(segments > 0, jnp.arange(x.shape[1]), 0), axis=1)
-    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return jnp.take_along_axis(x, last_token(segments)[:, None, None], axis=1)[:, 0]
+
+
+def last_token(segments: jax.Array) -> jax.Array:
+    """Where the last real token of every row is: int `[batch]` for segments `[batch, length]`; 0 without any.
+
+    >>> last_token(jnp.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]])).tolist()
+    [1, 2, 0]
+    """
+    return jnp.max(jnp.where(segments > 0, jnp.arange(segments.shape[1]), 0), axis=1)

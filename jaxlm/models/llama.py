@@ -3,11 +3,13 @@
 Touvron et al. 2023, Jiang et al. 2023, Yang et al. 2024.
 """
 
+import reprlib
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.core import nearest
-from jaxlm.models.config import ModelConfig
+from jaxlm.core import checked, nearest
+from jaxlm.models.config import ModelConfig, check_field
 from jaxlm.models.family import Family, Keys, NotExpressible, Row, linear, norm, read, refuse, table, write
 from jaxlm.nn.layer import Rotary
 
@@ -64,21 +66,56 @@ SCALINGS = {
     },
 }
 """Scaling of rotary frequencies -> field of Rotary -> key in transformers."""
+PLACES = ("rope_scaling", "rope_parameters")
+"""Where transformers 4 and transformers 5 keep the scaling; the latter takes the first where a file has both."""
 
 
 def read_rotary(hf: Mapping[str, Any]) -> Rotary:
-    """Rotary positions of a config of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
-    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = given.get("rope_type", given.get("type", "default"))
+    """Rotary positions of a config of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`).
+
+    Raises:
+      ValueError: for positions that are not supported, or two places that do not agree.
+    """
+    places = {place: checked(hf.get(place), dict | None, place) or {} for place in PLACES}
+    bases = {"rope_theta": hf} | {f"{place}.rope_theta": given for place, given in places.items()}
+    theta = _agreed({where: given["rope_theta"] for where, given in bases.items() if "rope_theta" in given}, 10000.0)
+    lengths = {"original_max_position_embeddings": hf}
+    lengths |= {f"{place}.original_max_position_embeddings": given for place, given in places.items()}
+    key = "original_max_position_embeddings"
+    _agreed({where: given[key] for where, given in lengths.items() if given.get(key) is not None}, None)
+    refuse(hf, "rotary embedding", partial_rotary_factor=1.0)
+    scalings = {place: _scaling(given, place) for place, given in places.items() if given.keys() - {"rope_theta"}}
+    scaling = _agreed(scalings, {"scaling": "default"})
+    return Rotary(theta=checked(theta, float, "rope_theta"), **scaling)
+
+
+def _scaling(given: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Fields of Rotary, all but the base, out of one of the places."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            raise ValueError(f"{place}: positions of their own for the layers of type {name!r} are not supported")
+    refuse(given, f"{place}: rotary embedding", partial_rotary_factor=1.0)
+    types = {f"{place}.{key}": given[key] for key in ("rope_type", "type") if given.get(key) is not None}
+    kind = checked(_agreed(types, "default"), str, f"{place}: the rope type")
     if kind not in SCALINGS:
-        raise ValueError(f"the rope type {kind!r} is not supported; {nearest(str(kind), SCALINGS)}")
-    for place in (hf, given):
-        refuse(place, "rotary embedding", partial_rotary_factor=1.0)
+        raise ValueError(f"{place}: the rope type {kind!r} is not supported; {nearest(kind, SCALINGS)}")
     missing = [key for key in SCALINGS[kind].values() if key not in given]
     if missing:
-        raise ValueError(f"the rope type {kind!r} needs {missing[0]!r}")
-    theta = given.get("rope_theta", hf.get("rope_theta", 10000.0))
-    return Rotary(float(theta), kind, **{field: given[key] for field, key in SCALINGS[kind].items()})
+        raise ValueError(f"{place}: the rope type {kind!r} needs {missing[0]!r}")
+    kinds = typing.get_type_hints(Rotary)
+    values = {field: checked(given[key], kinds[field], f"{place}.{key}") for field, key in SCALINGS[kind].items()}
+    return {"scaling": kind, **values}
+
+
+def _agreed(places: Mapping[str, Any], default: Any) -> Any:
+    """The one value that all places have which have any."""
+    values = list(places.values())
+    for place, value in places.items():
+        if value != values[0]:
+            first = next(iter(places))
+            shown = f"{first} {reprlib.repr(values[0])} and {place} {reprlib.repr(value)}"
+            raise ValueError(f"{shown} do not agree; remove the wrong one")
+    return values[0] if values else default
 
 
 def write_rotary(rotary: Rotary | None) -> dict[str, Any]:
@@ -96,6 +133,7 @@ def write_rotary(rotary: Rotary | None) -> dict[str, Any]:
 
 def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     fields = read(hf, LLAMA_KEYS) | {"rotary": read_rotary(hf)}
+    _one_type(hf, "full_attention")
     return fields | {"output_bias": fields["qkv_bias"]}
 
 
@@ -108,7 +146,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def mistral_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return read(hf, MISTRAL_KEYS) | {"rotary": read_rotary(hf)}
+    fields = read(hf, MISTRAL_KEYS) | {"rotary": read_rotary(hf)}
+    _one_type(hf, "full_attention" if fields["window"] is None else "sliding_attention")
+    return fields
 
 
 def mistral_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -119,12 +159,16 @@ def qwen2_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The window begins at some layer and stays: given by the layers' types, or by `max_window_layers`."""
     fields = read(hf, QWEN2_KEYS) | {"rotary": read_rotary(hf)}
     layers = fields["num_layers"]
-    first = hf.get("max_window_layers", 28)
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
-    if types := hf.get("layer_types"):
+    first = checked(hf.get("max_window_layers", 28), int, "max_window_layers")
+    slides = checked(hf.get("use_sliding_window", False), bool, "use_sliding_window")
+    window = check_field("window", hf.get("sliding_window", 4096), "sliding_window") if slides else None
+    if types := checked(hf.get("layer_types"), tuple[str, ...] | None, "layer_types"):
         first = sum(kind == "full_attention" for kind in types)
-        if types != _layer_types(layers, first):
-            raise ValueError(f"layer_types {types} are not supported (only full_attention, then sliding_attention)")
+        if list(types) != _layer_types(layers, first):
+            raise ValueError(
+                f"layer_types {reprlib.repr(types)} are not supported (only full_attention, then sliding_attention, "
+                f"{layers} in all)"
+            )
     if window is None or first >= layers:
         return fields
     return fields | {"window": window, "window_from": first}
@@ -140,6 +184,13 @@ def qwen2_to_hf(config: ModelConfig) -> dict[str, Any]:
         "max_window_layers": first,
         "layer_types": _layer_types(config.num_layers, first),
     }
+
+
+def _one_type(hf: Mapping[str, Any], kind: str) -> None:
+    """Refuses layers of several types: what transformers has for those are families of their own."""
+    types = checked(hf.get("layer_types"), tuple[str, ...] | None, "layer_types") or ()
+    if set(types) - {kind}:
+        raise ValueError(f"layer_types {reprlib.repr(types)} are not supported (only {kind})")
 
 
 def _layer_types(layers: int, first: int) -> list[str]:

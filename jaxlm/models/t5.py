@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxlm.core import lookup
+from jaxlm.core import checked, lookup
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import ACTIVATIONS, Family, Keys, NotExpressible, Row, linear, norm, read, table, write
 
@@ -34,10 +34,12 @@ def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
         fields["num_decoder_layers"] = fields["num_layers"]
     if fields["decoder_start_token_id"] is None:
         fields["decoder_start_token_id"] = fields["pad_token_id"]
-    fields["scale_head"] = hf.get("scale_decoder_outputs", fields["tie_embeddings"] is not False)
-    *gated, name = hf.get("feed_forward_proj", "relu").split("-")
+    scaled = hf.get("scale_decoder_outputs", fields["tie_embeddings"])
+    fields["scale_head"] = checked(scaled, bool, "scale_decoder_outputs")
+    feed_forward = checked(hf.get("feed_forward_proj", "relu"), str, "feed_forward_proj")
+    *gated, name = feed_forward.split("-")
     if gated not in ([], ["gated"]):
-        raise ValueError(f"feed_forward_proj {hf['feed_forward_proj']!r} is not supported (only gated-<activation>)")
+        raise ValueError(f"feed_forward_proj {feed_forward!r} is not supported (only gated-<activation>)")
     fields["gated"] = bool(gated)
     fields["activation"] = "gelu_tanh" if gated and name == "gelu" else lookup(ACTIVATIONS, name, "activation")
     return fields

@@ -62,6 +62,7 @@ def forward(
     ctx: Context = Context(),
     taps: Collection[Tap] = (),
     cache: Mapping[str, Any] | None = None,
+    head_at: jax.Array | None = None,
     remat: str = "none",
     dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
@@ -76,6 +77,8 @@ def forward(
       ctx: dropout key and placement.
       taps: activations wanted in `outputs["taps"]`; of an encoder, with the site prefixed `encoder_`.
       cache: of `empty_cache`; `input_ids` (`decoder_input_ids`) are then the tokens that follow.
+      head_at: int `[batch]`, the one token of each row that the head reads; all of them if not given. The logits of a
+        language model are then `[batch, 1, vocab]`.
       remat: what layers keep for the backward pass (`none`, `full`, `dots`).
       dtype: of activations and products; norms, softmax and logits stay float32.
 
@@ -88,7 +91,11 @@ def forward(
     x, segments_of_x, outputs = run(
         config, params, batch, ctx=ctx, taps=frozenset(taps), cache=cache, remat=remat, dtype=dtype
     )
-    return {"last_hidden": x} | outputs | heads.apply_head(config, params, x, segments_of_x, ctx)
+    read = x
+    if head_at is not None:
+        read = jnp.take_along_axis(x, head_at[:, None, None], axis=1)
+        segments_of_x = jnp.take_along_axis(segments_of_x, head_at[:, None], axis=1)
+    return {"last_hidden": x} | outputs | heads.apply_head(config, params, read, segments_of_x, ctx)
 
 
 def check_length(config: ModelConfig, length: int) -> None:

@@ -17,8 +17,9 @@ class Tokens(NamedTuple):
 
     Attributes:
       segments: int `[batch, length]`; 0 is padding, tokens see only their own segment.
-      order: int `[length]` or `[batch, length]`, place in the row (what causality and windows compare).
-      positions: int `[batch, length]`, position inside the document (what rotary reads).
+      order: int `[length]` or `[batch, length]`, place in the row (what causality compares).
+      positions: int `[batch, length]`, position inside the document (what rotary reads and windows compare: padding
+        inside a prompt takes no room in them).
     """
 
     segments: jax.Array
@@ -47,9 +48,10 @@ def allowed(layer: Layer, queries: Tokens, keys: Tokens, causal: bool) -> jax.Ar
     if causal:
         seen &= order_k <= order_q
     if layer.window is not None:
-        seen &= order_q - order_k < layer.window
+        behind = queries.positions[:, :, None] - keys.positions[:, None, :]
+        seen &= behind < layer.window
         if not causal:
-            seen &= order_k - order_q < layer.window
+            seen &= -behind < layer.window
     return seen
 
 

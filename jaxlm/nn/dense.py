@@ -46,10 +46,13 @@ def dense_spec(inputs: Dim, outputs: Dim, bias: bool, std: float = 0.02) -> dict
     return spec | {"bias": Parameter((outputs,))} if bias else spec
 
 
-def dense(params: Mapping[str, Any], x: jax.Array, ctx: Context) -> jax.Array:
-    """`x @ kernel + bias`, in the dtype of `x [..., in]`; the bias is added, and its gradient summed, in float32."""
-    y = dot(x, params["kernel"], ctx)
-    return (y.astype(jnp.float32) + params["bias"]).astype(x.dtype) if "bias" in params else y
+def dense(params: Mapping[str, Any], x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+    """`x @ kernel + bias` for `x [..., in]`, in `dtype`, which is that of `x` if not given.
+
+    The bias is added, and its gradient summed, in float32.
+    """
+    y = dot(x, params["kernel"], ctx, dtype)
+    return (y.astype(jnp.float32) + params["bias"]).astype(y.dtype) if "bias" in params else y
 
 
 def embedding_spec(rows: int, name: str, width: int, std: float = 0.02) -> dict[str, Parameter]:

@@ -1,6 +1,12 @@
 """The block vocabulary: everything a Transformer layer can be, whatever its family."""
 
+import typing
 from dataclasses import dataclass
+
+from jaxlm.core import check_fields, nearest
+
+SCALINGS = ("default", "linear", "llama3")
+NORMS = ("layer", "rms")
 
 
 @dataclass(frozen=True)
@@ -11,6 +17,9 @@ class Rotary:
       theta: base of the geometric series of frequencies.
       scaling: `default`, `linear` (frequencies divided by `factor`) or `llama3` (only the slow ones divided).
       factor, low_freq_factor, high_freq_factor, original_max_positions: parameters of the scaling.
+
+    Raises:
+      ValueError: for a value that its field cannot have, by name.
     """
 
     theta: float = 10000.0
@@ -19,6 +28,16 @@ class Rotary:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+
+    def __post_init__(self):
+        check_fields(self, typing.get_type_hints(Rotary))
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"unknown scaling {self.scaling!r} of rotary positions; {nearest(self.scaling, SCALINGS)}")
+        for name in ("theta", "factor", "original_max_positions"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} of rotary positions must be above 0")
+        if self.low_freq_factor == self.high_freq_factor:
+            raise ValueError(f"low_freq_factor and high_freq_factor must differ, both are {self.low_freq_factor}")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ def framed(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: Da
 
 def sentence_pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """Pairs of passages for next-sentence prediction; a sentence ends at `.`, `!`, `?` or a line's end."""
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise ValueError(
+            "the tokenizer has no tokens to begin and part a pair (cls_token, sep_token); next-sentence prediction "
+            "needs them (wordpiece:SIZE has)"
+        )
     counts = array("q")
 
     def sentences() -> Iterator[str]:

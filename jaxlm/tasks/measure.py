@@ -47,9 +47,9 @@ def _fraction(sums: np.ndarray) -> np.ndarray:
     return _divide(sums[..., 0], sums[..., 1])
 
 
-def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """`a / b`, 0 where there is nothing to divide by."""
-    return np.where(b == 0, 0.0, a / np.where(b == 0, 1.0, b))
+def _divide(a: np.ndarray, b: np.ndarray, nothing: float = math.nan) -> np.ndarray:
+    """`a / b`, and `nothing` where there is nothing to divide by."""
+    return np.where(b == 0, nothing, a / np.where(b == 0, 1.0, b))
 
 
 def _right(columns: Columns, classes: int) -> np.ndarray:
@@ -66,17 +66,20 @@ def _by_class(columns: Columns, classes: int) -> np.ndarray:
 
 
 def _macro_f1(sums: np.ndarray) -> np.ndarray:
-    """Mean over the classes of `2 right / (predicted + true)`, 0 for a class that does not occur.
+    """Mean of `2 right / (predicted + true)` over the classes that occur, as scikit-learn's.
 
-    >>> float(_macro_f1(np.array([1.0, 1.0, 2.0, 1.0, 1.0, 2.0])))
+    >>> float(_macro_f1(np.array([1.0, 0.0, 1.0, 2.0, 0.0, 1.0, 1.0, 0.0, 2.0])))
     0.6666666666666666
     """
     right, predicted, true = np.split(sums, 3, axis=-1)
-    return _divide(2 * right, predicted + true).mean(axis=-1)
+    occur = predicted + true > 0
+    return _divide(_divide(2 * right, predicted + true, 0.0).sum(axis=-1), occur.sum(axis=-1))
 
 
 def _matthews(sums: np.ndarray) -> np.ndarray:
     """`(c s - Σ p t) / sqrt((s² - Σ p²)(s² - Σ t²))`: c right of s, p predicted and t true per class (Gorodkin 2004).
+
+    0 where all is of one class, as scikit-learn's.
 
     >>> float(_matthews(np.array([5.0, 5.0, 5.0, 5.0, 5.0, 5.0])))
     1.0
@@ -85,11 +88,11 @@ def _matthews(sums: np.ndarray) -> np.ndarray:
     c, s = right.sum(axis=-1), true.sum(axis=-1)
     together = c * s - (predicted * true).sum(axis=-1)
     spread = (s**2 - np.square(predicted).sum(axis=-1)) * (s**2 - np.square(true).sum(axis=-1))
-    return _divide(together, np.sqrt(np.maximum(spread, 0)))
+    return _divide(together, np.sqrt(np.maximum(spread, 0)), 0.0)
 
 
 def _entity_f1(sums: np.ndarray) -> np.ndarray:
-    """`2 right / (predicted + true)`."""
+    """`2 right / (predicted + true)`, NaN where there is none."""
     return _divide(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
 
 
@@ -98,6 +101,7 @@ def moments(first: str, second: str) -> Callable[[Columns, int], np.ndarray]:
 
     def sums(columns: Columns, classes: int) -> np.ndarray:
         x, y = (np.asarray(columns[name], np.float64) for name in (first, second))
+        x, y = x - x[:1], y - y[:1]  # of equal numbers nothing is left, rounding included
         x, y = x - x.mean(), y - y.mean()
         return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)
 
@@ -105,7 +109,7 @@ def moments(first: str, second: str) -> Callable[[Columns, int], np.ndarray]:
 
 
 def _pearson(sums: np.ndarray) -> np.ndarray:
-    """Correlation from its moments; 0 where one side does not vary.
+    """Correlation from its moments; NaN where one side does not vary, as there is none.
 
     >>> float(_pearson(moments("a", "b")({"a": np.array([1.0, 2.0, 4.0]), "b": np.array([2.0, 4.0, 8.0])}, 0).sum(0)))
     1.0

@@ -22,23 +22,29 @@ from jaxlm.tasks.task import (
     Quality,
     Task,
     batch_pieces,
-    column,
     documents_of,
     sample_weights,
+    text_of,
     token_pieces,
+    weight_of,
 )
 
 
 def pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """`source` and `target` of every record; the decoder reads the target shifted right, from the pad token."""
-    records = list(source)
-    inputs = ended([column(r, "source", source) for r in records], tokenizer, settings.max_length)
-    targets = ended([column(r, "target", source) for r in records], tokenizer, settings.max_length)
+    rows = list(
+        source.usable(
+            lambda r: (text_of(r, "source", source), text_of(r, "target", source), weight_of(r, source)),
+            optional=("weight",),
+        )
+    )
+    sources, wanted, weights = zip(*rows, strict=True)
+    inputs, targets = (ended(texts, tokenizer, settings.max_length) for texts in (sources, wanted))
     shifted = Ragged(np.empty_like(targets.values), targets.offsets)
     shifted.values[1:] = targets.values[:-1]
     shifted.values[targets.offsets[:-1]] = padding_id(tokenizer)
     columns: dict[str, Any] = {"input_ids": inputs, "decoder_input_ids": shifted, "labels": targets}
-    return Prepared(Examples(columns | sample_weights(records, source)), {})
+    return Prepared(Examples(columns | sample_weights(weights)), {})
 
 
 def ended(texts: Iterable[str], tokenizer: Any, max_length: int | None = None) -> Ragged:

@@ -1,5 +1,7 @@
 """Task: how records become batches, outputs a loss, and predictions a score."""
 
+import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from jaxlm.data.loader import Batches, fitted
 from jaxlm.data.packing import counted
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
-from jaxlm.data.sources import Source
+from jaxlm.data.sources import Record, Source, Unusable
 from jaxlm.losses.cross_entropy import IGNORED, log_likelihood
 from jaxlm.tasks.measure import Measure, agreement
 
@@ -24,14 +26,16 @@ class Prepared(NamedTuple):
 
     Attributes:
       examples: the split's.
-      facts: about it (`bytes` of text, say), which a score divides by.
+      facts: about it (`bytes` of text, say), which a score divides by or says beside its numbers.
       fitted_to: examples of all splits that share the lengths of padded batches, and so compiled programs; those that
         most is to be gained from first. Without any, the lengths fit this split.
+      notices: what its reader may want to know if a model learns from it.
     """
 
     examples: Examples
     facts: dict[str, int]
     fitted_to: tuple[Examples, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def buckets(self, settings: DataSettings) -> tuple[int, ...]:
         """The lengths that batches are padded to: fitted to the first examples, and one more for longer ones."""
@@ -160,30 +164,64 @@ class Task(NamedTuple):
     sentinels: int = 0
 
 
-def column(record: Mapping[str, Any], name: str, source: Source) -> Any:
-    """A field of a record, or a ValueError that names the fields there are."""
+def column(record: Record, name: str, source: Source) -> Any:
+    """A field of a record.
+
+    Raises:
+      Unusable: as all readers of fields do where a record has no such field, or in it what they do not read.
+    """
     if name not in record:
-        raise ValueError(
-            f"{source.place} has no column {name!r}, only {', '.join(map(repr, record))}; "
+        raise Unusable(
+            f"no column {name!r}, only {', '.join(map(repr, record))}; "
             f"rename with {source.columns_field} = {{{name!r}: ...}}"
         )
     return record[name]
 
 
-def documents_of(source: Source) -> Iterator[str]:
-    """Every record's `text`, read as it is asked for; one that is no string is a bad row."""
-    for row in source.located():
-        text = column(row.record or {}, "text", source)
-        if isinstance(text, str):
-            yield text
-        else:
-            source.reject(row, f"the text {text!r} is {type(text).__name__}, not a string")
+def text_of(record: Record, name: str, source: Source) -> str:
+    """A field that holds text."""
+    text = column(record, name, source)
+    if not isinstance(text, str):
+        raise Unusable(f"the {name} {reprlib.repr(text)} is {type(text).__name__}, not a string")
+    if not text.strip():
+        raise Unusable(f"the {name} is blank")
+    return text
 
 
-def texts_of(record: Mapping[str, Any], source: Source) -> tuple[str, ...]:
+def texts_of(record: Record, source: Source) -> tuple[str, ...]:
     """`(text,)`, or `(text, text_pair)` where records have both."""
-    first = column(record, "text", source)
-    return (first, record["text_pair"]) if "text_pair" in record else (first,)
+    return tuple(text_of(record, name, source) for name in ("text", "text_pair") if name == "text" or name in record)
+
+
+def number_of(record: Record, name: str, source: Source) -> float:
+    """A field that holds a number which float32 has, or a text that says one."""
+    value = column(record, name, source)
+    try:
+        number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= float(np.finfo(np.float32).max):
+        raise Unusable(f"{name} {reprlib.repr(value)} is not a number")
+    return number
+
+
+def weight_of(record: Record, source: Source) -> float | None:
+    """The field `weight`, where records have one: what a distillation may weigh its samples by."""
+    if "weight" not in record:
+        return None
+    weight = number_of(record, "weight", source)
+    if weight < 0:
+        raise Unusable(f"weight {record['weight']!r} is less than 0")
+    return weight
+
+
+OPTIONAL = ("text_pair", "weight")
+"""Columns that rows need not have, but all alike."""
+
+
+def documents_of(source: Source) -> Iterator[str]:
+    """Every record's `text`, read as it is asked for."""
+    return source.usable(lambda record: text_of(record, "text", source))
 
 
 def with_unlabelled(labelled: Examples, unlabelled: Examples) -> Examples:
@@ -217,30 +255,15 @@ def with_unlabelled(labelled: Examples, unlabelled: Examples) -> Examples:
     return Examples(own).then(Examples(more))
 
 
-def sample_weights(records: Sequence[Mapping[str, Any]], source: Source) -> dict[str, np.ndarray]:
-    """The column `weight` float32 `[samples]`, where the data have one: what a distillation may weigh its samples by.
-
-    Raises:
-      ValueError: for a weight that is missing, negative or no number.
-    """
-    if not any("weight" in record for record in records):
-        return {}
-    values = [record.get("weight") for record in records]
-    try:
-        weights = np.array(values, np.float32)
-    except (TypeError, ValueError):
-        weights = np.array(np.nan)
-    if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(
-            f"{source.place}: the column 'weight' must hold a number of 0 or more in every row; correct it, or "
-            f"select the columns to read with {source.columns_field}"
-        )
-    return {"weight": weights}
+def sample_weights(weights: Sequence[float | None]) -> dict[str, np.ndarray]:
+    """The column `weight` float32 `[samples]`, where the data have one."""
+    return {} if None in weights else {"weight": np.array(weights, np.float32)}
 
 
 def scalar(terms: Mapping[str, Any], name: str) -> float:
-    """`sum / weight` on the host."""
-    return float(terms[name].sum) / max(float(terms[name].weight), 1e-9)
+    """`sum / weight` on the host; NaN where nothing was added up."""
+    weight = float(terms[name].weight)
+    return float(terms[name].sum) / weight if weight else math.nan
 
 
 def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -21,8 +21,9 @@ def shape_of(batch: Mapping[str, Any]) -> Shape:
 class Compiled:
     """Executables by shape of batch, compiled by a thread, that which is asked for before all others.
 
-    A run with many shapes so waits for those of its next steps, not for all, and none is compiled twice. An error of the compiler comes up where its shape is asked for, or in `check`. Settings of jax that
-    hold for one thread only (`with jax.default_matmul_precision(…)`) do not reach the compiling one: set them globally.
+    A run with many shapes so waits for those of its next steps, not for all, and none is compiled twice. An error of the
+    compiler comes up where its shape is asked for, or in `check`. Settings of jax that hold for one thread only (`with
+    jax.default_matmul_precision(…)`) do not reach the compiling one: set them globally.
 
     Args:
       lower: `(batch) -> jax.stages.Lowered`, given shapes.
@@ -88,8 +89,8 @@ def compiled(
 ) -> Compiled:
     """`step(state, constants, batch) -> (state, log)`, the state donated, its shardings those given.
 
-    What is called is the jitted function, which finds its executable in jax's cache: by itself an executable of jax 0.10
-    refuses arrays of four bits, which it takes to be laid out otherwise than it lays them out.
+    What is called is the jitted function, which finds its executable in jax's cache: by itself an executable of jax
+    0.10 refuses arrays of four bits, which it takes to be laid out otherwise than it lays them out.
     """
     here = threading.local()
 

@@ -81,7 +81,8 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
 
     Raises:
       Interrupted: after a signal, once the state is saved.
-      FloatingPointError: after `max_nonfinite` consecutive updates that were not finite, naming the arrays.
+      FloatingPointError: after `max_nonfinite` consecutive updates that were not finite, naming the arrays, or at the
+        end where none was.
     """
     settings, journal = run.settings, run.journal
     resumed = run.stores.resume(state, run.shardings)
@@ -153,6 +154,11 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
             if stopped:
                 break
             began = time.perf_counter()
+    if state.step and int(state.nonfinite) == int(state.step):
+        raise FloatingPointError(
+            f"not one of the {int(state.step)} updates was finite: nothing was learned. Look at the parameters that "
+            "the run starts from and at its data, or lower config.train.learning_rate"
+        )
     run.stores.latest.wait()
     return choose(run, state, progress), progress
 

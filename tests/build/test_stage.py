@@ -141,7 +141,7 @@ REFUSED = {
     r"config.data.train is empty": refused(data__train=""),
     r"empty.txt.* holds no usable row": refused(data__train="{folder}/empty.txt"),
     r"no tokenizer: set config.data.tokenizer": refused(data__tokenizer=""),
-    r"the tokenizer has \d+ tokens, the model's table only 5 rows": refused(model__vocab_size=5),
+    r"the tokenizer has \d+ tokens beyond the 5 rows of the model's table": refused(model__vocab_size=5),
     r"config.data.max_length = 64, but the model has 32 positions": refused(data__max_length=64),
     r"profile_from = 99: the run has only 12 steps": refused(train__profile_from=99, train__profile_steps=2),
     r"config.train.trainable.*'.\*nothing.\*'": refused(train__trainable=((".*nothing.*", True),)),

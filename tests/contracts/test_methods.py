@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxlm
 from jaxlm.build import registry
 from jaxlm.build.lessons import distillation
 from jaxlm.core import (
@@ -19,6 +20,7 @@ from jaxlm.core import (
     LowRank,
     Masked,
     Method,
+    Node,
     Quantized,
     Step,
     arrays,
@@ -30,6 +32,7 @@ from jaxlm.core import (
     trainable,
     with_arrays,
 )
+from jaxlm.io.model import LM
 from jaxlm.losses.cross_entropy import cross_entropy
 from jaxlm.losses.teacher import Teacher
 from jaxlm.models import model_config
@@ -399,3 +402,22 @@ def test_qat_of_what_is_rounded_is_refused():
     )
     with pytest.raises(ValueError, match=r"qat: .* is rounded already \(Quantized\)"):
         method_of("qat", {}).init(jax.random.key(0), model, rounded, axes)
+
+
+# Unbaked ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_unbaked_models_save_and_load(name, tmp_path):
+    """What `config.bake = False` keeps: gates, factors, projections and constraints, with the axes of each."""
+    run = trained(name)
+    last = run.states[-1]
+    params = canonical_view(run.method.eval_params(last.params, last.method))
+    own = run.model.axes()
+    added = {path: names for path, names in run.axes.items() if path not in own}
+    jaxlm.save(LM(run.model.config, params, site_axes=added), tmp_path / "m")
+    lm = jaxlm.load(tmp_path / "m")
+    assert equal(lm.params, params) and lm.axes == run.axes
+    assert {path: type(leaf) for path, leaf in flatten(lm.params).items() if isinstance(leaf, Node)} == {
+        path: type(leaf) for path, leaf in flatten(params).items() if isinstance(leaf, Node)
+    }

@@ -219,6 +219,7 @@ def transform(w: Weight, second: Weight, i: Inputs) -> dict[str, Any]:
             (dot(i.x, w, ctx) + dot(i.x, second, ctx), jnp.stack([take(w, i.ids, ctx), take(second, i.ids, ctx)])),
         ),
         "bfloat16": (dot(small[0], w, ctx), attend(small[1], w, ctx)),
+        "float32 of bfloat16": (dot(small[0], w, ctx, jnp.float32), attend(small[1], w, ctx, jnp.float32)),
     }
 
 
@@ -280,6 +281,15 @@ def test_bfloat16_in_bfloat16_out(name):
         exact = results(name)[what][1]
         assert out.dtype == jnp.bfloat16
         assert np.abs(out.astype(np.float32) - exact).max() <= 0.03 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("name", WITH_TRANSFORMS)
+def test_bfloat16_in_float32_out(name):
+    """As logits are asked for: what the products add up to, not that rounded to bfloat16 and widened again."""
+    for wide, out in zip(transformed(name)["float32 of bfloat16"], transformed(name)["bfloat16"], strict=True):
+        assert wide.dtype == np.float32
+        assert np.abs(wide - out.astype(np.float32)).max() <= 2**-7 * np.abs(wide).max()
+        assert (wide != wide.astype(out.dtype).astype(np.float32)).mean() > 0.8
 
 
 def sizes_of(w, field, axis):

@@ -43,6 +43,21 @@ def test_bfloat16_operands_are_accumulated_in_float32(shape, transposed):
     assert np.allclose(dw, outer.T if transposed else outer, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_result_in_float32_is_the_accumulator(transposed):
+    """Of rounded operands, itself not rounded; the gradients are those of a result in bfloat16."""
+    own = matmul_transposed if transposed else matmul
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (4, 5) if transposed else (5, 4))
+    g = jax.random.normal(jax.random.key(2), (2, 3, 4), jnp.bfloat16)
+    y, back = jax.vjp(lambda x, w: own(x, w, jnp.float32), x, w)
+    kernel = np.asarray(w.astype(jnp.bfloat16), np.float64)
+    assert y.dtype == jnp.float32
+    assert np.allclose(y, np.asarray(x, np.float64) @ (kernel.T if transposed else kernel), rtol=1e-6, atol=1e-6)
+    for a, b in zip(back(g.astype(jnp.float32)), jax.vjp(own, x, w)[1](g), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+
+
 def test_under_scan_vmap_and_remat():
     kernels = jax.random.normal(jax.random.key(1), (3, 5, 5)) * 0.3
     x = jax.random.normal(jax.random.key(0), (2, 4, 5))

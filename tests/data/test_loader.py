@@ -16,6 +16,7 @@ from jaxlm.data.loader import (
     packed_examples,
     shapes,
     shard,
+    started,
     steps_per_epoch,
 )
 from jaxlm.data.packing import IGNORED
@@ -201,6 +202,22 @@ def test_decoder_lengths_follow_the_bucket_of_the_input():
         assert np.array_equal(batch["labels"] != IGNORED, batch["decoder_input_ids"] > 0)
     long = Examples({"input_ids": Ragged.of([[1]]), "decoder_input_ids": Ragged.of([[1] * 50])})
     assert bucketed(long, 1, 0, lengths=LENGTHS)(0)["decoder_input_ids"].shape == (1, 56)
+
+
+def test_a_decoder_starts_with_the_id_of_its_model():
+    """Filler rows and announced shapes too; nothing else changes, and the batches made before keep their start."""
+    targets = Ragged.of([[0, 5, 6], [0, 7], [0]])
+    data = Examples({"input_ids": Ragged.of([[1], [2], [3]]), "decoder_input_ids": targets, "labels": targets})
+    plain = bucketed(data, 2, 0, lengths=LENGTHS)
+    batches = started(plain, 9)
+    for step in (-1, 0, 1, 7):
+        batch, before = batches(step), plain(step)
+        assert (batch["decoder_input_ids"][:, 0] == 9).all() and (before["decoder_input_ids"][:, 0] == 0).all()
+        before["decoder_input_ids"][:, 0] = 9
+        assert batch.keys() == before.keys() and all(np.array_equal(batch[n], a) for n, a in before.items())
+    assert shapes(batches) == shapes(plain)
+    without = kinds_of()["packed"]
+    assert started(without, 9) is without and started(plain, None) is plain
 
 
 def test_packed_in_order_for_evaluation():

@@ -24,20 +24,21 @@ def test_joined_rows_against_a_plain_loop():
         stream = [(token, i, at) for i, d in enumerate(order) for at, token in enumerate(docs[d].tolist())]
         joined = join(docs, length, order)
         assert joined.rows == -(-len(stream) // length) and joined.total == len(stream)
-        batch = cut(joined, np.arange(joined.rows + 1), pad_id=3)
+        batch = cut(joined, np.arange(joined.rows + 1), pad_id=3, sizes=docs.values % 5)
         for r in range(joined.rows + 1):
             row = stream[r * length : (r + 1) * length]
             segment = position = 0
             for t in range(length):
                 if t >= len(row):
-                    expected = (3, 0, 0, IGNORED)
+                    expected = (3, 0, 0, IGNORED, 0)
                 else:
                     token, document, at = row[t]
                     new = t == 0 or row[t - 1][1] != document
                     segment, position = segment + new, 0 if new else position + 1
                     last = at == len(docs[order[document]]) - 1
-                    expected = (token, segment, position, IGNORED if last else token + 1)
-                got = tuple(int(batch[n][r, t]) for n in ("input_ids", "segment_ids", "positions", "labels"))
+                    named = (IGNORED, 0) if last else (token + 1, (token + 1) % 5)
+                    expected = (token, segment, position, *named)
+                got = tuple(int(batch[n][r, t]) for n in ("input_ids", "segment_ids", "positions", "labels", "bytes"))
                 assert got == expected
         assert {a.dtype for a in batch.values()} == {np.dtype(np.int32)}
 

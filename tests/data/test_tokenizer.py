@@ -103,9 +103,10 @@ def test_sentinels(texts, tokenizers):
         sentinel_ids(tokenizers["bpe:600"])
 
 
-@pytest.mark.parametrize("max_length", [None, 12])
-def test_encode_equals_transformers(tokenizers, texts, max_length):
+@pytest.mark.parametrize(("max_length", "side"), [(None, "right"), (12, "right"), (12, "left")])
+def test_encode_equals_transformers(tokenizers, texts, monkeypatch, max_length, side):
     tokenizer = tokenizers["wordpiece:600"]
+    monkeypatch.setattr(tokenizer, "truncation_side", side)
     short = [text[:200] for text in texts[:20]]
     pairs = list(zip(short, [*short[1:], "a"], strict=True))
     for inputs in (short, pairs):
@@ -134,6 +135,22 @@ def test_words_equal_transformers(texts, tokenizers, tmp_path, kind):
         words = expected.word_ids()
         first = [-1 if w is None or w == before else w for before, w in zip([None, *words], words, strict=False)]
         assert got.ids[i].tolist() == expected["input_ids"] and got.words[i].tolist() == first
+
+
+@pytest.mark.parametrize(
+    ("text", "least"), [("a b", 3), (["a", "b"], 3), (("a b", "c d"), 5)], ids=["text", "words", "pair"]
+)
+def test_a_length_without_room_for_text_is_refused(tokenizers, text, least):
+    """Beside [CLS] and [SEP], and what stands around every row; the least length that does is told."""
+    tokenizer, words = tokenizers["wordpiece:600"], isinstance(text, list)
+    for length in (-1, 0, 1, least - 1):
+        with pytest.raises(ValueError, match=rf"config.data.max_length = {length} .*at least {least}"):
+            encode(tokenizer, [text], max_length=length, words=words)
+        with pytest.raises(ValueError, match=rf"config.data.max_length = {length + 1} .*at least {least + 1}"):
+            encode(tokenizer, [text], max_length=length, words=words, after=[0])
+    assert encode(tokenizer, [text], max_length=least, words=words).ids.lengths.tolist() == [least]
+    with pytest.raises(ValueError, match="max_length = 1 leaves no room for text beside 1 special tokens"):
+        encode(tokenizer, ["a"], max_length=0, special_tokens=False, after=[3])
 
 
 def test_encoding_leaves_the_tokenizer_as_it_was(tokenizers):

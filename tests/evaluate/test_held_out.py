@@ -75,7 +75,7 @@ def test_measures_of_classes_are_those_of_scikit_learn():
     assert values == pytest.approx(
         {
             "accuracy": np.mean(true == predicted),
-            "f1": f1_score(true, predicted, average="macro", labels=range(6), zero_division=0),
+            "f1": f1_score(true, predicted, average="macro", zero_division=0),
             "mcc": matthews_corrcoef(true, predicted),
         }
     )
@@ -87,7 +87,7 @@ def test_correlations_are_those_of_scipy():
     assert held_out.quality.value == pytest.approx(pearsonr(columns["true"], columns["predicted"])[0])
     assert held_out.agreement.value == pytest.approx(pearsonr(columns["teacher"], columns["predicted"])[0])
     same = HeldOut("regression", {"true": (1.0, 2.0, 3.0), "predicted": (5.0, 5.0, 5.0)})
-    assert same.quality.value == 0 and TASKS["regression"].quality.agreement is correlation
+    assert math.isnan(same.quality.value) and TASKS["regression"].quality.agreement is correlation
 
 
 def test_leaving_out_is_the_measure_of_the_rest(make):

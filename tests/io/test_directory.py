@@ -170,7 +170,7 @@ def test_params_that_do_not_fit_the_config_are_not_written(tmp_path):
     for change, message in (
         ({"layers_0/mlp/up/kernel": jnp.zeros((16, 25))}, r"'layers_0/mlp/up/kernel' has the shape \(16, 25\)"),
         ({"layers_7/x": jnp.zeros(3)}, "hold 'layers_7/x'"),
-        ({"layers_0/mlp/gate": Gate(jnp.ones(24))}, "'layers_0/mlp/gate' has no axis names"),
+        ({"layers_0/mlp/gate": Gate(jnp.ones(24))}, "hold 'layers_0/mlp/gate'.*has no axis names"),
     ):
         with pytest.raises(ValueError, match=message):
             jaxlm.save(jaxlm.LM(lm.config, unflatten({**flat, **change})), tmp_path / "m")

@@ -26,7 +26,7 @@ def test_a_row_goes_on_in_the_students_words():
         assert new_tokens == 3
         return WRITTEN
 
-    batch = on_policy(generate, stop=STOP, encoder_decoder=False, prompt=3)({}, BATCH, jax.random.key(0))
+    batch = on_policy(generate, ends=(STOP,), encoder_decoder=False, prompt=3)({}, BATCH, jax.random.key(0))
     assert prompts["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1], [0, 0, 0]]
     assert prompts["input_ids"].tolist() == [[1, 2, 3], [1, 2, 3], [0, 0, 0]]
     assert batch["input_ids"][:2].tolist() == [[1, 2, 3, 7, STOP, STOP], [1, 2, 3, 7, 8, 7]]
@@ -42,6 +42,15 @@ def test_a_row_goes_on_in_the_students_words():
         assert np.array_equal(batch[name][2], value[2]) and batch[name].dtype == value.dtype
 
 
+@pytest.mark.parametrize(("ends", "real"), [((STOP, 8), [2, 3, 1]), ((8,), [4, 3, 1]), ((), [4, 4, 1])])
+def test_a_text_is_over_at_the_first_of_its_ends(ends, real):
+    """Of several, or of none."""
+    written = jnp.array([[7, STOP, 7, 7], [7, 7, 8, STOP], [7, 7, 7, 7]])
+    generate = lambda params, batch, key, new_tokens: written  # noqa: E731
+    batch = on_policy(generate, ends=ends, encoder_decoder=False, prompt=2)({}, BATCH, jax.random.key(0))
+    assert (batch["segment_ids"][:2, 2:] > 0).sum(1).tolist() == real[:2]
+
+
 def test_an_encoder_decoder_answers_its_source():
     batch = {
         "input_ids": jnp.ones((2, 4), jnp.int32),
@@ -51,7 +60,7 @@ def test_an_encoder_decoder_answers_its_source():
         "labels": jnp.array([[5, 6, STOP], [-100] * 3]),
     }
     generate = lambda params, batch, key, n: WRITTEN[:2, :n]  # noqa: E731
-    new = on_policy(generate, stop=STOP, encoder_decoder=True)({}, batch, jax.random.key(0))
+    new = on_policy(generate, ends=(STOP,), encoder_decoder=True)({}, batch, jax.random.key(0))
     assert new["decoder_input_ids"].tolist() == [[0, 7, STOP], [0, 0, 0]]
     assert new["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0]]
     assert new["scored"].tolist() == [[True, True, False], [False] * 3]
@@ -60,7 +69,7 @@ def test_an_encoder_decoder_answers_its_source():
 
 def test_the_students_share_of_the_steps():
     generate = lambda params, batch, key, n: jnp.broadcast_to(params["token"], (3, n))  # noqa: E731
-    write = jax.jit(on_policy(generate, stop=STOP, encoder_decoder=False, prompt=3, share=0.5))
+    write = jax.jit(on_policy(generate, ends=(STOP,), encoder_decoder=False, prompt=3, share=0.5))
     batches = [write({"token": jnp.int32(7)}, BATCH, jax.random.key(i)) for i in range(40)]
     own = [bool((batch["input_ids"][0, 3:] == 7).all()) for batch in batches]
     assert 10 <= sum(own) <= 30
@@ -80,4 +89,4 @@ def test_the_students_share_of_the_steps():
 def test_what_leaves_nothing_to_write_is_refused(options, message):
     generate = lambda params, batch, key, n: WRITTEN  # noqa: E731
     with pytest.raises(ValueError, match=message):
-        on_policy(generate, stop=STOP, encoder_decoder=False, **options)({}, BATCH, jax.random.key(0))
+        on_policy(generate, ends=(STOP,), encoder_decoder=False, **options)({}, BATCH, jax.random.key(0))

@@ -1,9 +1,8 @@
-"""Ends of sequences and labels that are no numbers."""
+"""Ends of sequences, and lengths of batches."""
 
 import json
 
 import numpy as np
-import pytest
 
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
@@ -40,27 +39,3 @@ def test_splits_share_the_lengths_of_their_batches():
     assert Prepared(examples["test"], {}).buckets(settings) == (16,)
     batches = TASKS["sequence"].batches(together["eval"], tokenizer, settings, 1, None)
     assert [batches(step)["input_ids"].shape for step in range(2)] == [(1, 8), (1, 56)]
-
-
-@pytest.mark.parametrize("label", ["nan", "inf", None, "three"])
-def test_a_rating_that_is_no_number_is_a_bad_row(tmp_path, label):
-    file = write(tmp_path / "rated.jsonl", [{"text": "a", "label": 1.5}, {"text": "b", "label": label}])
-    settings = DataSettings(format="jsonl", train=str(file), bad_rows="skip")
-    source = settings.source("train")
-    prepared = TASKS["regression"].prepare(source, load_tokenizer("character", ["ab"]), (), settings)
-    np.testing.assert_array_equal(prepared.examples.columns["labels"], np.float32([1.5]))
-    assert [bad.line for bad in source.bad] == [2] and "is not a number" in source.bad[0].reason
-
-
-@pytest.mark.parametrize("task", ["causal", "denoising", "masked"])
-def test_a_text_that_is_no_string_is_a_bad_row(tmp_path, task):
-    file = write(tmp_path / "texts.jsonl", [{"text": "ab"}, {"text": None}, {"text": ""}, {"text": "b"}])
-    tokenizer = load_tokenizer("wordpiece:80" if task == "masked" else "character", ["ab"])
-    settings = DataSettings(format="jsonl", train=str(file))
-    with pytest.raises(ValueError, match=r"texts.jsonl:2: the text None is NoneType, not a string"):
-        TASKS[task].prepare(settings.source("train"), tokenizer, (), settings)
-    source = DataSettings(format="jsonl", train=str(file), bad_rows="skip").source("train")
-    prepared = TASKS[task].prepare(source, tokenizer, (), settings)
-    assert len(prepared.examples) == 3 and [bad.line for bad in source.bad] == [2]
-    if task == "causal":
-        assert prepared.facts == {"bytes": 3} and prepared.examples.lengths.tolist() == [4, 2, 3]

@@ -165,7 +165,7 @@ def test_classes_of_texts(done, files):
     predicted = [lm.config.labels[i] for i in logits.argmax(-1)]
     metrics = result["metrics"]["eval"]
     assert metrics["accuracy"] == accuracy_score(true, predicted)
-    assert metrics["f1"] == pytest.approx(f1_score(true, predicted, average="macro", labels=["a", "b", "z"]))
+    assert metrics["f1"] == pytest.approx(f1_score(true, predicted, average="macro"))
     assert metrics["mcc"] == pytest.approx(matthews_corrcoef(true, predicted))
     own = log_softmax(logits.astype(np.float64), -1)[range(len(true)), ["abz".index(label) for label in true]]
     assert metrics["loss"] == pytest.approx(-own.mean(), rel=1e-5)
@@ -218,7 +218,7 @@ def test_unknown_labels_of_an_evaluation_are_bad_rows(files, tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"text": "a", "label": "q"}\n{"text": "b", "label": "z"}\n')
     config = recipe("sequence", files)
     config.data.eval = str(tmp_path / "eval.jsonl")
-    with pytest.raises(ValueError, match=r"eval\.jsonl.*1.*label 'q' is not in the training data \(a, b, z\)"):
+    with pytest.raises(ValueError, match=r"eval\.jsonl:1: label 'q' is not among the classes \(a, b, z\)"):
         setting.set_up(config)
     config.data.bad_rows = "skip"
     said: list[str] = []

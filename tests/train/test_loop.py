@@ -112,6 +112,8 @@ def test_too_many_in_a_row_end_the_run(start, tmp_path):
         FloatingPointError, match=r"2 updates in a row .* step 3 in dense/bias, dense/kernel.*max_nonfinite"
     ):
         go(*start(poisoned(1, 2, 3), max_nonfinite=2))
+    with pytest.raises(FloatingPointError, match=r"not one of the 8 updates was finite: nothing was learned"):
+        go(*start(poisoned(*range(12)), max_nonfinite=99, workdir=tmp_path / "all"))
     _, progress = go(*start(poisoned(5, 7), max_nonfinite=2, workdir=tmp_path / "other"))  # a sound one between them
     assert progress.skipped == 2
 

@@ -17,7 +17,7 @@ from jaxlm.core import (
     Adapted,
     ArrayInfo,
     Axes,
-    Component,
+    Constraint,
     Context,
     Gate,
     HardConcrete,
@@ -160,16 +160,6 @@ def _takes(path: str, targets: Sequence[str]) -> bool:
     if found is None or found[2] != FOLDED[found[1]]:
         return False
     return ("ffn" if found[1] == "mlp" else "heads") in targets
-
-
-class Constraint(Site):
-    """The target of this step and the multiplier; no activation passes it."""
-
-    target: jax.Array
-    multiplier: jax.Array
-
-    def components(self, axes: Axes) -> dict[str, Component]:
-        return {"target": Component(axes, "buffer"), "multiplier": Component(axes, "buffer")}
 
 
 def _learned(info: ArrayInfo) -> bool:

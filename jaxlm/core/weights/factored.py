@@ -1,5 +1,7 @@
 """Factored: a weight as the product of two narrow ones."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -32,14 +34,14 @@ class Factored(Weight):
         product = materialize(self.a).astype(jnp.float32) @ materialize(self.b).astype(jnp.float32)
         return product.astype(self.dtype)
 
-    def dot(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return dot(dot(x, self.a, ctx), self.b, ctx)
+    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        return dot(dot(x, self.a, ctx), self.b, ctx, dtype)
 
     def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
         return dot(take(self.a, ids, ctx), self.b, ctx)
 
-    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return attend(attend(x, self.b, ctx), self.a, ctx)
+    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        return attend(attend(x, self.b, ctx), self.a, ctx, dtype)
 
     def components(self, axes: Axes) -> dict[str, Component]:
         return {"a": Component((axes[0], None), "factor"), "b": Component((None, axes[1]), "factor")}

@@ -1,6 +1,6 @@
 """FakeQuant: quantization-aware training with a straight-through estimator."""
 
-from typing import Self
+from typing import Any, Self
 
 import jax
 from flax import struct
@@ -72,11 +72,11 @@ class FakeQuant(Weight):
         dense = materialize(self.base)
         return straight_through(dense, *jax.lax.stop_gradient(self.grid(dense)), self.scheme, self.axis)
 
-    def dot(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return matmul(self.rounded(x) if self.channel == -1 else x, self.materialize())
+    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        return matmul(self.rounded(x) if self.channel == -1 else x, self.materialize(), dtype)
 
-    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return matmul_transposed(self.rounded(x) if self.channel == -2 else x, self.materialize())
+    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        return matmul_transposed(self.rounded(x) if self.channel == -2 else x, self.materialize(), dtype)
 
     def rounded(self, x: jax.Array) -> jax.Array:
         """The inputs `[..., in]` as an integer product would see them."""

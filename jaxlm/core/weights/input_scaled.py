@@ -1,5 +1,7 @@
 """InputScaled: a weight whose inputs are scaled first."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -33,15 +35,15 @@ class InputScaled(Weight):
     def materialize(self) -> jax.Array:
         return (materialize(self.base).astype(jnp.float32) * self.scale[:, None]).astype(self.dtype)
 
-    def dot(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return dot((x.astype(jnp.float32) * self.scale).astype(x.dtype), self.base, ctx)
+    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        return dot((x.astype(jnp.float32) * self.scale).astype(x.dtype), self.base, ctx, dtype)
 
     def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
         rows, scale = take(self.base, ids, ctx), jnp.take(self.scale, ids, axis=0)[..., None]
         return (rows.astype(jnp.float32) * scale).astype(rows.dtype)
 
-    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        y = attend(x, self.base, ctx)
+    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        y = attend(x, self.base, ctx, dtype)
         return (y.astype(jnp.float32) * self.scale).astype(y.dtype)
 
     def components(self, axes: Axes) -> dict[str, Component]:

@@ -1,5 +1,7 @@
 """LowRank: a weight plus a trained update of low rank."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -40,15 +42,16 @@ class LowRank(Weight):
         update = self.scale * (self.a.astype(jnp.float32) @ self.b.astype(jnp.float32))
         return (materialize(self.base).astype(jnp.float32) + update).astype(self.dtype)
 
-    def dot(self, x: jax.Array, ctx: Context) -> jax.Array:
-        update = matmul(matmul(dropout(x, self.rate, ctx.at("low_rank")), self.a), self.b)
-        return dot(x, self.base, ctx) + self.scale * update
+    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        update = matmul(matmul(dropout(x, self.rate, ctx.at("low_rank")), self.a), self.b, dtype)
+        return dot(x, self.base, ctx, dtype) + self.scale * update
 
     def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
         return take(self.base, ids, ctx) + self.scale * matmul(jnp.take(self.a, ids, axis=0), self.b)
 
-    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return attend(x, self.base, ctx) + self.scale * matmul_transposed(matmul_transposed(x, self.b), self.a)
+    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        update = matmul_transposed(matmul_transposed(x, self.b), self.a, dtype)
+        return attend(x, self.base, ctx, dtype) + self.scale * update
 
     def components(self, axes: Axes) -> dict[str, Component]:
         return {

@@ -1,5 +1,7 @@
 """Observed: a weight whose inputs are looked at."""
 
+from typing import Any
+
 import jax
 from flax import struct
 
@@ -31,16 +33,16 @@ class Observed(Weight):
     def materialize(self) -> jax.Array:
         return materialize(self.base)
 
-    def dot(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
         if ctx.observe is not None:
             ctx.observe(self.name, x)
-        return dot(x, self.base, ctx)
+        return dot(x, self.base, ctx, dtype)
 
     def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
         return take(self.base, ids, ctx)
 
-    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return attend(x, self.base, ctx)
+    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        return attend(x, self.base, ctx, dtype)
 
     def components(self, axes: Axes) -> dict[str, Component]:
         return {"base": Component(axes, "base")}

@@ -1,5 +1,8 @@
 """Quantized: a weight stored as codes of a number format, and its products."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -109,11 +112,11 @@ class Quantized(Weight):
     def materialize(self) -> jax.Array:
         return from_codes(self.codes, self.scale, self.zero, self.scheme, self.axis).astype(self.dtype)
 
-    def dot(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return product(x, self) if self.channel == -1 else matmul(x, self.materialize())
+    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        return product(x, self, dtype) if self.channel == -1 else matmul(x, self.materialize(), dtype)
 
-    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return product(x, self) if self.channel == -2 else matmul_transposed(x, self.materialize())
+    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+        return product(x, self, dtype) if self.channel == -2 else matmul_transposed(x, self.materialize(), dtype)
 
     def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
         part = lambda a, i: a if a.shape[-2] == 1 else jnp.take(a, i, axis=-2)  # noqa: E731
@@ -183,9 +186,9 @@ def input_grid(x: jax.Array, w: Quantized) -> tuple[jax.Array, jax.Array | None]
     return w.input_scale.reshape(1, 1), None if w.input_zero is None else w.input_zero.reshape(1, 1)
 
 
-@jax.custom_vjp
-def product(x: jax.Array, w: Quantized) -> jax.Array:
-    """`x [..., in]` times `w` over the dimension that its scales are made for; `[..., out]` in the dtype of `x`.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, w: Quantized, dtype: Any = None) -> jax.Array:
+    """`x [..., in]` times `w` over the dimension that its scales are made for; `[..., out]` in `dtype` or that of `x`.
 
     Differentiated as `straight_through(x) @ W` in floats. The backward pass widens the codes again: between the passes
     nothing is kept but `x` and the codes.
@@ -195,18 +198,18 @@ def product(x: jax.Array, w: Quantized) -> jax.Array:
         codes, scale, zero = round_inputs(rows, w)
         y = scaled_product(codes, zero, w.codes, w.scale, w.zero, w.scheme, w.axis) * scale
     elif w.scale.shape[w.axis] > 1:
-        y = _matmul(rows, w.materialize(), w.axis)
+        y = _matmul(rows, w.materialize(), w.axis, dtype)
     else:
         steps = steps_of(w.codes, w.zero, w.scheme, w.axis).astype(x.dtype)  # exact in bfloat16, but for nf4
         contract = (((1,), (w.axis % 2,)), ((), ()))
         y = jax.lax.dot_general(rows, steps, contract, preferred_element_type=jnp.float32)
         y = y * (w.scale if w.axis == -2 else w.scale.T)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return y.astype(x.dtype if dtype is None else dtype).reshape(*x.shape[:-1], -1)
 
 
-def _backward(kept: tuple[jax.Array, Quantized], g: jax.Array) -> tuple[jax.Array, Quantized]:
+def _backward(dtype: Any, kept: tuple[jax.Array, Quantized], g: jax.Array) -> tuple[jax.Array, Quantized]:
     x, w = kept
-    rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    rows, g = x.reshape(-1, x.shape[-1]), g.astype(x.dtype).reshape(-1, g.shape[-1])
 
     def rounded(rows: jax.Array) -> jax.Array:
         if w.activations is None:
@@ -222,9 +225,9 @@ def _backward(kept: tuple[jax.Array, Quantized], g: jax.Array) -> tuple[jax.Arra
     return dx.reshape(x.shape), nothing.replace(scale=of_scale(dw.astype(dense.dtype))[0])
 
 
-def _matmul(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+def _matmul(x: jax.Array, w: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
     """`x` times `w` over the dimension `axis` of `w`."""
-    return matmul(x, w) if axis == -2 else matmul_transposed(x, w)
+    return matmul(x, w, dtype) if axis == -2 else matmul_transposed(x, w, dtype)
 
 
-product.defvjp(lambda x, w: (product(x, w), (x, w)), _backward)
+product.defvjp(lambda x, w, dtype: (product(x, w, dtype), (x, w)), _backward)

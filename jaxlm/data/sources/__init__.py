@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxlm.data.sources import conll, csv_tsv, jsonl, python_library, text, tfds
 from jaxlm.data.sources.places import nearest, split_place
-from jaxlm.data.sources.rows import BadRow, BadRowError, Options, Reader, Record, Row, Source
+from jaxlm.data.sources.rows import BadRow, BadRowError, Options, Reader, Record, Row, Source, Unusable
 
 READERS: dict[str, Reader] = {
     "conll": conll.rows,
@@ -34,7 +34,7 @@ def read(
       format: a name in ``READERS``.
       place: path, glob or split, with an optional slice suffix (``train.csv[:90%]``).
       columns: a mapping selects and renames columns, ``{our name: name in the file}``; a sequence names the columns of
-        a csv or tsv file without header, where a last ``"..."`` lets rows have further fields.
+        a conll file, or of a csv or tsv file without header, where a last ``"..."`` lets rows have further fields.
       bad_rows: "stop" raises BadRowError at the first bad row, "skip" lists them in ``Source.bad``.
       documents: for the text format, what one document is: "file", "line" or "paragraph".
 
@@ -53,15 +53,14 @@ def read(
         raise ValueError(f"columns={columns!r} must be a mapping or a sequence of names")
     names = tuple(columns) if isinstance(columns, Sequence) else None
     rename = None if columns is None or isinstance(columns, Sequence) else dict(columns)
-    if names is not None and format not in ("csv", "tsv"):
-        raise ValueError(f"a sequence of columns names those of a csv or tsv file; for {format} give a mapping")
+    if names is not None and format not in ("conll", "csv", "tsv"):
+        raise ValueError(f"a sequence of columns names those of a conll, csv or tsv file; for {format} give a mapping")
     bare, part = split_place(place)
     stream = READERS[format](bare, part, Options(names, documents))
     source = Source(format, place, stream, rename, bad_rows)
     if next(iter(source), None) is None:
-        bad = f": all {len(source.bad)} are bad, the first at {source.bad[0]}" if source.bad else ""
-        raise ValueError(f"{place!r} ({format}) holds no usable row{bad}")
+        raise source.nothing_usable()
     return source
 
 
-__all__ = ["READERS", "BadRow", "BadRowError", "Record", "Row", "Source", "read"]
+__all__ = ["READERS", "BadRow", "BadRowError", "Record", "Row", "Source", "Unusable", "read"]

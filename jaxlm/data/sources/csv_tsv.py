@@ -9,7 +9,7 @@ import csv
 from collections.abc import Iterator
 
 from jaxlm.data.sources.places import Slice, find_files
-from jaxlm.data.sources.rows import Options, Row, Stream, lines, sliced
+from jaxlm.data.sources.rows import Options, Row, Stream, lines, sliced, whole_lines
 
 REST = "..."  # as the last column name: further fields of a row are ignored
 
@@ -26,7 +26,7 @@ def tsv_rows(place: str, part: Slice, options: Options) -> Stream:
 
 def _csv_fields(file: str) -> Iterator[tuple[int, list[str] | str]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 128 KiB
-    reader = csv.reader((line + "\n" for line in lines(file)), strict=True)
+    reader = csv.reader(whole_lines(file), strict=True)  # with their ends, which a quoted field may hold
     while True:
         number = reader.line_num + 1
         try:

@@ -21,11 +21,21 @@ def rows(place: str, part: Slice, options: Options) -> Stream:
     """
     if place != "stdlib":
         raise ValueError(f"the python format has one place, 'stdlib' (with a slice: 'stdlib[:90%]'), not {place!r}")
+    modules = _in_order()
+    return sliced(lambda: (_row(name, file) for name, file in modules), part)
+
+
+def files(place: str) -> list[str]:
+    """The files that are read."""
+    return [file for _, file in _in_order()]
+
+
+def _in_order() -> list[tuple[str, str]]:
     root = sysconfig.get_path("stdlib")
     modules = sorted(_modules(root), key=lambda module: hashlib.sha256(module[0].encode()).digest())
     if not modules:
         raise FileNotFoundError(f"the standard library holds no source files at {root!r}")
-    return sliced(lambda: (_row(name, file) for name, file in modules), part)
+    return modules
 
 
 def _modules(root: str) -> Iterator[tuple[str, str]]:

@@ -3,13 +3,14 @@
 import functools
 import gzip
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 from jaxlm.data.sources.places import Slice, nearest
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -30,6 +31,10 @@ class BadRow(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
+
+
+class Unusable(ValueError):
+    """Why a row is of no use to whoever reads its record (see ``Source.usable``)."""
 
 
 class BadRowError(ValueError):
@@ -60,9 +65,11 @@ class Source:
 
     Attributes:
       columns_field: of the config, where columns are renamed: what an error about them names.
+      evaluated: whether a model is measured on these records, and so every byte of their text is accounted for.
     """
 
     columns_field = "config.data.columns"
+    evaluated = False
 
     def __init__(self, format: str, place: str, stream: Stream, rename: Mapping[str, str] | None, bad_rows: str):
         self.format, self.place = format, place
@@ -79,7 +86,7 @@ class Source:
         rows = 0
         for row in self._stream():
             if row.record is not None and self._rename:
-                row = self._select(row, first=rows == 0 and not self._bad)
+                row = self._select(row)
             if row.record is None:
                 self.reject(row, row.reason)
                 continue
@@ -88,6 +95,41 @@ class Source:
             rows += len(self._bad) == bad  # not rejected by whoever took it
         self._rows = rows
 
+    def usable(self, read: Callable[[Record], T], optional: Collection[str] = ()) -> Iterator[T]:
+        """`read(record)` of every row; one of which it raises Unusable is a bad row, for the reason that it gives.
+
+        Args:
+          optional: columns that all rows must have or none, as what is made of them does.
+
+        Raises:
+          ValueError: where no row is usable, for the reason of the first.
+        """
+        having: frozenset[str] | None = None
+        for row in self.located():
+            assert row.record is not None
+            try:
+                value = read(row.record)
+                columns = frozenset(row.record.keys() & set(optional))
+                if having is not None and columns != having:
+                    name = min(columns ^ having)
+                    raise Unusable(
+                        f"no column {name!r}, which the rows before have"
+                        if name in having
+                        else f"a column {name!r}, which the rows before do not have"
+                    )
+            except Unusable as error:
+                self.reject(row, str(error))
+                continue
+            having = columns
+            yield value
+        if having is None:
+            raise self.nothing_usable()
+
+    def nothing_usable(self) -> ValueError:
+        """What to raise after a pass that found no good row."""
+        bad = f": all {len(self._bad)} are bad, the first at {self._bad[0]}" if self._bad else ""
+        return ValueError(f"{self.place!r} ({self.format}) holds no usable row{bad}")
+
     def reject(self, row: Row, reason: str) -> None:
         """Marks a row as bad: raises BadRowError under "stop", else counts it. For rows that only a task can judge."""
         bad = BadRow(row.file, row.line, reason)
@@ -95,14 +137,12 @@ class Source:
             raise BadRowError(bad)
         self._bad.append(bad)
 
-    def _select(self, row: Row, first: bool) -> Row:
+    def _select(self, row: Row) -> Row:
         assert self._rename is not None and row.record is not None
         missing = [name for name in self._rename.values() if name not in row.record]
-        if not missing:
-            return row._replace(record={ours: row.record[theirs] for ours, theirs in self._rename.items()})
-        if first:  # a wrong configuration rather than a bad row
-            raise ValueError(f"{row.file}: no column {missing[0]!r}; {nearest(missing[0], row.record)}")
-        return row._replace(record=None, reason=f"no column {missing[0]!r}")
+        if missing:
+            return row._replace(record=None, reason=f"no column {missing[0]!r}; {nearest(missing[0], row.record)}")
+        return row._replace(record={ours: row.record[theirs] for ours, theirs in self._rename.items()})
 
     @property
     def rows(self) -> int:

@@ -30,10 +30,20 @@ def rows(place: str, part: Slice, options: Options) -> Stream:
 
     def stream() -> Iterator[Row]:
         for index in range(start, stop):
-            record = {key: _plain(features[key], value) for key, value in examples[index].items()}
+            try:
+                record = {key: _plain(features[key], value) for key, value in examples[index].items()}
+            except UnicodeDecodeError as error:
+                yield Row(f"{name}:{split}", index + 1, None, f"bytes that are not UTF-8: {error.reason}")
+                continue
             yield Row(f"{name}:{split}", index + 1, record)
 
     return stream
+
+
+def files(place: str) -> list[str]:
+    """The files of a prepared data set, all splits of it."""
+    folder = str(_builder(place.rpartition(":")[0]).data_path)
+    return sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
 
 
 def _builder(name: str) -> Any:

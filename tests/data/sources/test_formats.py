@@ -6,6 +6,7 @@ import json
 import pytest
 
 from jaxlm.data import BadRowError, read
+from jaxlm.data.sources import Unusable
 from jaxlm.data.sources.conll import to_iob2
 
 
@@ -48,6 +49,19 @@ def test_jsonl_half_a_character(write):
     assert list(source) == [{"a": "\U0001f600 é"}] and "surrogate" in source.bad[0].reason
 
 
+def test_jsonl_that_python_does_not_read(write):
+    deep, long = "[" * 100_000, "9" * 5000
+    rows = [f'{{"a": {deep}}}', f'{{"a": {long}}}', '{"a": 1, "b": 2, "a": 3}', '{"a": {"b": 1, "b": 2}, "c": NaN}']
+    source = read("jsonl", write("a.jsonl", "\n".join(rows)), bad_rows="skip")
+    (record,) = source
+    assert record["a"] == {"b": 2} and record["c"] != record["c"]
+    assert [(bad.line, bad.reason) for bad in source.bad] == [
+        (1, "JSON that is nested too deeply to be read"),
+        (2, "an integer of more than 4300 digits"),
+        (3, "the key 'a' stands twice in the object"),
+    ]
+
+
 def test_jsonl_gzip_and_glob(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jsonl.gz").write_bytes(gzip.compress(f'{{"i": {i}}}\n'.encode()))
@@ -60,6 +74,11 @@ def test_jsonl_gzip_and_glob(tmp_path):
 def test_csv_quoting_and_byte_order_mark(write):
     path = write("a.csv", b'\xef\xbb\xbftext,label\r\n"a, ""b""\nc",x\r\n\r\nd,y\r\n')
     assert list(read("csv", path)) == [{"text": 'a, "b"\nc', "label": "x"}, {"text": "d", "label": "y"}]
+
+
+def test_csv_keeps_the_line_ends_inside_of_quotation_marks(write):
+    path = write("a.csv", b'text,label\r\n"a\r\nb\nc\rd","x"\r\n"e\n\n",y\n')
+    assert [r["text"] for r in read("csv", path)] == ["a\r\nb\nc\rd", "e\n\n"]
 
 
 def test_csv_bad_rows_name_the_line_they_begin_on(write):
@@ -118,6 +137,8 @@ def test_a_column_missing_everywhere_is_an_error_and_missing_once_a_bad_row(writ
             read("jsonl", path, columns={"text": "texts"}, bad_rows=bad_rows)
     source = read("jsonl", path, columns={"body": "text"}, bad_rows="skip")
     assert list(source) == [{"body": "a"}] and source.bad[0].line == 2
+    source = read("jsonl", path, columns={"body": "txt"}, bad_rows="skip")
+    assert list(source) == [{"body": "b"}] and source.bad[0].line == 1
 
 
 # -- conll
@@ -139,6 +160,79 @@ def test_conll_bad_line_spoils_its_sentence_only(write):
     source = read("conll", write("a.conll", "a O\n\nb O\nc\nd O\n\ne O\n"), bad_rows="skip")
     assert [r["tokens"] for r in source] == [["a"], ["e"]]
     assert [(b.line, b.reason) for b in source.bad] == [(4, "no tag behind the token 'c'")]
+
+
+def test_conll_columns_of_a_sentence_are_equally_many(write):
+    source = read("conll", write("a.conll", "a X O\nb B-P\n\nc O\nd e O\n\nf O\n"), bad_rows="skip")
+    assert [r["tokens"] for r in source] == [["f"]]
+    assert [(b.line, b.reason) for b in source.bad] == [
+        (2, "2 columns, the sentence's first line has 3"),
+        (5, "3 columns, the sentence's first line has 2"),
+    ]
+
+
+def test_conll_tabs_separate_columns_that_hold_spaces(write):
+    path = write("a.conll", "New York\tB-LOC\n in \t O\n\nmi amor O\n")
+    source = read("conll", path, bad_rows="skip")
+    assert next(iter(source)) == {"tokens": ["New York", "in"], "tags": ["B-LOC", "O"]}
+
+
+@pytest.mark.parametrize(
+    "comment", ["# id 7f\tdomain=de", "# newpar", "# text = O", "#\thttp://a.example [2011]", "#doc 12"]
+)
+@pytest.mark.parametrize("others", ["", "x y "])
+def test_conll_comments_are_no_tokens(write, comment, others):
+    text = "".join(f"{comment}\nRome {others}B-LOC\n# {others}O\n\n{comment}\n# {others}O\n#tag {others}B-LOC\n\n" * 2)
+    assert (
+        list(read("conll", write("a.conll", text)))
+        == [
+            {"tokens": ["Rome", "#"], "tags": ["B-LOC", "O"]},
+            {"tokens": ["#", "#tag"], "tags": ["O", "B-LOC"]},
+        ]
+        * 2
+    )
+
+
+NUMBERED = """# sent_id = 4
+1-2\tZum\t_\t_\t_
+1\tZu\tzu\tADP\t_
+2\tdem\tder\tDET\t_
+2.1\tNichts\t_\t_\t_
+3\tArzt\tArzt\tNOUN\tSpaceAfter=No
+
+# text = Geh
+1\tGeh\tgehen\tVERB\t_
+"""
+
+
+def test_conll_columns_that_number_the_tokens(write):
+    path = write("a.conllu", NUMBERED)
+    with pytest.raises(ValueError, match=r"a.conllu:2: the first column numbers the tokens.* config.data.columns = \("):
+        read("conll", path)
+    assert list(read("conll", path, columns=("number", "tokens", "lemma", "tags", "..."))) == [
+        {
+            "number": ["1", "2", "3"],
+            "tokens": ["Zu", "dem", "Arzt"],
+            "lemma": ["zu", "der", "Arzt"],
+            "tags": ["ADP", "DET", "NOUN"],
+        },
+        {"number": ["1"], "tokens": ["Geh"], "lemma": ["gehen"], "tags": ["VERB"]},
+    ]
+    with pytest.raises(BadRowError, match=r":2: 5 columns, expected 4 \(number, tokens, lemma, tags\)"):
+        read("conll", write("b.conllu", NUMBERED.replace("1-2", "0")), columns=("number", "tokens", "lemma", "tags"))
+    with pytest.raises(ValueError, match="must name 'tokens' and 'tags'"):
+        read("conll", path, columns=("number", "tokens"))
+
+
+def test_conll_documents_of_numbered_tokens(write):
+    path = write("a.txt", "#doc 5\n0 Rome B-Loc ['N']\n1 fell O ['N']\n#doc 8\n0 Bonn I-Loc ['N']\n")
+    records = list(read("conll", path, columns=("number", "tokens", "tags", "...")))
+    assert [(r["tokens"], r["tags"]) for r in records] == [(["Rome", "fell"], ["B-Loc", "O"]), (["Bonn"], ["B-Loc"])]
+
+
+def test_conll_leaves_other_schemes_than_iob_alone(write):
+    path = write("a.conll", "a I-PER\nb L-PER\nc O\nd I-PER\n")
+    assert next(iter(read("conll", path)))["tags"] == ["I-PER", "L-PER", "O", "I-PER"]
 
 
 def test_iob2_is_a_fixed_point():
@@ -234,6 +328,26 @@ def test_a_task_may_reject_rows(write):
     with pytest.raises(BadRowError, match=":1: no good"):
         source = read("jsonl", path)
         source.reject(next(source.located()), "no good")
+
+
+def test_rows_that_a_reader_cannot_use_are_bad(write):
+    path = write("a.jsonl", '{"y": "1"}\n{"y": "one"}\n{"y": "2", "z": 0}\n{"y": "3"}\n')
+
+    def number(record):
+        if not record["y"].isdigit():
+            raise Unusable("not a number")
+        return int(record["y"])
+
+    source = read("jsonl", path, bad_rows="skip")
+    for _ in range(2):  # of every pass anew
+        assert list(source.usable(number)) == [1, 2, 3] and [b.line for b in source.bad] == [2] and source.rows == 3
+    assert list(source.usable(number, optional=("z",))) == [1, 3]
+    assert str(source.bad[1]) == f"{path}:3: a column 'z', which the rows before do not have"
+    with pytest.raises(BadRowError, match=r":2: not a number\. Correct the row"):
+        list(read("jsonl", path).usable(number))
+    lone = read("jsonl", write("b.jsonl", '{"y": "x"}\n{"y": "y"}\n'), bad_rows="skip")
+    with pytest.raises(ValueError, match=r"no usable row: all 2 are bad, the first at .*b\.jsonl:1: not a number"):
+        list(lone.usable(number))
 
 
 def test_sources_are_read_anew(write):

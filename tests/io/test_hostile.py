@@ -1,0 +1,583 @@
+"""Model directories from anywhere: whatever their small files say, a model comes out, or an error that names the file.
+
+`make test` draws 300 directories, `make test-full` 10,000.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jaxlm
+from jaxlm.core import Gate, HardConcrete, LowRank, Masked, Quantized, Scheme, arrays, flatten, unflatten
+from jaxlm.io.directory import CONFIG, OWN, open_model
+from jaxlm.io.tensors import INDEX, SINGLE, Tensor, open_file, open_tensors, read_json, write_file
+from jaxlm.models import FAMILIES, model_config
+from jaxlm.models.transformer import model_spec
+
+CASES = 10_000 if os.environ.get("JAXLM_FULL") else 300
+SHARES = {CONFIG: 0.4, OWN: 0.35, SINGLE: 0.15, INDEX: 0.1}
+"""How many of the cases change which file."""
+
+
+def small(family, **fields):
+    """A model of zeros; nothing is compiled."""
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "ffn_size": 8}
+    if family in ("gpt2", "bert", "roberta"):
+        sizes["max_positions"] = 8
+    config = model_config(family, **{**sizes, **fields})
+    values = {path: np.zeros(p.shape, np.float32) for path, p in flatten(model_spec(config)).items()}
+    return jaxlm.LM(config, unflatten(values))
+
+
+def compressed():
+    """A model with what only the native layout holds: nested Weights, four bits, sites, sparse storage."""
+    lm = small("llama", hidden_size=32, ffn_size=64)
+    flat = dict(flatten(lm.params))
+    up = flat["layers_0/mlp/up/kernel"]
+    mask = np.arange(up.size).reshape(up.shape) % 2 == 0
+    key = flat["layers_0/attention/key/kernel"]
+    codes = np.zeros(key.shape, Scheme("int4").dtype)
+    scale = np.ones((2, key.shape[1]), np.float32)
+    grouped = Quantized(codes, scale, scheme=Scheme("int4", 16))
+    low = [np.zeros(shape, np.float32) for shape in ((key.shape[0], 2), (2, key.shape[1]))]
+    weights = {
+        "layers_0/mlp/up/kernel": Masked(up + mask, mask),
+        "layers_0/attention/key/kernel": LowRank(grouped, *low, scale=0.5, rate=0.1),
+        "layers_0/mlp/gate": Gate(np.ones(64, np.float32)),
+        "layers_1/mlp/gate": HardConcrete(np.ones(64, np.float32), speed=2.0),
+    }
+    axes = {"layers_0/mlp/gate": ("ffn",), "layers_1/mlp/gate": ("ffn",)}
+    return jaxlm.LM(lm.config, unflatten({**flat, **weights}), site_axes=axes, carried={"eos_token_id": 3})
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """A directory of every family and of the native layout, by name; each in the file that its tests change."""
+    root = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        jaxlm.save(small(family), root / family)
+        (root / family / OWN).unlink()
+    for head, labels in (("sequence", ("a", "b", "c")), ("token", ("O", "B-X"))):
+        jaxlm.save(small("bert", head=head, labels=labels), root / head)
+        (root / head / OWN).unlink()
+    jaxlm.save(small("qwen2"), root / "ours")
+    jaxlm.save(compressed(), root / "native")
+    jaxlm.save(small("gpt2"), root / "shards", max_shard_bytes=2000)
+    return root
+
+
+# Whatever a file says ---------------------------------------------------------------------------------------------
+
+ODD = st.one_of(
+    st.sampled_from([None, True, False, 0, 1, -1, 2, 3, 20_000, 10**12, -(10**30), 10**400, 0.5, math.nan, math.inf]),
+    st.sampled_from(["", "x", "gelu", "relu", "linear", "llama3", "yarn", "int4", "float32", "U8", "I64", "int4[4,9]"]),
+    st.sampled_from([[], {}, [0], [1, 1], [[0]], {"type": "Masked"}, {"0": 0}, {"0": "a", "1": "a"}, "like a"]),
+    st.integers() | st.floats() | st.text(max_size=6),
+    st.integers(1, 150).map(lambda depth: nested(depth)),
+    st.recursive(st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3)),
+)
+
+
+def nested(depth):
+    value = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@st.composite
+def changed(draw, value):
+    """A JSON value with one entry, at any depth, dropped, replaced, wrapped, renamed or added."""
+    children = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
+    if not children or draw(st.integers(0, 4)) == 0:
+        if isinstance(value, dict) and draw(st.booleans()):
+            return {**value, draw(st.text(max_size=6)): draw(ODD)}
+        return draw(ODD | st.just([value]) | st.just({"type": value}))
+    key = draw(st.sampled_from(children))
+    how = draw(st.sampled_from(["enter", "enter", "enter", "drop", "rename"]))
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    inner = copy.pop(key)
+    if how == "enter":
+        inner = draw(changed(inner))
+        return {**copy, key: inner} if isinstance(copy, dict) else [*copy[:key], inner, *copy[key:]]
+    if how == "rename" and isinstance(copy, dict):
+        copy[draw(st.sampled_from(children) | st.text(max_size=6))] = inner
+    return copy
+
+
+@st.composite
+def damaged(draw, text):
+    """The bytes of a JSON file, changed as a table once or twice, and now and then as bytes."""
+    value = json.loads(text)
+    for _ in range(draw(st.integers(1, 2))):
+        value = draw(changed(value))
+    text = json.dumps(value).encode()
+    how = draw(st.sampled_from(["table", "table", "table", "table", "cut", "byte", "twice", "deep", "mark"]))
+    at = draw(st.integers(0, max(len(text) - 1, 0)))
+    return {
+        "table": lambda: text,
+        "cut": lambda: text[:at],
+        "byte": lambda: text[:at] + bytes([draw(st.integers(0, 255))]) + text[at + 1 :],
+        "twice": lambda: b'{"model_type": "bert", ' + text[1:],
+        "deep": lambda: text[:at] + b"[" * 100_000,
+        "mark": lambda: b"\xef\xbb\xbf" + text,
+    }[how]()
+
+
+def outcome(directory, head):
+    """Opens a model and reads every tensor; `None` where that worked, or the documented error."""
+    try:
+        stored = open_model(directory, head)
+        spec = flatten(model_spec(stored.config))
+        for path, leaf in flatten(stored.params).items():
+            assert path not in spec or tuple(leaf.shape) == spec[path].shape
+        for tensor in arrays(stored.params).values():
+            assert tensor.read().shape == tensor.shape and tensor.read(np.float32).shape == tensor.shape
+    except (ValueError, FileNotFoundError) as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("file", SHARES)
+def test_any_file_gives_a_model_or_an_error_that_names_it(directories, tmp_path, file):
+    names = {
+        CONFIG: [*FAMILIES, "sequence", "token", "ours"],
+        OWN: ["ours", "native", "native", "native"],
+        SINGLE: ["gpt2", "native"],
+        INDEX: ["shards"],
+    }[file]
+    for name in names:
+        shutil.copytree(directories / name, tmp_path / name, dirs_exist_ok=True)
+        assert outcome(tmp_path / name, None) is None
+    data = {name: (directories / name / file).read_bytes() for name in names}
+    outcomes = set()
+
+    @settings(
+        max_examples=round(CASES * SHARES[file]),
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(st.data())
+    def check(drawn):
+        name = drawn.draw(st.sampled_from(names))
+        path = tmp_path / name / file
+        if file == SINGLE:
+            length = int.from_bytes(data[name][:8], "little")
+            text = drawn.draw(damaged(data[name][8 : 8 + length]))
+            path.write_bytes(len(text).to_bytes(8, "little") + text + data[name][8 + length :])
+        else:
+            path.write_bytes(drawn.draw(damaged(data[name])))
+        head = drawn.draw(st.sampled_from([None, None, "none"]))
+        began = time.monotonic()
+        error = outcome(tmp_path / name, head)
+        assert time.monotonic() - began < 5
+        assert error is None or str(tmp_path / name) in str(error), repr(error)
+        assert error is None or len(str(error)) < 1000, "a message repeats what it was given"
+        outcomes.add(type(error))
+
+    check()
+    assert ValueError in outcomes
+
+
+def edited(path, **changes):
+    """The JSON file with some entries changed."""
+    path.write_text(json.dumps(read_json(path) | changes))
+
+
+def refused(directory, *texts, **options):
+    """Loading fails at once with all these texts in the message."""
+    began = time.monotonic()
+    with pytest.raises(ValueError) as error:
+        jaxlm.load(directory, **options)
+    assert time.monotonic() - began < 1
+    assert all(text in str(error.value) for text in (*texts, str(directory))), error.value
+
+
+# Text that is no plain JSON ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 200_000, "deeper than 100"),
+        (b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}", "deeper than 100"),
+        (b'{"num_layers": 2, "num_layers": 3}', "the key 'num_layers' is given twice"),
+        (b'{"a": {"b": 1, "b": 1}}', "the key 'b' is given twice"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is no JSON"),
+        (b'{"a": "\xff"}', "is no JSON"),
+        ('{"a": 1}'.encode("utf-16"), "is no JSON"),
+        (b"", "is no JSON"),
+        (b"3", "expected a JSON object, found int"),
+    ],
+)
+def test_json_that_is_refused(tmp_path, text, message):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_json(tmp_path / "a.json")
+    assert str(tmp_path / "a.json") in str(error.value)
+
+
+def test_json_with_a_byte_order_mark_and_infinity(tmp_path):
+    (tmp_path / "a.json").write_bytes(
+        b'\xef\xbb\xbf{"limits": [0.0, Infinity], "deep": ' + b"[" * 98 + b"]" * 98 + b"}"
+    )
+    assert read_json(tmp_path / "a.json")["limits"] == [0.0, math.inf]
+
+
+def test_a_file_that_is_too_large_is_not_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlm.io.tensors.MAX_JSON", 10)
+    (tmp_path / "a.json").write_text('{"a": 12}')
+    assert read_json(tmp_path / "a.json") == {"a": 12}
+    (tmp_path / "a.json").write_text('{"a": 1234}')
+    with pytest.raises(ValueError, match=r"a\.json has more than"):
+        read_json(tmp_path / "a.json")
+
+
+# Links and special files ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(directories, tmp_path):
+    """A copy of a model with a tokenizer file, beside a directory of secrets."""
+    shutil.copytree(directories / "ours", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "secret").mkdir()
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", [CONFIG, OWN, SINGLE, "tokenizer.json", "generation_config.json", "vocab.txt"])
+def test_links_out_of_a_model_are_not_followed(model, name):
+    target = model.parent / "secret" / name
+    target.write_bytes((model / name).read_bytes() if (model / name).exists() else b"{}")
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(os.path.relpath(target, model))
+    refused(model, name, str(target), "outside of its directory")
+    (model / name).unlink()
+    target.replace(model / name)
+    jaxlm.load(model)
+
+
+def test_a_shard_and_a_chat_template_behind_a_link(directories, tmp_path):
+    shutil.copytree(directories / "shards", tmp_path / "m")
+    jaxlm.load(tmp_path / "m")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "m" / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "a.jinja").write_text("{{ x }}")
+    refused(tmp_path / "m", "additional_chat_templates/a.jinja", "outside of its directory")
+    (tmp_path / "m" / "additional_chat_templates").unlink()
+    shard = next((tmp_path / "m").glob("model-*.safetensors"))
+    shard.replace(tmp_path / "elsewhere" / shard.name)
+    shard.symlink_to(tmp_path / "elsewhere" / shard.name)
+    refused(tmp_path / "m", shard.name, "outside of its directory")
+
+
+def test_links_within_a_directory_and_to_it_are_followed(model):
+    (model / CONFIG).rename(model / "real")
+    (model / CONFIG).symlink_to("real")
+    (model.parent / "name").symlink_to(model)
+    assert jaxlm.load(model.parent / "name").config == jaxlm.load(model).config
+    (model / "real").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json is a link to .*real, which is missing"):
+        jaxlm.load(model)
+    (model / "real").symlink_to(CONFIG)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"config\.json"):
+        jaxlm.load(model)
+
+
+def test_the_cache_of_the_hub_is_read(directories, tmp_path):
+    repository = tmp_path / "models--someone--model"
+    snapshot = repository / "snapshots" / "0f3e"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate((directories / "sequence").iterdir()):
+        shutil.copyfile(path, repository / "blobs" / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    assert jaxlm.load(snapshot).config == jaxlm.load(directories / "sequence").config
+    (snapshot / "vocab.txt").symlink_to("../../../secret")
+    (tmp_path / "secret").write_text("x")
+    refused(snapshot, "vocab.txt", "outside of its directory")
+
+
+@pytest.mark.parametrize("name", [CONFIG, SINGLE, "tokenizer.json"])
+def test_pipes_and_directories_are_no_files(model, name):
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    refused(model, name, "no plain file")
+    (model / name).unlink()
+    (model / name).mkdir()
+    refused(model, name, "no plain file")
+
+
+# Configs of transformers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"num_hidden_layers": 20_000}, "num_hidden_layers 20000 must be from 1 to 1000"),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers: expected a whole number, found True"),
+        ("llama", {"hidden_size": "8"}, "hidden_size: expected a whole number, found '8'"),
+        ("llama", {"hidden_size": 8.0}, "hidden_size: expected a whole number, found 8.0"),
+        ("llama", {"intermediate_size": [8, 8]}, "intermediate_size: expected one value for all layers"),
+        ("llama", {"num_attention_heads": None}, "num_attention_heads: expected a whole number"),
+        ("llama", {"num_key_value_heads": 0}, "num_heads 2 is not a multiple of num_kv_heads 0"),
+        ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps: expected a finite number, found nan"),
+        ("llama", {"vocab_size": 10**12}, "vocab_size 1000000000000 must be from 0 to"),
+        ("llama", {"head_dim": 3}, "head_dim must be even, not 3"),
+        ("llama", {"hidden_act": ["silu"]}, "hidden_act: expected one value"),
+        ("llama", {"hidden_act": "sliu"}, "unknown activation 'sliu'; did you mean 'silu'"),
+        ("llama", {"model_type": ["llama"]}, "model_type: expected a text"),
+        ("llama", {"model_type": "lama"}, "unknown model_type 'lama'; did you mean 'llama'"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, "architectures: expected a list"),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "only full_attention"),
+        ("mistral", {"layer_types": ["full_attention"] * 2, "sliding_window": 4}, "only sliding_attention"),
+        ("qwen2", {"use_sliding_window": "no"}, "use_sliding_window: expected true or false, found 'no'"),
+        ("qwen2", {"max_window_layers": None, "layer_types": None}, "max_window_layers: expected a whole number"),
+        ("gpt2", {"attn_pdrop": 1.0}, "attn_pdrop 1.0 must be in [0, 1)"),
+        ("gpt2", {"tie_word_embeddings": "true"}, "tie_word_embeddings: expected true or false"),
+        ("bert", {"type_vocab_size": -1}, "type_vocab_size -1 must be from 0"),
+        ("roberta", {"max_position_embeddings": 1}, "max_positions -1 must be from 0"),
+        ("t5", {"feed_forward_proj": 3}, "feed_forward_proj: expected a text, found 3"),
+        ("t5", {"scale_decoder_outputs": 1}, "scale_decoder_outputs: expected true or false"),
+        ("t5", {"relative_attention_max_distance": 16}, "relative_max_distance 16 above half"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(directories, tmp_path, name, changes, message):
+    shutil.copytree(directories / name, tmp_path / name)
+    edited(tmp_path / name / CONFIG, **changes)
+    refused(tmp_path / name, CONFIG, message)
+
+
+def test_old_configs_that_say_no_padding_by_minus_one(directories, tmp_path):
+    shutil.copytree(directories / "llama", tmp_path / "m")
+    edited(tmp_path / "m" / CONFIG, pad_token_id=-1)
+    assert jaxlm.load(tmp_path / "m").config.pad_token_id is None
+
+
+# Tensors ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_single_file_counts_and_not_an_old_index_beside_it(directories, tmp_path):
+    shutil.copytree(directories / "gpt2", tmp_path / "m")
+    (tmp_path / "m" / INDEX).write_text(json.dumps({"weight_map": {"gone": "model-00001-of-00001.safetensors"}}))
+    assert open_tensors(tmp_path / "m").keys() == open_file(tmp_path / "m" / SINGLE).keys()
+    (tmp_path / "m" / SINGLE).unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00001\.safetensors is missing"):
+        jaxlm.load(tmp_path / "m")
+
+
+def rewritten(directory, change):
+    """The directory with its tensors, a table of arrays by name, as `change` returns them."""
+    arrays = {name: tensor.read() for name, tensor in open_file(directory / SINGLE).items()}
+    write_file(directory / SINGLE, {name: Tensor.of(array, name) for name, array in change(arrays).items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "rename", "texts"),
+    [
+        ("gpt2", lambda n: f"_orig_mod.{n}", ["'_orig_mod'", "torch.compile"]),
+        ("bert", lambda n: f"module.{n}", ["'module'", "DistributedDataParallel"]),
+        ("llama", lambda n: f"module._orig_mod.{n}", ["'module'", "DistributedDataParallel"]),
+        ("t5", lambda n: f"_fsdp_wrapped_module.{n}", ["'_fsdp_wrapped_module'", "FSDP"]),
+        ("llama", lambda n: n.replace("layers.1.", "layers.1._checkpoint_wrapped_module."), ["checkpointing"]),
+        ("bert", lambda n: f"model.{n}", ["'model'", "an object that holds the model"]),
+        ("bert", lambda n: f"net.student.{n}", ["'net.student'", "an object that holds the model"]),
+        ("qwen2", lambda n: f"base_model.model.{n}", ["'base_model'", "PEFT", "merge_and_unload"]),
+        ("qwen2", lambda n: n.replace("q_proj.", "q_proj.base_layer."), ["'base_layer'", "PEFT", "merge_and_unload"]),
+    ],
+)
+@pytest.mark.parametrize("head", [None, "none"])
+def test_what_wraps_a_model_is_named(directories, tmp_path, name, rename, texts, head):
+    shutil.copytree(directories / name, tmp_path / "m")
+    rewritten(tmp_path / "m", lambda arrays: {rename(n): array for n, array in arrays.items()})
+    refused(tmp_path / "m", *texts, head=head)
+
+
+def test_an_adapter_without_its_model_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json.*adapter.*merge_and_unload"):
+        jaxlm.load(tmp_path)
+
+
+def test_integers_in_the_place_of_weights_are_refused(directories, tmp_path):
+    for name, tensor in (("gpt2", "transformer.wpe.weight"), ("native", "final_norm/scale")):
+        shutil.copytree(directories / name, tmp_path / name)
+        rewritten(tmp_path / name, lambda arrays, tensor=tensor: arrays | {tensor: arrays[tensor].astype(np.int8)})
+        refused(tmp_path / name, repr(tensor), "int8, expected floating-point numbers")
+
+
+def with_header(path, text):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = text(header) if callable(text) else text
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([10**12, 0], "expected"),
+        ([2**62, 0], "no array has"),
+        ([2**62, 2**62, 0], "no array has"),
+        ([1] * 33, "no array has"),
+        ([2**40] * 20, "lies at bytes"),
+        ([-1, -128], "has the shape"),
+        ([True, 128], "has the shape"),
+        ([8.0, 16], "has the shape"),
+    ],
+)
+def test_shapes_that_no_tensor_has(directories, tmp_path, shape, message):
+    shutil.copytree(directories / "gpt2", tmp_path / "m")
+    end = lambda header: max(entry["data_offsets"][1] for entry in header.values() if "dtype" in entry)  # noqa: E731
+    with_header(
+        tmp_path / "m" / SINGLE,
+        lambda header: json.dumps(
+            header | {"odd": {"dtype": "F32", "shape": shape, "data_offsets": [end(header), end(header)]}}
+        ).encode(),
+    )
+    refused(tmp_path / "m", "'odd'", message) if message != "expected" else refused(tmp_path / "m", "'odd'")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace(b'"dtype"', b'"dtype": "F32", "dtype"', 1), "the key 'dtype' is given twice"),
+        (lambda text: text.replace(b'"pt"', b"3"), "__metadata__"),
+        (lambda text: text.replace(b"int4[", b"int4[a"), "expected int4[inputs,outputs]"),
+    ],
+)
+def test_headers_that_say_two_things_or_nothing(directories, tmp_path, change, message):
+    shutil.copytree(directories / "native", tmp_path / "m")
+    with_header(tmp_path / "m" / SINGLE, lambda header: change(json.dumps(header).encode()))
+    refused(tmp_path / "m", SINGLE, message)
+
+
+def test_a_mask_of_other_bytes_than_0_and_1_is_refused(tmp_path):
+    write_file(tmp_path / SINGLE, {"mask": Tensor.of(np.ones(3, np.bool_), "mask")})
+    data = (tmp_path / SINGLE).read_bytes()
+    (tmp_path / SINGLE).write_bytes(data[:-1] + b"\x02")
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'mask' holds bytes"):
+        open_tensors(tmp_path)["mask"].read()
+
+
+# Classes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        ({"0": 0, "1": 1, "2": 2}, ("0", "1", "2")),
+        ({"2": "c", "0": -1, "1": 0.5}, ("-1", "0.5", "c")),
+        ({"0": "", "1": "1", "2": "null"}, ("", "1", "null")),
+    ],
+)
+def test_names_that_are_numbers_are_names(directories, tmp_path, names, labels):
+    shutil.copytree(directories / "sequence", tmp_path / "m")
+    edited(tmp_path / "m" / CONFIG, id2label=names, label2id={"old": 7})
+    lm = jaxlm.load(tmp_path / "m")
+    assert lm.config.labels == labels
+    jaxlm.save(lm, tmp_path / "again")
+    assert read_json(tmp_path / "again" / CONFIG)["id2label"] == {str(i): name for i, name in enumerate(labels)}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"0": "a", "1": "b", "2": "a"}, "id2label gives the classes 0 and 2 one name, 'a'"),
+        ({"0": 1, "1": "1", "2": "b"}, "id2label gives the classes 0 and 1 one name, '1'"),
+        ({"0": "a", "1": "b", "3": "c"}, "id2label numbers its labels [0, 1, 3], expected 0 to 2"),
+        ({"0": "a", "01": "b", "2": "c"}, "expected the numbers of the classes, found '01'"),
+        ({"a": 0, "b": 1, "c": 2}, "expected the numbers of the classes, found 'a'"),
+        ({"0": "a", "1": None, "2": "c"}, "the name of class 1: expected a text"),
+        ({"0": False, "1": True, "2": "c"}, "the name of class 0: expected a text"),
+        (["a", "b", "c"], "id2label: expected a table"),
+        ({"0": "a", "1": "b"}, "[3, 8], expected [2, 8]: id2label of config.json names 2 classes"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(directories, tmp_path, names, message):
+    shutil.copytree(directories / "sequence", tmp_path / "m")
+    edited(tmp_path / "m" / CONFIG, id2label=names)
+    refused(tmp_path / "m", message)
+
+
+def test_several_labels_for_one_text_are_refused_and_the_body_is_not(directories, tmp_path):
+    shutil.copytree(directories / "sequence", tmp_path / "m")
+    edited(tmp_path / "m" / CONFIG, problem_type="multi_label_classification")
+    for head in (None, "sequence"):
+        refused(tmp_path / "m", CONFIG, "multi_label_classification", 'head="none"', head=head)
+    body = jaxlm.load(tmp_path / "m", head="none")
+    assert body.config.labels == () and "head" not in body.params
+    assert jaxlm.load(tmp_path / "m", head="token", labels=["O", "B-X"]).config.labels == ("O", "B-X")
+    edited(tmp_path / "m" / CONFIG, problem_type="single_label_classification")
+    assert jaxlm.load(tmp_path / "m").config.labels == ("a", "b", "c")
+
+
+# The native layout ------------------------------------------------------------------------------------------------
+
+
+def deep(table, *keys):
+    for key in keys:
+        table = table[key]
+    return table
+
+
+UP, KEY, GATE = "layers_0/mlp/up/kernel", "layers_0/attention/key/kernel", "layers_0/mlp/gate"
+
+
+def nest(own, path, inner):
+    """Moves one of two sites below the other."""
+    other = next(name for name in own["axes"] if name != path)
+    own["weights"][inner] = {"type": "Gate", "value": None}
+    own["axes"][inner] = own["axes"].pop(other)
+    own["weights"][inner] = own["weights"].pop(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: own.update(layout="natve"), "the layout 'natve', expected transformers or native"),
+        (lambda own: own.update(format=True), "has the format True"),
+        (lambda own: own.update(config=[]), "config: expected a table, found []"),
+        (lambda own: own["config"].update(family="lama"), "unknown family 'lama'; did you mean 'llama'"),
+        (lambda own: own["config"].update(num_layers=20_000), "num_layers 20000 must be from 1 to 1000"),
+        (lambda own: own["config"].update(num_layer=2), "no option 'num_layer'; did you mean 'num_layers'"),
+        (lambda own: own["config"]["rotary"].update(theta="x"), "theta: expected a finite number, found 'x'"),
+        (lambda own: own["config"].update(pooling="mean"), "unknown pooling 'mean'"),
+        (lambda own: own.update(axes=[]), "axes: expected a table"),
+        (lambda own: own["axes"].pop(GATE), f"{GATE!r}: expected a name for each axis"),
+        (lambda own: own["axes"].update({GATE: ["ffn", "x"]}), f"{GATE}.value is float32 [64], expected 2 dimensions"),
+        (lambda own: own["axes"].update(stray=["ffn"]), "lacks the tensor 'stray'"),
+        (lambda own: own["axes"].update({UP: ["embed", "ffn"]}), f"axis names for {UP!r}, which has its own"),
+        (lambda own: nest(own, GATE, f"{GATE}/x"), f"the network has no place for '{GATE}/x'"),
+        (lambda own: own["weights"][UP].update(base=None), f"'{UP}.base' is described by None"),
+        (lambda own: own["weights"][UP].update(dense_grad=1), "dense_grad: expected true or false, found 1"),
+        (lambda own: own["weights"][KEY].update(rate=1.5), "rate cannot be 1.5"),
+        (lambda own: deep(own, "weights", KEY, "base").update(channel=-3), "channel cannot be -3"),
+        (lambda own: deep(own, "weights", KEY, "base").update(dtype_name="os"), "dtype_name cannot be 'os'"),
+        (lambda own: deep(own, "weights", KEY, "base", "scheme").update(group=8), "expected [4, 32]"),
+        (lambda own: deep(own, "weights", KEY, "base", "scheme").update(symmetric=False), "its format needs zero"),
+        (lambda own: deep(own, "weights", KEY, "base", "scheme").update(bits="int8"), "no dtype of 'codes'"),
+        (lambda own: deep(own, "sparse", f"{UP}.mask").update(shape=[10**15, 64]), "no array has the shape"),
+        (lambda own: deep(own, "sparse", f"{UP}.mask").update(support="0:4"), "unknown support '0:4'"),
+        (lambda own: own["sparse"].update({f"{UP}.mask": {"shape": [9], "dtype": "U8", "packed": 0}}), "1 to 7 bits"),
+        (
+            lambda own: own["sparse"].update({f"{UP}.mask": {"shape": [], "dtype": "finfo", "packed": 1}}),
+            "dtype 'finfo'",
+        ),
+    ],
+)
+def test_descriptions_that_cannot_be_are_named(directories, tmp_path, change, message):
+    shutil.copytree(directories / "native", tmp_path / "m")
+    own = read_json(tmp_path / "m" / OWN)
+    change(own)
+    (tmp_path / "m" / OWN).write_text(json.dumps(own))
+    refused(tmp_path / "m", message)
