@@ -140,6 +140,9 @@ def machine() -> str:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
+    from jaxlm.core.cpu import here
+
+    model = f"{model} ({here()})" if here() else model
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
     load = f"load {os.getloadavg()[0]:.1f} at the start"
     return f"{len(os.sched_getaffinity(0))} cores of {model}, {packages}, {load}"

@@ -114,7 +114,7 @@ def check_fit(config: ModelConfig, tokenizer: Any, data: DataSettings) -> None:
         largest = max(beyond)
         raise ValueError(
             f"the tokenizer has {len(beyond)} tokens beyond the {config.vocab_size} rows of the model's table, the "
-            f'last {beyond[largest]!r} with the id {largest}: use the model\'s own tokenizer (config.data.tokenizer = ""), '
+            f"last {beyond[largest]!r} with the id {largest}: use the model's own tokenizer (config.data.tokenizer), "
             f"take the tokens out of it, or for a fresh model set a larger config.model.vocab_size"
         )
     start = config.decoder_start_token_id

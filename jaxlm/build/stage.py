@@ -26,6 +26,7 @@ from jaxlm.build.records import (
 )
 from jaxlm.build.setting import Setting, on_mesh, operate, set_up, split_evaluator
 from jaxlm.core import Axes, Tree, lookup
+from jaxlm.core.cpu import fast_bfloat16, here
 from jaxlm.core.strict_json import strict
 from jaxlm.data.tokenizer import padding_id
 from jaxlm.io.model import LM, save
@@ -95,6 +96,11 @@ class Trained(NamedTuple):
 
 def learn(setting: Setting, workdir: Path, journal: Journal, data: Mapping[str, Any]) -> tuple[Trained, dict[str, Any]]:
     """The trained model, and what training took."""
+    if setting.training.dtype == "bfloat16" and jax.default_backend() == "cpu" and not fast_bfloat16():
+        journal.say(
+            f"config.train.dtype = bfloat16: this CPU ({here() or 'of unknown kind'}) has no instructions for it, so "
+            "float32 is faster here"
+        )
     ready = assemble(setting, workdir, journal)
     remember(setting.config, workdir, data)  # not before: a config that does not work leaves nothing behind
     with contextlib.closing(ready.run.stores):

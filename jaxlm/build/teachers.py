@@ -200,7 +200,7 @@ class School:
         if config.head not in ("causal", "seq2seq"):
             raise ValueError(f"on_policy: a model with the head {config.head!r} writes no text; leave on_policy out")
         check_sampling(temperature, top_k, top_p)
-        ends = end_ids({}, setting.tokenizer, config.vocab_size)
+        ends = end_ids(setting.carried, setting.tokenizer, config.vocab_size)
 
         def sample(params: Tree, prompts: dict[str, jax.Array], key: jax.Array, new_tokens: int) -> jax.Array:
             return generate(

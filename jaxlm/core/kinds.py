@@ -74,8 +74,10 @@ def _fit(value: Any, kind: Any, what: str) -> Any:
     if kind is int:
         return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else _MISFIT
     if kind is float:
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        return float(value) if real and abs(value) <= sys.float_info.max else _MISFIT  # not of NaN either
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return _MISFIT
+        number = int(value) if isinstance(value, numbers.Integral) else float(value)
+        return float(number) if abs(number) <= sys.float_info.max else _MISFIT  # not of NaN either
     if kind is dict:
         return value if isinstance(value, Mapping) else _MISFIT
     return value if isinstance(value, kind) else _MISFIT

@@ -129,8 +129,8 @@ def pieces(backend: Any, text: str) -> list[str]:
     """A text in pieces of at least ``LONG`` characters that give, one after the other, the ids of the whole.
 
     It is cut between two words, where the ``WINDOW`` on both sides gives the same ids in one and in two, some on either
-    side: with a tokenizer that splits texts in words first, that is everywhere. Where the first few places do not, as with one that
-    marks the beginning of a text, the rest stays whole.
+    side: with a tokenizer that splits texts in words first, that is everywhere. Where the first few places do not, as
+    with one that marks the beginning of a text, the rest stays whole.
     """
     cuts = [0]
     while cuts[-1] + LONG < len(text):

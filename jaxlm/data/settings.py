@@ -21,8 +21,8 @@ class DataSettings:
       columns: names by position, or `{ours: the file's}`; ours are `text`, `text_pair`, `label`, `tokens`, `tags`,
         `source`, `target`, and `weight` (of a sample, for distillation).
       documents: what one document of the text format is: `file`, `line` or `paragraph`.
-      labels: names of the classes in the order of the head's outputs, where neither the model nor a teacher has them and
-        sorting does not do; also what numbers in the data stand for, `("O", "B-PER", …)`.
+      labels: names of the classes in the order of the head's outputs, where neither the model nor a teacher has them
+        and sorting does not do; also what numbers in the data stand for, `("O", "B-PER", …)`.
       bad_rows: `stop` or `skip` (and count).
       tokenizer: directory or hub id, `bpe:SIZE`, `wordpiece:SIZE` or `character` to train one, "" for the model's own.
       max_length: tokens of a row, of the decoder's too.

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxlm.core.cpu import here
+
 LEAST_ROUNDS = 3
 """Rounds that are measured whatever they cost: quartiles of fewer mean nothing."""
 
@@ -116,7 +118,7 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on: processor, cores this process may use, memory, accelerators."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": f"{_processor()} ({here()})" if here() else _processor(),
         "cores": cores,
         "system": f"{platform.system()} {platform.machine()}",
     }

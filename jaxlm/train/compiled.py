@@ -21,9 +21,9 @@ def shape_of(batch: Mapping[str, Any]) -> Shape:
 class Compiled:
     """Executables by shape of batch, compiled by a thread, that which is asked for before all others.
 
-    A run with many shapes so waits for those of its next steps, not for all, and none is compiled twice. An error of the
-    compiler comes up where its shape is asked for, or in `check`. Settings of jax that hold for one thread only (`with
-    jax.default_matmul_precision(…)`) do not reach the compiling one: set them globally.
+    A run with many shapes so waits for those of its next steps, not for all, and none is compiled twice. An error of
+    the compiler comes up where its shape is asked for, or in `check`. Settings of jax that hold for one thread only
+    (`with jax.default_matmul_precision(…)`) do not reach the compiling one: set them globally.
 
     Args:
       lower: `(batch) -> jax.stages.Lowered`, given shapes.

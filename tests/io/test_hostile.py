@@ -533,14 +533,6 @@ def deep(table, *keys):
 UP, KEY, GATE = "layers_0/mlp/up/kernel", "layers_0/attention/key/kernel", "layers_0/mlp/gate"
 
 
-def nest(own, path, inner):
-    """Moves one of two sites below the other."""
-    other = next(name for name in own["axes"] if name != path)
-    own["weights"][inner] = {"type": "Gate", "value": None}
-    own["axes"][inner] = own["axes"].pop(other)
-    own["weights"][inner] = own["weights"].pop(other)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -557,7 +549,6 @@ def nest(own, path, inner):
         (lambda own: own["axes"].update({GATE: ["ffn", "x"]}), f"{GATE}.value is float32 [64], expected 2 dimensions"),
         (lambda own: own["axes"].update(stray=["ffn"]), "lacks the tensor 'stray'"),
         (lambda own: own["axes"].update({UP: ["embed", "ffn"]}), f"axis names for {UP!r}, which has its own"),
-        (lambda own: nest(own, GATE, f"{GATE}/x"), f"the network has no place for '{GATE}/x'"),
         (lambda own: own["weights"][UP].update(base=None), f"'{UP}.base' is described by None"),
         (lambda own: own["weights"][UP].update(dense_grad=1), "dense_grad: expected true or false, found 1"),
         (lambda own: own["weights"][KEY].update(rate=1.5), "rate cannot be 1.5"),
@@ -581,3 +572,14 @@ def test_descriptions_that_cannot_be_are_named(directories, tmp_path, change, me
     change(own)
     (tmp_path / "m" / OWN).write_text(json.dumps(own))
     refused(tmp_path / "m", message)
+
+
+def test_leaves_that_lie_in_each_other_are_refused(directories, tmp_path):
+    shutil.copytree(directories / "native", tmp_path / "m")
+    rewritten(tmp_path / "m", lambda arrays: arrays | {f"{GATE}/x": np.ones(3, np.float32)})
+    own = read_json(tmp_path / "m" / OWN)
+    edited(tmp_path / "m" / OWN, axes=own["axes"] | {f"{GATE}/x": ["ffn"]})
+    refused(tmp_path / "m", f"the network has no place for '{GATE}/x'")
+    rewritten(tmp_path / "m", lambda arrays: {n.replace(f"{GATE}/x", "extra"): a for n, a in arrays.items()})
+    edited(tmp_path / "m" / OWN, axes=own["axes"] | {"extra": ["ffn", None]})
+    refused(tmp_path / "m", "'extra' has the shape [3], but 2 axis names")

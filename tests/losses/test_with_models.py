@@ -29,6 +29,8 @@ EVERYTHING = {"hidden": 1.0, "attention": 1.0, "relations": 1.0, "relation_heads
 def lesson_of(model, seed, **options):
     forward = lambda params, batch, taps: model.forward(params, batch, taps=taps)  # noqa: E731
     params = model.run_view(model.init(jax.random.key(seed)))
+    if model is TEACHER:  # which is sure of what it says: a divergence of almost equal answers is all rounding
+        params = jax.tree.map(lambda a: 6 * a, params)
     config = model.config
     return Lesson(Teacher(forward, params, config.num_layers, config.hidden_size), **{**EVERYTHING, **options})
 

@@ -5,6 +5,7 @@ import pytest
 from jaxlm.io.names import rows
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.family import NotExpressible, config_from_hf, config_to_hf
+from jaxlm.models.llama import read_rotary
 from jaxlm.nn.layer import Rotary
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
@@ -96,6 +97,79 @@ def test_rotary_of_transformers_4_and_5():
     five = {key: value for key, value in hf.items() if key not in ("rope_theta", "rope_scaling")}
     for form in (four, five):
         assert config_from_hf(FAMILIES["llama"], form).rotary == Rotary(500.0, "linear", 4.0)
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "rotary"),
+    [
+        ({"rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "rope_type": "llama3"}}, "both"),
+        ({"rope_parameters": {**LLAMA3, "rope_type": "llama3", "rope_theta": 500000.0}}, "both"),
+        (
+            {
+                "rope_theta": 500000,
+                "rope_scaling": {**LLAMA3, "type": "llama3", "rope_type": "llama3"},
+                "rope_parameters": {**LLAMA3, "factor": 8, "rope_type": "llama3", "rope_theta": 500000.0},
+            },
+            "both",
+        ),
+        ({"rope_theta": 500000.0, "rope_scaling": None, "rope_parameters": {"rope_type": "default"}}, "theta"),
+        ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 500000.0}}, "theta"),
+        ({"rope_theta": 500000.0, "rope_scaling": {"type": "default"}}, "theta"),
+        ({}, "neither"),
+    ],
+)
+def test_rotary_positions_that_are_said_once_or_twice_alike(rope, rotary):
+    expected = {
+        "both": Rotary(500000.0, "llama3", 8.0, 1.0, 4.0, 8192),
+        "theta": Rotary(500000.0),
+        "neither": Rotary(10000.0),
+    }[rotary]
+    assert read_rotary(rope) == expected
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling .*linear.* and rope_parameters .*default.* do not agree",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling: the rope type 'yarn' is not supported",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 500000.0}, "rope_theta": 10000.0},
+            "rope_theta 10000.0 and rope_parameters.rope_theta 500000.0 do not agree",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2.0}},
+            "rope_scaling.rope_type 'default' and rope_scaling.type 'linear' do not agree",
+        ),
+        (
+            {"original_max_position_embeddings": 4096, "rope_scaling": {**LLAMA3, "rope_type": "llama3"}},
+            "original_max_position_embeddings 4096 and rope_scaling.original_max_position_embeddings 8192",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "layers of type 'full_attention'"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor: expected a finite number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "factor 0.0 of rotary positions must be above 0"),
+        ({"rope_scaling": {**LLAMA3, "type": "llama3", "high_freq_factor": 1.0}}, "must differ"),
+        ({"rope_scaling": ["linear"]}, "rope_scaling: expected a table"),
+        ({"rope_theta": None}, "rope_theta: expected a finite number"),
+        ({"rope_theta": 0}, "theta 0.0 of rotary positions must be above 0"),
+    ],
+)
+def test_rotary_positions_that_disagree_or_cannot_be(rope, message):
+    with pytest.raises(ValueError, match=message):
+        read_rotary(rope)
 
 
 def test_t5_1_1_of_transformers_4_is_untied_and_unscaled():

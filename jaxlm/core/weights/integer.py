@@ -1,13 +1,12 @@
 """Products of codes: integers times integers, exact, in the form that is fastest for the platform and the shape."""
 
 import functools
-import re
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.cpu import fast_bfloat16
 from jaxlm.core.weights.scheme import INTEGERS, Scheme, from_codes, grouped
 
 EXACT = 2**24
@@ -115,12 +114,3 @@ def _floats(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
 
     wide = functools.partial(product, dtype=jnp.float32)
     return jax.lax.platform_dependent(x, w, cpu=wide, default=product)
-
-
-@functools.cache
-def fast_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 in hardware (Linux tells; elsewhere the answer is no)."""
-    try:
-        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
-    except OSError:
-        return False
