@@ -20,7 +20,7 @@ test: $(VENV)/.installed-dev reference  ## lint, formatting, types and tests
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-test-full: $(VENV)/.installed-dev reference  ## the tests, with every pair of methods and not a sample of them
+test-full: $(VENV)/.installed-dev reference  ## the tests, with every pair of methods and 10,000 damaged model files and not samples of them
 	JAXLM_FULL=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 evidence: $(VENV)/.installed  ## the measurements of docs/results.md: 90 minutes on 2 cores, finished ones are skipped

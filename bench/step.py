@@ -14,20 +14,49 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from turns import SIDES, Row, in_turn, machine, peak_bytes, program, resident_bytes, table
 
 from jaxlm.build.command import large_pages
+from jaxlm.core.cpu import fast_bfloat16
 
 LAYERS, WIDTH, HEADS, FFN, VOCAB = 6, 384, 12, 1536, 30522
+
+
+class Floors(NamedTuple):
+    """Ratios that a release must not fall below on one kind of machine: what was measured, less the noise of one round.
+
+    Attributes:
+      float32, bfloat16: against torch, in the same type.
+      products: a float32 step against its products alone; int8: an int8 forward pass against float32; gain: a bfloat16
+        step against a float32 one, `None` where the machine has no instructions for bfloat16.
+    """
+
+    float32: dict[str, float]
+    bfloat16: dict[str, float]
+    products: float
+    int8: float
+    gain: float | None
+
+
 FLOORS = {
-    "float32": {"step": 1.5, "forward": 1.5, "single": 1.4, "steady": 0.75, "peak": 0.83},
-    "bfloat16": {"step": 1.15, "forward": 0.95, "single": 0.9, "steady": 0.75, "peak": 0.78},
+    True: Floors(
+        float32={"step": 1.5, "forward": 1.5, "single": 1.4, "steady": 0.75, "peak": 0.83},
+        bfloat16={"step": 1.15, "forward": 0.95, "single": 0.9, "steady": 0.75, "peak": 0.78},
+        products=0.52,
+        int8=1.1,
+        gain=1.35,
+    ),
+    False: Floors(
+        float32={"step": 0.8, "forward": 0.55, "single": 0.9, "steady": 0.75, "peak": 0.83},
+        bfloat16={"step": 0.3, "forward": 0.3, "single": 0.3, "steady": 0.75, "peak": 0.78},
+        products=0.4,
+        int8=0.9,
+        gain=None,
+    ),
 }
-"""Ratios to torch that a release must not fall below, by dtype: what was measured, less the noise of one round."""
-PRODUCTS, INT8, BFLOAT16 = 0.52, 1.1, 1.35
-"""The same for a float32 step against its products alone, an int8 forward pass and a bfloat16 step against float32."""
+"""By whether the CPU has instructions for bfloat16: the two kinds are AVX-512 with them, and AVX2."""
 
 
 def timed(*functions: Callable[[], None], times: int) -> list[list[float]]:
@@ -207,16 +236,18 @@ def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Row]:
         "steady": ("memory while training", "MiB"),
         "peak": ("peak memory, compilation included", "MiB"),
     }
+    floors = FLOORS[fast_bfloat16()]
+    by_dtype = floors.float32 if dtype == "float32" else floors.bfloat16
     rows = [
-        Row(f"{label}: {what}", unit, of("jaxlm", kind), of("torch", kind), floor=FLOORS[dtype][kind])
+        Row(f"{label}: {what}", unit, of("jaxlm", kind), of("torch", kind), floor=by_dtype[kind])
         for kind, (label, unit) in kinds.items()
     ]
     step = work(options.batch, options.length, VOCAB if family == "gpt" else 0) * 3
     ceiling = [step / (2 * 2048**3) * seconds for seconds in of("jaxlm", "product")]
-    rest = PRODUCTS if dtype == "float32" else None
+    rest = floors.products if dtype == "float32" else None
     rows.append(Row(f"training step: {what}", "s", of("jaxlm", "step"), ceiling, "float32 products alone", rest))
     if dtype == "float32":
-        for name, label, floor in (("", "int8 forward", INT8), ("_single", "int8, one row", None)):
+        for name, label, floor in (("", "int8 forward", floors.int8), ("_single", "int8, one row", None)):
             own, wide = of("jaxlm", f"int8{name}"), of("jaxlm", f"beside_int8{name}")
             rows.append(Row(f"{label}: {what}", "s", own, wide, "float32, in turn", floor))
     return rows
@@ -229,7 +260,7 @@ def own_gain(rows: Sequence[Row], family: str) -> list[Row]:
     for label in ("training step", "forward pass"):
         two = [r for r in rows if r.what.startswith(f"{label}: {name}") and r.against == "torch"]
         if len(two) == 2:
-            floor = BFLOAT16 if label == "training step" else None
+            floor = FLOORS[fast_bfloat16()].gain if label == "training step" else None
             found.append(Row(two[1].what, "s", two[1].jaxlm, two[0].jaxlm, "float32", floor))
     return found
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxlm.data.ragged import Examples
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.io.directory import check_files
 from jaxlm.models.config import ModelConfig
 from jaxlm.parallel import spec_of, ways
 from jaxlm.tasks import TASKS, Prepared, Task
@@ -49,6 +51,8 @@ def tokenizer_for(settings: DataSettings, task: Task, own: Any) -> Any:
                 "or config.model.init to a model directory that has one"
             )
         return own
+    if Path(settings.tokenizer).is_dir():
+        check_files(Path(settings.tokenizer))
     trained = settings.tokenizer.partition(":")[0] in ("bpe", "wordpiece", "character")
     texts = Texts(settings.source("train")) if trained else None
     return load_tokenizer(settings.tokenizer, texts, sentinels=task.sentinels)

@@ -289,7 +289,8 @@ def test_bfloat16_in_float32_out(name):
     for wide, out in zip(transformed(name)["float32 of bfloat16"], transformed(name)["bfloat16"], strict=True):
         assert wide.dtype == np.float32
         assert np.abs(wide - out.astype(np.float32)).max() <= 2**-7 * np.abs(wide).max()
-        assert (wide != wide.astype(out.dtype).astype(np.float32)).mean() > 0.8
+        found = wide[wide != 0]  # of closed rows nothing can be rounded
+        assert (found != found.astype(out.dtype).astype(np.float32)).mean() > 0.8
 
 
 def sizes_of(w, field, axis):
