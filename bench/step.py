@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from turns import SIDES, Row, in_turn, machine, peak_bytes, program, resident_bytes, table
+from turns import KINDS, SIDES, Row, in_turn, kind, machine, peak_bytes, program, resident_bytes, table
 
 from jaxlm.build.command import large_pages
-from jaxlm.core.cpu import fast_bfloat16
 
 LAYERS, WIDTH, HEADS, FFN, VOCAB = 6, 384, 12, 1536, 30522
 
@@ -28,7 +27,7 @@ class Floors(NamedTuple):
     """Ratios that a release must not fall below on one kind of machine: what was measured, less the noise of one round.
 
     Attributes:
-      float32, bfloat16: against torch, in the same type.
+      float32, bfloat16: against torch, in the same type; what is not there has no floor.
       products: a float32 step against its products alone; int8: an int8 forward pass against float32; gain: a bfloat16
         step against a float32 one, `None` where the machine has no instructions for bfloat16.
     """
@@ -40,23 +39,36 @@ class Floors(NamedTuple):
     gain: float | None
 
 
-FLOORS = {
-    True: Floors(
-        float32={"step": 1.5, "forward": 1.5, "single": 1.4, "steady": 0.75, "peak": 0.83},
-        bfloat16={"step": 1.15, "forward": 0.95, "single": 0.9, "steady": 0.75, "peak": 0.78},
-        products=0.52,
-        int8=1.1,
-        gain=1.35,
-    ),
-    False: Floors(
-        float32={"step": 0.8, "forward": 0.55, "single": 0.9, "steady": 0.75, "peak": 0.83},
-        bfloat16={"step": 0.3, "forward": 0.3, "single": 0.3, "steady": 0.75, "peak": 0.78},
-        products=0.4,
-        int8=0.9,
-        gain=None,
-    ),
-}
-"""By whether the CPU has instructions for bfloat16: the two kinds are AVX-512 with them, and AVX2."""
+FLOORS = dict(
+    zip(
+        KINDS,
+        (
+            Floors(
+                float32={"step": 0.85, "forward": 0.6, "single": 1.0, "steady": 0.75, "peak": 0.83},
+                bfloat16={"steady": 0.75, "peak": 0.78},
+                products=0.5,
+                int8=0.95,
+                gain=None,
+            ),
+            Floors(
+                float32={"step": 1.0, "forward": 0.95, "single": 1.2, "steady": 0.75, "peak": 0.83},
+                bfloat16={"step": 1.0, "forward": 0.95, "single": 0.95, "steady": 0.75, "peak": 0.78},
+                products=0.6,
+                int8=1.1,
+                gain=1.35,
+            ),
+            Floors(
+                float32={"step": 1.5, "forward": 1.5, "single": 1.4, "steady": 0.75, "peak": 0.83},
+                bfloat16={"step": 1.15, "forward": 0.95, "single": 0.9, "steady": 0.75, "peak": 0.78},
+                products=0.52,
+                int8=1.1,
+                gain=1.35,
+            ),
+        ),
+        strict=True,
+    )
+)
+"""By the kind of machine; those of the first are of one real such machine and of a newer one that played it."""
 
 
 def timed(*functions: Callable[[], None], times: int) -> list[list[float]]:
@@ -226,8 +238,8 @@ def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Row]:
         {side: lambda side=side: program([*command, f"--side={side}"]) for side in SIDES}, options.rounds, what
     )
 
-    def of(side: str, kind: str) -> list[float]:
-        return [statistics.median(run[kind]) for run in runs[side]]
+    def of(side: str, name: str) -> list[float]:
+        return [statistics.median(run[name]) for run in runs[side]]
 
     kinds = {
         "step": ("training step", "s"),
@@ -236,11 +248,11 @@ def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Row]:
         "steady": ("memory while training", "MiB"),
         "peak": ("peak memory, compilation included", "MiB"),
     }
-    floors = FLOORS[fast_bfloat16()]
+    floors = FLOORS[kind()]
     by_dtype = floors.float32 if dtype == "float32" else floors.bfloat16
     rows = [
-        Row(f"{label}: {what}", unit, of("jaxlm", kind), of("torch", kind), floor=by_dtype[kind])
-        for kind, (label, unit) in kinds.items()
+        Row(f"{label}: {what}", unit, of("jaxlm", name), of("torch", name), floor=by_dtype.get(name))
+        for name, (label, unit) in kinds.items()
     ]
     step = work(options.batch, options.length, VOCAB if family == "gpt" else 0) * 3
     ceiling = [step / (2 * 2048**3) * seconds for seconds in of("jaxlm", "product")]
@@ -260,7 +272,7 @@ def own_gain(rows: Sequence[Row], family: str) -> list[Row]:
     for label in ("training step", "forward pass"):
         two = [r for r in rows if r.what.startswith(f"{label}: {name}") and r.against == "torch"]
         if len(two) == 2:
-            floor = FLOORS[fast_bfloat16()].gain if label == "training step" else None
+            floor = FLOORS[kind()].gain if label == "training step" else None
             found.append(Row(two[1].what, "s", two[1].jaxlm, two[0].jaxlm, "float32", floor))
     return found
 

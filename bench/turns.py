@@ -131,6 +131,20 @@ def evaluations(workdir: Path, metric: str, began: float) -> list[tuple[float, f
     return [(line["time"] - began, line[metric]) for line in lines if line["split"] == "eval"]
 
 
+KINDS = ("AVX2", "AVX-512 in halves", "AVX-512")
+"""CPUs that differ in what is fast: without AVX-512; with it, computed 256 bits at a time (Zen 4); at full width."""
+
+
+def kind() -> str:
+    """Which of `KINDS` this machine is, or plays by the flags of XLA."""
+    from jaxlm.core.cpu import fast_bfloat16
+
+    if not fast_bfloat16():
+        return KINDS[0]
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return KINDS[2] if " avx_vnni" in flags else KINDS[1]  # which came with units of full width
+
+
 def machine() -> str:
     """One line about where the numbers were taken."""
     import platform
@@ -142,7 +156,7 @@ def machine() -> str:
     )
     from jaxlm.core.cpu import here
 
-    model = f"{model} ({here()})" if here() else model
+    model = f"{model} ({here() or 'unknown instructions'}; floors of {kind()})"
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
     load = f"load {os.getloadavg()[0]:.1f} at the start"
     return f"{len(os.sched_getaffinity(0))} cores of {model}, {packages}, {load}"

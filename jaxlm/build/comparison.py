@@ -29,7 +29,7 @@ from jaxlm.evaluate.timing import Timing, interleaved, machine, versions
 from jaxlm.io.model import LM, load
 from jaxlm.models.generate import generate
 from jaxlm.models.model import Model
-from jaxlm.tasks import TASKS, Read, Task
+from jaxlm.tasks import TASKS, Prepared, Read, Task
 
 READ_BY_MODELS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
 """What a timed forward pass gets of a batch; packed rows are timed as full rows of one text."""
@@ -75,12 +75,15 @@ class Trial:
     def task(self) -> Task:
         return TASKS[self.name]
 
+    def prepared(self, lm: LM) -> Prepared:
+        """The held-out data in the tokens and classes of a model."""
+        return prepare(self.name, self.task, lm.tokenizer, lm.config.labels, self.data, self.settings.split)
+
     def batches(self, lm: LM) -> Batches:
-        """The held-out data in order, each row once, in the tokens and classes of a model."""
-        prepared = prepare(
-            self.name, self.task, lm.tokenizer, lm.config.labels, self.data, self.settings.split, say=lambda text: None
+        """The same in order, each row once."""
+        return batches_of(
+            lm.config, self.task, self.prepared(lm), lm.tokenizer, self.data, self.settings.batch_size, None
         )
-        return batches_of(lm.config, self.task, prepared, lm.tokenizer, self.data, self.settings.batch_size, None)
 
 
 class Loaded(NamedTuple):
@@ -339,9 +342,9 @@ def prompt_ids(tokenizer: Any, text: str, whole: bool) -> list[int]:
     return ids
 
 
-def protocol(trial: Trial, rows: Sequence[Row], tokenizer: Any, seed: int) -> dict[str, Any]:
-    """How the numbers were obtained, as the report prints it."""
-    held_out, settings, data = rows[0].held_out, trial.settings, trial.data
+def protocol(trial: Trial, rows: Sequence[Row], lm: LM, seed: int) -> dict[str, Any]:
+    """How the numbers were obtained, as the report prints it; `lm` is the model of the first row."""
+    held_out, settings, data, tokenizer = rows[0].held_out, trial.settings, trial.data, lm.tokenizer
     assert held_out is not None
     columns = {name: sum(held_out.columns[name]) for name in ("tokens", "bytes", "words") if name in held_out.columns}
     packed = "segment_ids" in trial.task.columns
@@ -354,6 +357,7 @@ def protocol(trial: Trial, rows: Sequence[Row], tokenizer: Any, seed: int) -> di
         if packed
         else {"context": f"whole examples, cut at {data.max_length} tokens, padded to {data.buckets} lengths at most"}
     )
+    unread = trial.prepared(lm).facts.get("truncated_words", 0)
     piece = f"batches of {settings.batch_size} rows of running text" if packed else "examples"
     return {
         "task": trial.name,
@@ -362,6 +366,7 @@ def protocol(trial: Trial, rows: Sequence[Row], tokenizer: Any, seed: int) -> di
         "tokenizer": f"{type(tokenizer).__name__}, {len(tokenizer)} tokens",
         **rows_are,
         **{name: f"{int(total):,}" for name, total in columns.items()},
+        **({"words not read": f"{unread:,}, beyond the context or without a token: not scored"} if unread else {}),
         "pieces": f"{held_out.pieces:,} {piece}",
         "intervals": "two standard errors by leaving out one piece at a time (jackknife); of a difference between two "
         "models, by leaving the same piece out of both",

@@ -185,8 +185,7 @@ def write_report(config: ConfigDict, workdir: Path, candidates: Sequence[Candida
     settings = ReportSettings(**config.report)
     trial = Trial(config.task, DataSettings(**config.data), settings)
     rows = compare_models(candidates, trial, console.print)
-    tokenizer = load(candidates[0].directory).tokenizer
-    said = protocol(trial, rows, tokenizer, config.seed)
+    said = protocol(trial, rows, load(candidates[0].directory), config.seed)
     report.write(workdir, rows, said, title=settings.title or "Which model to ship", tolerance=settings.tolerance)
     return rows
 

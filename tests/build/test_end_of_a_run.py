@@ -114,6 +114,15 @@ def test_unbaked_averages_are_refused_before_training(recipe, tmp_path):
         stage.run(config, tmp_path)
 
 
+def test_bfloat16_without_instructions_for_it_is_said(own_corpus, tmp_path, monkeypatch, capsys):
+    own_corpus.train.update(steps=1, dtype="bfloat16")
+    monkeypatch.setattr(stage, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(stage, "assemble", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stage.run(own_corpus, tmp_path / "run")
+    assert "float32 is faster here" in capsys.readouterr().err
+
+
 def test_a_stage_carries_what_its_model_says(own_corpus, tmp_path):
     """Pruned, with the end tokens, the chat template and the length that the directory named."""
     own_corpus.model.update(family="llama", max_positions=None, dropout=None, ffn_size=48)
