@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.build.data import batches_of, prepare, token_count
+from jaxlm.build.setting import check_fit
 from jaxlm.core import Context, Tree
 from jaxlm.data.loader import Batches
 from jaxlm.data.settings import DataSettings
@@ -156,6 +157,7 @@ def check_comparable(candidate: Candidate, lm: LM, trial: Trial, first: Loaded |
         )
     if lm.tokenizer is None:
         raise ValueError(f"{candidate.directory} has no tokenizer; a model without one reads no text")
+    check_fit(lm.config, lm.tokenizer, trial.data)
     if first is not None and lm.config.labels != first.lm.config.labels:
         raise ValueError(
             f"{candidate.name} has the classes {lm.config.labels}, the first model has {first.lm.config.labels}; "

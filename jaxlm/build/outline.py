@@ -180,8 +180,9 @@ def structure(config: Any, task: Any) -> Any:
     head = task.structure["head"]
     labels = ("0", "1") if head in ("sequence", "token") and not task.structure.get("regression") else None
     if config.model.init:
-        stored = open_model(find(config.model.init), head)
-        return retarget(stored.config, head, labels, task.structure.get("regression", False))
+        stored = open_model(find(config.model.init), head).config
+        own = stored.head == head and bool(stored.labels)
+        return retarget(stored, head, None if own else labels, task.structure.get("regression", False))
     fields = {n: v for n, v in set_fields(config.model).items() if n != "init"}
     size = config.data.tokenizer.partition(":")[2]
     if "vocab_size" not in fields:

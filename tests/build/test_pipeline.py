@@ -1,6 +1,7 @@
 """A pipeline of tiny stages: done once, done again only where inputs changed, and reported."""
 
 import json
+import os
 import random
 import re
 
@@ -186,7 +187,11 @@ def recipe_of(task, files):
     return config
 
 
-@pytest.mark.parametrize("task", ["masked", "seq2seq", "sequence", "regression", "token"])
+COMPARED = ["masked", "seq2seq", "token"]
+"""One task of every kind of batch and score; `make test-full` compares the others too."""
+
+
+@pytest.mark.parametrize("task", COMPARED + ["sequence", "regression"] * bool(os.environ.get("JAXLM_FULL")))
 def test_every_task_is_compared(task, files, tmp_path):
     teacher, small = run(recipe_of(task, files), tmp_path)
     stored = json.loads((tmp_path / "teacher" / "result.json").read_text())["metrics"]["eval"]
