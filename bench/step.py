@@ -24,7 +24,7 @@ LAYERS, WIDTH, HEADS, FFN, VOCAB = 6, 384, 12, 1536, 30522
 
 
 class Floors(NamedTuple):
-    """Ratios that a release must not fall below on one kind of machine: what was measured, less the noise of one round.
+    """Regression thresholds for one kind of machine: ratios as they were measured, less the noise of one round.
 
     Attributes:
       float32, bfloat16: against torch, in the same type; what is not there has no floor.

@@ -78,7 +78,7 @@ def assemble(setting: Setting, workdir: Path, journal: Journal) -> Ready:
 
 
 def check_splits(setting: Setting) -> None:
-    """Raises ValueError where training needs a split that the config does not name, or a model that is not to be."""
+    """Raises ValueError where training needs a split that the config lacks, or averages what is not to be baked."""
     select = setting.training.select
     if "train" not in setting.splits:
         raise ValueError("config.data.train is empty; name a file, a glob or a tfds split to train on")

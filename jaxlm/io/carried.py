@@ -101,6 +101,7 @@ def for_tokenizer(carried: Mapping[str, Any], before: Any, now: Any) -> dict[str
     """
     if before is not None and now is not before and now.get_vocab() != before.get_vocab():
         vocabulary = now.get_vocab()
-        carried = renumbered(carried, lambda i: vocabulary.get(before.convert_ids_to_tokens(i)))
+        # Below 0 is how some files say that there is none.
+        carried = renumbered(carried, lambda i: vocabulary.get(before.convert_ids_to_tokens(i)) if i >= 0 else None)
     names = [key for key in CONFIG_KEYS if key.endswith("_token_id")]
     return {name: getattr(now, name) for name in names if getattr(now, name, None) is not None} | dict(carried)

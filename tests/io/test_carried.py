@@ -66,4 +66,5 @@ def test_another_tokenizer_takes_the_ids_of_the_tokens_it_knows():
     expected = {"eos_token_id": [1], "unk_token_id": 0, "tokenizer_class": "X", "generation": {"eos_token_id": 1}}
     assert for_tokenizer(carried, before, now) == expected
     assert for_tokenizer(carried, before, before)["eos_token_id"] == [2, 3]  # the model's list, not the one of </s>
+    assert "forced_bos_token_id" not in for_tokenizer({"forced_bos_token_id": -1}, before, now)
     assert for_tokenizer({}, None, now) == {"eos_token_id": 1, "unk_token_id": 0}

@@ -1,5 +1,6 @@
 """What lies at a place, as hashes of its files: data that changed under a name that did not are told so."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping
@@ -28,8 +29,14 @@ def _content(file: str, known: Mapping[str, Any]) -> dict[str, Any]:
     now = {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
     if now.items() <= known.items():
         return dict(known)
+    return now | {"sha256": _sha256(file, **now)}
+
+
+@functools.cache
+def _sha256(file: str, bytes: int, modified: int) -> str:
+    """The hash of a file as it was written last; the stages of a pipeline ask for the same files."""
     with Path(file).open("rb") as handle:
-        return now | {"sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
