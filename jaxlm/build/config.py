@@ -6,7 +6,6 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -121,12 +120,3 @@ def set_fields(section: Mapping[str, Any]) -> dict[str, Any]:
 def digest(value: Any) -> str:
     """sha256 of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def code_version() -> str:
-    """sha256 of the package's source files: what a finished stage was made with."""
-    root = Path(__file__).resolve().parents[1]
-    total = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()

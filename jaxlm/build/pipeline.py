@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxlm.build import stage
+from jaxlm.build.code_version import code_version
 from jaxlm.build.comparison import Candidate, Trial, compare_models, protocol
-from jaxlm.build.config import code_version, default_config, digest, overlay, plain
+from jaxlm.build.config import default_config, digest, overlay, plain
 from jaxlm.build.lessons import teacher_places, teachers_in
 from jaxlm.build.records import PLACEMENT, data_contents
 from jaxlm.core import lookup
@@ -131,7 +132,8 @@ def run(config: ConfigDict, workdir: Path) -> list[Row]:
     workdir.mkdir(parents=True, exist_ok=True)
     stages = run_stages(config, lambda name, inputs: workdir / name, console)
     said = [{field: stage.entry.get(field) for field in STAGE_FIELDS} for stage in stages]
-    inputs = digest([plain(config.report), said, *(stage.inputs for stage in stages)])
+    code = code_version("jaxlm.build.pipeline")
+    inputs = digest([plain(config.report), said, code, *(stage.inputs for stage in stages)])
     rows = measured_rows(config, workdir, stages, inputs, console)
     console.print(report.table(rows))
     console.print(f"report: {workdir / 'report.html'}")
