@@ -3,7 +3,9 @@
 from jaxlm.core.context import Context
 from jaxlm.core.dropout import dropout
 from jaxlm.core.kinds import check_fields, checked
+from jaxlm.core.lookup import call, lookup, nearest
 from jaxlm.core.loss import Loss, Tap, Term, Terms, add_terms, total
+from jaxlm.core.matmul import PRODUCT, kept, matmul, matmul_transposed
 from jaxlm.core.method import Adapted, Method, Step, chain
 from jaxlm.core.parameter import Dim, Parameter, abstract, axis_names, axis_sizes, dim, initialize
 from jaxlm.core.partition import merge, partition, trainable, widened
@@ -24,8 +26,6 @@ from jaxlm.core.paths import (
     unflatten,
     with_arrays,
 )
-from jaxlm.core.product import PRODUCT, kept, matmul, matmul_transposed
-from jaxlm.core.registry import call, lookup, nearest
 from jaxlm.core.site import SITES, Constraint, Gate, HardConcrete, Site, Switch, visit
 from jaxlm.core.surgery import Operated
 from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take

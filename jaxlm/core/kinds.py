@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.core.registry import call
+from jaxlm.core.lookup import call
 
 WORDS = {
     int: "a whole number",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.core.context import Context
-from jaxlm.core.product import matmul, matmul_transposed
+from jaxlm.core.matmul import matmul, matmul_transposed
 
 Axes = tuple[Any, ...]
 """Axis names of one array: a name, `None`, or a tuple of names (a compound axis) for each dimension."""

@@ -6,7 +6,7 @@ import jax
 from flax import struct
 
 from jaxlm.core.context import Context
-from jaxlm.core.product import matmul, matmul_transposed
+from jaxlm.core.matmul import matmul, matmul_transposed
 from jaxlm.core.weight import Axes, Component, Weight, materialize
 from jaxlm.core.weights.quantized import Quantized, check_activations, per_token
 from jaxlm.core.weights.scheme import INT8, Scheme, grid, straight_through, to_codes

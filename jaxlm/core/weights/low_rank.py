@@ -8,7 +8,7 @@ from flax import struct
 
 from jaxlm.core.context import Context
 from jaxlm.core.dropout import dropout
-from jaxlm.core.product import matmul, matmul_transposed
+from jaxlm.core.matmul import matmul, matmul_transposed
 from jaxlm.core.weight import Axes, Component, Weight, attend, dot, materialize, take
 
 

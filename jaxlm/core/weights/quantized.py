@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.core.context import Context
-from jaxlm.core.product import matmul, matmul_transposed
+from jaxlm.core.matmul import matmul, matmul_transposed
 from jaxlm.core.weight import Axes, Component, Weight
 from jaxlm.core.weights.integer import scaled_product
 from jaxlm.core.weights.scheme import (

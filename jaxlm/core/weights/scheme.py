@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.registry import lookup
+from jaxlm.core.lookup import lookup
 
 INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
 FLOATS = {"fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2}
