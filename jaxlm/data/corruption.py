@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxlm.data.growing import Growing
+from jaxlm.data.disk_array import Growing
 from jaxlm.data.loader import Batches, generator
 from jaxlm.data.packing import IGNORED, Batch
 from jaxlm.data.ragged import Examples, Ragged, offsets_of

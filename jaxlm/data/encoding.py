@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.growing import Growing
+from jaxlm.data.disk_array import Growing
 from jaxlm.data.ragged import Ragged, offsets_of
 
 if TYPE_CHECKING:

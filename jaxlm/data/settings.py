@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlm.data.sources import Source, read
-from jaxlm.data.sources.places import may_share
+from jaxlm.data.sources.locations import may_share
 
 
 @dataclass(frozen=True)

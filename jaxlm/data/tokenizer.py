@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from jaxlm.data.sources.places import nearest
+from jaxlm.data.sources.locations import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

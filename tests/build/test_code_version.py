@@ -1,5 +1,7 @@
 """What a finished stage is recognised by: code that could compute something else, and nothing else."""
 
+from collections.abc import Mapping
+
 import pytest
 
 from jaxlm.build.code_version import PACKAGE, code_version, reachable
@@ -36,9 +38,9 @@ def scale(x):
 def hash_of(tmp_path):
     """`hash_of({file: content, ...})`: the hash of made.stage with some files changed."""
 
-    def change(changed: dict[str, str] = {}) -> str:
+    def change(changed: Mapping[str, str] = {}) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir()))) / "made"
-        for name, text in (FILES | changed).items():
+        for name, text in (FILES | dict(changed)).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
         return code_version("made.stage", folder)

@@ -6,8 +6,8 @@ To add a format, write a Reader (``place, slice, options -> stream of rows``) an
 from collections.abc import Mapping, Sequence
 
 from jaxlm.data.sources import conll, csv_tsv, jsonl, python_library, text, tfds
-from jaxlm.data.sources.places import nearest, split_place
-from jaxlm.data.sources.rows import BadRow, BadRowError, Options, Reader, Record, Row, Source, Unusable
+from jaxlm.data.sources.locations import nearest, split_place
+from jaxlm.data.sources.source import BadRow, BadRowError, Options, Reader, Record, Row, Source, Unusable
 
 READERS: dict[str, Reader] = {
     "conll": conll.rows,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from jaxlm.data.sources.csv_tsv import REST
-from jaxlm.data.sources.places import Slice, find_files
-from jaxlm.data.sources.rows import Options, Row, Stream, lines, sliced
+from jaxlm.data.sources.locations import Slice, find_files
+from jaxlm.data.sources.source import Options, Row, Stream, lines, sliced
 
 _BLANKS = re.compile(r"[ \t]+")  # not str.split: a no-break space is part of a token
 _TAB = re.compile(r" *\t *")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.data.sources import python_library, tfds
-from jaxlm.data.sources.places import find_files, split_place
+from jaxlm.data.sources.locations import find_files, split_place
 
 FILES = {"python": python_library.files, "tfds": tfds.files}
 """Formats whose places are no files, with what they read."""

@@ -8,8 +8,8 @@ Values are strings.
 import csv
 from collections.abc import Iterator
 
-from jaxlm.data.sources.places import Slice, find_files
-from jaxlm.data.sources.rows import Options, Row, Stream, lines, sliced, whole_lines
+from jaxlm.data.sources.locations import Slice, find_files
+from jaxlm.data.sources.source import Options, Row, Stream, lines, sliced, whole_lines
 
 REST = "..."  # as the last column name: further fields of a row are ignored
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from jaxlm.data.sources.places import Slice, find_files
-from jaxlm.data.sources.rows import Options, Row, Stream, lines, sliced
+from jaxlm.data.sources.locations import Slice, find_files
+from jaxlm.data.sources.source import Options, Row, Stream, lines, sliced
 
 
 def rows(place: str, part: Slice, options: Options) -> Stream:

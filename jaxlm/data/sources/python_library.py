@@ -6,8 +6,8 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 
-from jaxlm.data.sources.places import Slice
-from jaxlm.data.sources.rows import Options, Row, Stream, sliced
+from jaxlm.data.sources.locations import Slice
+from jaxlm.data.sources.source import Options, Row, Stream, sliced
 
 # Tests repeat themselves, and the rest is not the library's own text.
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from itertools import chain
 
-from jaxlm.data.sources.places import Slice, find_files, nearest
-from jaxlm.data.sources.rows import Options, Row, Stream, lines, not_utf8, open_bytes, sliced, whole_lines
+from jaxlm.data.sources.locations import Slice, find_files, nearest
+from jaxlm.data.sources.source import Options, Row, Stream, lines, not_utf8, open_bytes, sliced, whole_lines
 
 DOCUMENTS = ("file", "line", "paragraph")
 

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from jaxlm.data.sources.places import Slice, nearest
-from jaxlm.data.sources.rows import Options, Row, Stream
+from jaxlm.data.sources.locations import Slice, nearest
+from jaxlm.data.sources.source import Options, Row, Stream
 
 READABLE = ("array_record", "parquet")  # tfrecord needs TensorFlow
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.data import Examples, Ragged, bucketed, encode, in_order, load_tokenizer, packed, packed_examples, read
 from jaxlm.data import encoding as module
-from jaxlm.data.growing import Growing
+from jaxlm.data.disk_array import Growing
 from jaxlm.data.packing import join
 from jaxlm.data.ragged import offsets_of
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
-from jaxlm.data.sources.places import Slice, nearest
+from jaxlm.data.sources.locations import Slice, nearest
 
 Record = dict[str, Any]
 T = TypeVar("T")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from jaxlm.data.sources.places import Slice, find_files, may_share, split_place
+from jaxlm.data.sources.locations import Slice, find_files, may_share, split_place
 
 
 @pytest.mark.parametrize(
