@@ -23,7 +23,7 @@ from jaxlm.data.cached_teacher import Cache, CacheSettings, Layout, write_cache
 from jaxlm.data.loader import Batches
 from jaxlm.io.model import LM, end_ids, load
 from jaxlm.losses.on_policy import on_policy
-from jaxlm.losses.response import top_answers
+from jaxlm.losses.soft_targets import top_answers
 from jaxlm.losses.teacher import CachedTeacher, Lesson, Teacher
 from jaxlm.models.generate import check_sampling, generate
 from jaxlm.models.model import Model

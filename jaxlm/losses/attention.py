@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxlm.core import Term
 from jaxlm.losses.divergence import LOWEST, kl
-from jaxlm.losses.weighing import weighed
+from jaxlm.losses.weighting import weighed
 
 HeadPairs = tuple[tuple[int, int], ...]
 MEASURES = ("probabilities", "scores")

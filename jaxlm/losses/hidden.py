@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import Term
-from jaxlm.losses.weighing import weighed
+from jaxlm.losses.weighting import weighed
 
 
 def hidden_distance(teacher: jax.Array, student: jax.Array, valid: jax.Array, weights: jax.Array | None = None) -> Term:

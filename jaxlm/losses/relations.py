@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxlm.core import Term
 from jaxlm.losses.divergence import LOWEST, kl
-from jaxlm.losses.weighing import weighed
+from jaxlm.losses.weighting import weighed
 
 NARROWEST = 8
 """Least width of a relation head that is chosen unasked: that of 48 heads over a student of 384, as in the paper."""

@@ -11,7 +11,7 @@ from jaxlm.losses.attention import attention_distance
 from jaxlm.losses.cross_entropy import IGNORED
 from jaxlm.losses.hidden import hidden_distance
 from jaxlm.losses.relations import relation_distance, relation_heads
-from jaxlm.losses.response import mean_logits, mixture_logits, response, top_response
+from jaxlm.losses.soft_targets import mean_logits, mixture_logits, response, top_response
 from jaxlm.losses.teacher import CachedTeacher, Lesson, Plan
 
 Batch = Mapping[str, jax.Array]

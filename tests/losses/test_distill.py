@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.core import Context, Loss, Tap, Term
 from jaxlm.losses.distill import distill
-from jaxlm.losses.response import mean_logits, mixture_logits, response, top_answers
+from jaxlm.losses.soft_targets import mean_logits, mixture_logits, response, top_answers
 from jaxlm.losses.teacher import CachedTeacher, Lesson, Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model

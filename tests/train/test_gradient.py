@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.core import Context, Loss, LowRank, Quantized, Term, dot, dropout
 from jaxlm.losses.cross_entropy import IGNORED, cross_entropy
-from jaxlm.losses.response import response
+from jaxlm.losses.soft_targets import response
 from jaxlm.train.gradient import accumulate, gradient
 
 # Compiling takes most of the time here, so it is told not to optimize.

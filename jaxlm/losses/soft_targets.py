@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxlm.core import Term
 from jaxlm.losses.divergence import LOWEST, Divergence, forward_kl, log_probabilities
-from jaxlm.losses.weighing import weighed
+from jaxlm.losses.weighting import weighed
 
 
 def response(

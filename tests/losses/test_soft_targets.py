@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.losses.cross_entropy import cross_entropy
 from jaxlm.losses.divergence import DIVERGENCES, divergence_of
-from jaxlm.losses.response import mean_logits, mixture_logits, response, top_answers, top_response
+from jaxlm.losses.soft_targets import mean_logits, mixture_logits, response, top_answers, top_response
 
 ALL = jnp.array([True, True])
 every = pytest.mark.parametrize("name", DIVERGENCES)
