@@ -94,8 +94,8 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     import numpy as np
 
     from jaxlm.build.blueprint import blueprint
-    from jaxlm.compress.quantize import quantize
     from jaxlm.core import Adapted, Method, arrays
+    from jaxlm.methods.quantize.round_to_nearest import quantize
     from jaxlm.models import model_config
     from jaxlm.models.model import Model
     from jaxlm.parallel import make_mesh, make_rules, shard_tree

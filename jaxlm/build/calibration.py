@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from jaxlm.build.data import batches_of, prepare
-from jaxlm.compress.calibrate import Calibration
 from jaxlm.data.packing import counted
 from jaxlm.data.settings import CalibrationSettings, DataSettings
+from jaxlm.methods.calibration import Calibration
 from jaxlm.models.config import ModelConfig
 from jaxlm.tasks import Task
 

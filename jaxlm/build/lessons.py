@@ -7,8 +7,8 @@ from typing import Any
 
 from jaxlm.build import registry
 from jaxlm.core import Method, call, lookup, nearest
-from jaxlm.losses.distill import distill
-from jaxlm.losses.teacher import CachedTeacher, Lesson, Teacher
+from jaxlm.methods.distill.method import distill
+from jaxlm.methods.distill.teacher import CachedTeacher, Lesson, Teacher
 
 OF_A_TEACHER = {field.name for field in dataclasses.fields(Lesson)} | {"cache"}
 """Options of one teacher; beside `teachers` they are the defaults of all."""

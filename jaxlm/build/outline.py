@@ -18,7 +18,7 @@ from jaxlm.core import Adapted, Axes, Context, Method, Tree, arrays, chain, flat
 from jaxlm.data.settings import DataSettings
 from jaxlm.io.directory import open_model
 from jaxlm.io.model import find, retarget
-from jaxlm.losses.teacher import Lesson, Teacher
+from jaxlm.methods.distill.teacher import Lesson, Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.parallel import make_rules, pad_vocab, place, shardings, spec_of, ways

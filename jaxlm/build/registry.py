@@ -4,30 +4,30 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlm.compress.awq import awq
-from jaxlm.compress.bake import bake
-from jaxlm.compress.cluster import cluster
-from jaxlm.compress.gptq import gptq
-from jaxlm.compress.magnitude import magnitude, prune_magnitude
-from jaxlm.compress.mixed_precision import mixed_precision, mixed_precision_weights
-from jaxlm.compress.movement import movement
-from jaxlm.compress.qat import lsq, pact, qat
-from jaxlm.compress.quantize import quantize
-from jaxlm.compress.regrow import regrow
-from jaxlm.compress.share import share, unshare
-from jaxlm.compress.smoothquant import smoothquant
-from jaxlm.compress.sparsegpt import sparsegpt
-from jaxlm.compress.static import quantize_static
-from jaxlm.compress.structured.gates import prune, structured
-from jaxlm.compress.structured.l0 import l0
-from jaxlm.compress.structured.layers import drop_layers, keep_layers
-from jaxlm.compress.svd import activation_svd, svd
-from jaxlm.compress.taylor import taylor
-from jaxlm.compress.vocabulary import trim_vocabulary
-from jaxlm.compress.wanda import wanda
 from jaxlm.core import Method, call, lookup
-from jaxlm.losses.distill import distill
-from jaxlm.peft.lora import lora
+from jaxlm.methods.bake import bake
+from jaxlm.methods.distill.method import distill
+from jaxlm.methods.factorize.svd import activation_svd, svd
+from jaxlm.methods.peft.lora import lora
+from jaxlm.methods.prune.structured.depth import drop_layers, keep_layers
+from jaxlm.methods.prune.structured.gates import prune, structured
+from jaxlm.methods.prune.structured.l0 import l0
+from jaxlm.methods.prune.unstructured.magnitude import magnitude, prune_magnitude
+from jaxlm.methods.prune.unstructured.movement import movement
+from jaxlm.methods.prune.unstructured.regrow import regrow
+from jaxlm.methods.prune.unstructured.sparsegpt import sparsegpt
+from jaxlm.methods.prune.unstructured.taylor import taylor
+from jaxlm.methods.prune.unstructured.wanda import wanda
+from jaxlm.methods.prune.vocabulary import trim_vocabulary
+from jaxlm.methods.quantize.awq import awq
+from jaxlm.methods.quantize.gptq import gptq
+from jaxlm.methods.quantize.mixed_precision import mixed_precision, mixed_precision_weights
+from jaxlm.methods.quantize.qat import lsq, pact, qat
+from jaxlm.methods.quantize.round_to_nearest import quantize
+from jaxlm.methods.quantize.smoothquant import smoothquant
+from jaxlm.methods.quantize.static import quantize_static
+from jaxlm.methods.share.clustering import cluster
+from jaxlm.methods.share.layers import share, unshare
 
 METHODS = {
     "l0": l0,

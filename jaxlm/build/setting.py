@@ -16,13 +16,13 @@ from jaxlm.build.config import plain, set_fields
 from jaxlm.build.data import Texts, prepare_splits, to_devices, tokenizer_for
 from jaxlm.build.evaluation import evaluator
 from jaxlm.build.labels import classes
-from jaxlm.compress.calibrate import Calibration
 from jaxlm.core import Axes, Context, Operated, Tree, lookup
 from jaxlm.data.ragged import Ragged
 from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.data.tokenizer import padding_id
 from jaxlm.io.carried import for_tokenizer
 from jaxlm.io.model import LM, load
+from jaxlm.methods.calibration import Calibration
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.model import Model

@@ -19,12 +19,12 @@ from jaxlm.build.lessons import distillation, has_teachers
 from jaxlm.build.records import params_sha256
 from jaxlm.build.setting import Setting, on_mesh, operate, set_up
 from jaxlm.core import Method, Tree, call
-from jaxlm.data.cached_teacher import Cache, CacheSettings, Layout, write_cache
 from jaxlm.data.loader import Batches
 from jaxlm.io.model import LM, end_ids, load
-from jaxlm.losses.on_policy import on_policy
 from jaxlm.losses.soft_targets import top_answers
-from jaxlm.losses.teacher import CachedTeacher, Lesson, Teacher
+from jaxlm.methods.distill.on_policy import on_policy
+from jaxlm.methods.distill.teacher import CachedTeacher, Lesson, Teacher
+from jaxlm.methods.distill.teacher_cache import Cache, CacheSettings, Layout, write_cache
 from jaxlm.models.generate import check_sampling, generate
 from jaxlm.models.model import Model
 

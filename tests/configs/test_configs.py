@@ -28,7 +28,7 @@ from jaxlm.core import arrays, chain, with_arrays
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.io.model import LM, save
-from jaxlm.losses.teacher import Teacher
+from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.parallel import make_mesh, make_rules, pad_vocab, shardings, ways

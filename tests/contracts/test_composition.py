@@ -23,9 +23,9 @@ import pytest
 from jaxlm.build import registry
 from jaxlm.build.blueprint import blueprint
 from jaxlm.build.lessons import distillation
-from jaxlm.compress.calibrate import Calibration
 from jaxlm.core import Adapted, Gate, Method, arrays, chain, flatten, map_leaves, materialize
-from jaxlm.losses.teacher import Teacher
+from jaxlm.methods.calibration import Calibration
+from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view

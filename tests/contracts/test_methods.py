@@ -34,7 +34,7 @@ from jaxlm.core import (
 )
 from jaxlm.io.model import LM
 from jaxlm.losses.cross_entropy import cross_entropy
-from jaxlm.losses.teacher import Teacher
+from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view

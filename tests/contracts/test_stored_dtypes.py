@@ -16,11 +16,11 @@ from jaxlm.build import registry
 from jaxlm.build.blueprint import blueprint
 from jaxlm.core import Adapted, Weight, arrays, canonical_path, chain, describe, flatten, unflatten
 from jaxlm.io.model import LM
+from jaxlm.methods.peft.lora import lora
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import make_mesh, make_rules, shard_tree
-from jaxlm.peft.lora import lora
 from jaxlm.tasks import TASKS
 from jaxlm.train.compiled import compiled
 from jaxlm.train.settings import TrainSettings

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.compress.cluster import clustered
 from jaxlm.core import (
     LSQ,
     PACT,
@@ -35,6 +34,7 @@ from jaxlm.core import (
 )
 from jaxlm.core.paths import field_of
 from jaxlm.core.weights.scheme import grid, straight_through
+from jaxlm.methods.share.clustering import clustered
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.parallel import make_mesh, make_rules, shard_tree, shardings

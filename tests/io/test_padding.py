@@ -9,11 +9,11 @@ import pytest
 
 import jaxlm
 from jaxlm.build import registry
-from jaxlm.compress.quantize import quantize
-from jaxlm.compress.structured.gates import open_gates, prune
-from jaxlm.compress.structured.shrink import shrink
 from jaxlm.core import Gate, flatten, map_leaves
 from jaxlm.io.directory import PADDED
+from jaxlm.methods.prune.structured.gates import open_gates, prune
+from jaxlm.methods.prune.structured.shrink import shrink
+from jaxlm.methods.quantize.round_to_nearest import quantize
 from jaxlm.models.model import Model
 
 PRUNED = {

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.compress.bake import bake
-from jaxlm.compress.cluster import cluster
-from jaxlm.compress.magnitude import prune_magnitude
-from jaxlm.compress.patterns import keep
 from jaxlm.core import Masked, arrays, flatten
 from jaxlm.evaluate.cost import bytes_on_disk
 from jaxlm.io.directory import OWN, open_model
 from jaxlm.io.model import LM
 from jaxlm.io.sparse import compress, expand
 from jaxlm.io.tensors import SINGLE, Tensor, open_file, write_file
+from jaxlm.methods.bake import bake
+from jaxlm.methods.prune.unstructured.magnitude import prune_magnitude
+from jaxlm.methods.prune.unstructured.patterns import keep
+from jaxlm.methods.share.clustering import cluster
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.losses.hidden import hidden_distance
-from jaxlm.losses.layer_map import layer_map
+from jaxlm.methods.distill.layer_map import layer_map
 
 
 def test_hidden_distance_by_hand():

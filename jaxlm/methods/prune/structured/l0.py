@@ -1,0 +1,289 @@
+"""Learned gates: hard-concrete switches under an augmented Lagrangian that holds a target size or latency."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import (
+    Adapted,
+    ArrayInfo,
+    Axes,
+    Constraint,
+    Context,
+    Gate,
+    HardConcrete,
+    Loss,
+    Method,
+    Site,
+    Step,
+    Term,
+    Tree,
+    components,
+    flatten,
+    nearest,
+    unflatten,
+)
+from jaxlm.methods.prune.structured.gates import PLACES, best, open_gates, switches, widths
+from jaxlm.methods.prune.structured.latency import Table, table_at
+from jaxlm.methods.prune.structured.scores import each_layer
+from jaxlm.methods.prune.structured.shrink import FOLDED, shrink
+from jaxlm.methods.prune.structured.width import STREAM
+
+CONSTRAINT = "l0/constraint"
+START = 2.5
+"""`log α` at first: a deterministic pass has every gate fully open, a random one 98% of them."""
+
+LARGEST = math.log(100.0)
+"""Bound of `|log α|`: beyond it a gate hardly has a gradient, and would not find its way back."""
+
+ASCENT, STIFFNESS = 1.0, 1000.0
+"""What the multiplier λ gains in a step for an excess of 1; and μ, which answers at once where λ has yet to grow, and
+keeps it from swinging: a loss of some nats, spread over many gates, holds against less."""
+
+Expected = Callable[[Mapping[str, jax.Array]], jax.Array]
+"""From the expected open share of every gate (canonical path) to the size, or the latency."""
+
+
+def l0(
+    *,
+    size: float | None = None,
+    latency: float | None = None,
+    table: str = "",
+    batch_size: int = 1,
+    length: int = 128,
+    targets: Sequence[str] = ("heads", "ffn"),
+    begin: int = 0,
+    end: int,
+    speed: float = 300.0,
+) -> Method:
+    """Learns which gates stay open: `min_θ,α max_λ  L + λ (s - t) + μ/2 (s - t)²`.
+
+    `s(α)` is the expected share of what the gates could remove: of parameters (`size`), or of the layers' seconds
+    (`latency`) by a table of times measured on this machine. `t` falls linearly from 1 at step `begin` to the target at
+    `end`; training goes on after that. λ grows by `s - t` in every step, μ is fixed. Evaluation is deterministic: of
+    every gate as many entries close as are expected to, the others are as far open as `log α` says. Baking folds that
+    into the weights and shrinks.
+    Sources: Louizos et al. 2018, arXiv:1712.01312; Wang et al. 2020, arXiv:1910.04732; Xia et al. 2022,
+    arXiv:2204.00408.
+
+    Args:
+      size: share that stays of the parameters that gates can remove.
+      latency: share that stays of the layers' time. Needs `table`, a JSON file: read, or measured and written there,
+        so that a run that is resumed goes on with the same numbers.
+      batch_size, length: the shape whose latency counts.
+      targets: of `heads` (KV groups), `ffn` (units), `layers` and `hidden` (not for latency).
+      begin, end: steps in which the target is approached.
+      speed: gates learn so many times as fast as weights.
+
+    Raises:
+      ValueError: not exactly one of size and latency, or no such target.
+    """
+    goal = size if latency is None else latency
+    if goal is None or (size is not None and latency is not None):
+        raise ValueError("l0 needs exactly one of size and latency")
+    if not 0 < goal <= 1:
+        raise ValueError(
+            f"l0: {'size' if latency is None else 'latency'} is the share that stays, in (0, 1], not {goal}"
+        )
+    for kind in targets:
+        if kind not in PLACES:
+            raise ValueError(f"l0: unknown target {kind!r}; {nearest(kind, PLACES)}")
+    if latency is not None and (not table or "hidden" in targets):
+        raise ValueError("l0: a latency needs table='FILE.json', and knows no hidden width")
+    if not end > begin >= 0 or speed <= 0:
+        raise ValueError(f"l0: steps begin={begin} to end={end} and speed={speed} must be positive")
+    final = float(goal)
+    expected: dict[str, Any] = {}
+
+    def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
+        for path, leaf in flatten(params).items():
+            if _takes(path, targets) and any(c.role == "codes" for c in components(leaf, (None, None)).values()):
+                raise ValueError(f"l0: {path} holds codes, into which a half-open gate cannot go; prune, then quantize")
+        params, axes = open_gates(
+            model, params, axes, targets, make=lambda ones: HardConcrete(ones * (START / speed), speed)
+        )
+        if latency is None:
+            expected["of"] = expected_size(params, axes)
+        else:
+            expected["of"] = expected_latency(params, model.config, table_at(table, model, batch_size, length))
+        constraint = Constraint(jnp.ones(()), jnp.zeros(()))
+        return Adapted(unflatten(flatten(params) | {CONSTRAINT: constraint}), {**axes, CONSTRAINT: ()})
+
+    def trainable(info: ArrayInfo) -> bool | None:
+        return True if _learned(info) else None
+
+    def loss(inner: Loss) -> Loss:
+        def fn(params: Tree, constants: dict, batch: dict, ctx: Context):
+            terms, outputs = inner.fn(params, constants, batch, ctx)
+            left = expected["of"](open_shares(params))
+            constraint = params["l0"]["constraint"]
+            excess, multiplier = left - constraint.target, constraint.multiplier
+            penalty = multiplier * excess + STIFFNESS / 2 * jnp.square(excess)
+            one = jnp.ones(())
+            return {**terms, "l0": Term(penalty, one), "l0_left": Term(left, one, 0.0)}, outputs
+
+        return Loss(fn, inner.taps)
+
+    def update(step: Step, grads: dict, constants: dict, number: jax.Array) -> Step:
+        target = 1 - (1 - final) * jnp.clip((number - begin) / (end - begin), 0.0, 1.0)
+        flat = flatten(step.params)
+        for path, _, gate in switches(step.params):
+            if isinstance(gate, HardConcrete):
+                flat[path] = gate.replace(score=jnp.clip(gate.score, -LARGEST / speed, LARGEST / speed))
+        # The multiplier does not go through the optimizer, whose rate falls as training ends.
+        excess = expected["of"](open_shares(unflatten(flat))) - target
+        constraint = Constraint(target.astype(jnp.float32), flat[CONSTRAINT].multiplier + ASCENT * excess)
+        return step._replace(params=unflatten(flat | {CONSTRAINT: constraint}))
+
+    def eval_params(params: Tree, state: dict) -> Tree:
+        return settle(params)
+
+    def bake(model: Any, params: Tree, axes: dict, state: dict):
+        plain = unflatten({path: leaf for path, leaf in flatten(settle(params)).items() if path != CONSTRAINT})
+        return shrink(model, plain, {path: names for path, names in axes.items() if path != CONSTRAINT})
+
+    def claims(params: Tree) -> set[tuple[str, str]]:
+        return widths(params, targets) | {(path, "bits") for path in flatten(params) if _takes(path, targets)}
+
+    return Method(
+        init=init, trainable=trainable, loss=loss, update=update, eval_params=eval_params, bake=bake, claims=claims
+    )
+
+
+def _takes(path: str, targets: Sequence[str]) -> bool:
+    """Whether baking puts half-open gates into a leaf: no rounding may have it before."""
+    found = re.fullmatch(r"(?:.*/)?layers_\d+/(attention|cross_attention|mlp)/(\w+)/kernel", path)
+    if found is None or found[2] != FOLDED[found[1]]:
+        return False
+    return ("ffn" if found[1] == "mlp" else "heads") in targets
+
+
+def _learned(info: ArrayInfo) -> bool:
+    return info.role == "scale" and (info.path == "hidden" or info.path.endswith("/gate"))
+
+
+def open_shares(params: Tree) -> dict[str, jax.Array]:
+    """Expected open share of every learned gate, by canonical path, from either view."""
+    shares = {}
+    for path, _, switch in switches(params):
+        if isinstance(switch, HardConcrete):
+            open_ = switch.probability()
+            stacked = re.search(r"layers_\d+-\d+", path) is not None
+            shares[path] = jnp.mean(open_, axis=tuple(range(stacked, open_.ndim)))
+    return each_layer(shares)
+
+
+def expected_size(params: Tree, axes: Mapping[str, Axes]) -> Expected:
+    """The expected share of the parameters that gates can remove.
+
+    An array shrinks by the open share of every gated axis that it carries, and goes with its layer:
+    `Σ_arrays size · Π_gates share`, over the same with all gates open.
+
+    Args:
+      params: canonical view, with gates; axes: names by path.
+    """
+    flat = flatten(params)
+    gates = {path for path, leaf in flat.items() if isinstance(leaf, HardConcrete)}
+    products: dict[tuple[str, ...], int] = {}
+    for path, leaf in flat.items():
+        if isinstance(leaf, Site):
+            continue
+        names = [name for entry in axes[path] for name in (entry if isinstance(entry, tuple) else (entry,))]
+        layer = re.match(r"((?:.*/)?layers_\d+)/", path)
+        module = re.match(r"((?:.*/)?layers_\d+/(?:(?:cross_)?attention|mlp))/", path)
+        own = ["hidden" for name in names if name in STREAM]
+        own += [f"{layer[1]}/gate"] if layer else []
+        own += [f"{module[1]}/gate"] if module and _carries(flat.get(f"{module[1]}/gate"), names) else []
+        used = tuple(sorted(gate for gate in own if gate in gates))
+        if used:
+            products[used] = products.get(used, 0) + math.prod(leaf.shape)
+    whole = sum(products.values())
+
+    def expected(shares: Mapping[str, jax.Array]) -> jax.Array:
+        left = jnp.zeros(())
+        for used, count in products.items():
+            left = left + (count / whole) * math.prod((shares[gate] for gate in used), start=jnp.ones(()))
+        return left
+
+    return expected
+
+
+def _carries(gate: Any, names: Sequence[Any]) -> bool:
+    """Whether an array with these axis names shrinks with a gate of its module."""
+    if gate is None:
+        return False
+    if gate.score.ndim == 1:
+        return "ffn" in names
+    return ("q_per_kv" if gate.score.shape[-2] > 1 else "kv_heads") in names
+
+
+def expected_latency(params: Tree, config: Any, table: Table) -> Expected:
+    """The expected share of the layers' time: `Σ_layers p_l (c + A(E heads) + F(E units))`, over that of the whole.
+
+    A and F are interpolated in the table, so their slope says what one more head or unit costs on this machine.
+    """
+    flat = flatten(params)
+    counts = {path: leaf.score.size for path, leaf in flat.items() if isinstance(leaf, HardConcrete)}
+
+    def seconds(shares: Mapping[str, jax.Array]) -> jax.Array:
+        spent = jnp.zeros(())
+        for i in range(config.num_layers):
+            # Without a gate a module is whole.
+            groups, heads = config.num_kv_heads[i], config.num_heads[i]
+            whole = heads if groups == 1 else groups
+            layer = f"layers_{config.owners()[i]}"
+            attention, mlp = f"{layer}/attention/gate", f"{layer}/mlp/gate"
+            heads_left = counts.get(attention, whole) * shares.get(attention, jnp.ones(()))
+            units_left = counts.get(mlp, config.ffn_size[i]) * shares.get(mlp, jnp.ones(()))
+            time = table.layer + table.heads(heads_left) + table.ffn(units_left)
+            spent = spent + shares.get(f"{layer}/gate", jnp.ones(())) * time
+        return spent
+
+    dense = seconds({})
+    return lambda shares: seconds(shares) / dense
+
+
+def settle(params: Tree) -> dict[str, Any]:
+    """Deterministic gates in the place of learned ones, in either view.
+
+    Of every row of `n` entries the `round(Σ (1 - P(open)))` with the smallest `log α` close, and those whose
+    deterministic position is 0; one stays. Heads and units keep their position between 0 and 1; layers (all of a stack
+    are one row) and stream dimensions are then fully open.
+    """
+    flat = flatten(params)
+    learned = {path: (kind, leaf) for path, kind, leaf in switches(params) if isinstance(leaf, HardConcrete)}
+    for path, (kind, leaf) in learned.items():
+        if kind == "layers":
+            continue
+        shape = leaf.score.shape
+        rows = shape[:-3] if kind == "heads" else shape[:-1]
+        position = _settled(leaf.log_alpha.reshape(*rows, -1), leaf.probability().reshape(*rows, -1))
+        value = position if kind != "hidden" else (position > 0).astype(jnp.float32)
+        flat[path] = Gate(value.reshape(shape))
+    layers = {path: leaf for path, (kind, leaf) in learned.items() if kind == "layers"}
+    for stack in sorted({path.rpartition("layers_")[0] for path in layers}):
+        own = {path: leaf for path, leaf in layers.items() if path.rpartition("layers_")[0] == stack}
+        together = lambda values: jnp.concatenate([value.reshape(-1) for value in values])  # noqa: E731
+        position = _settled(
+            together(leaf.log_alpha for leaf in own.values()), together(leaf.probability() for leaf in own.values())
+        )
+        start = 0
+        for path, leaf in own.items():
+            part = position[start : start + leaf.score.size].reshape(leaf.score.shape)
+            flat[path] = Gate((part > 0).astype(jnp.float32))
+            start += leaf.score.size
+    return unflatten(flat)
+
+
+def _settled(log_alpha: jax.Array, probability: jax.Array) -> jax.Array:
+    """Deterministic positions `[..., entries]`, exactly 0 where closed."""
+    closed = jnp.round(jnp.sum(1 - probability, axis=-1)).astype(jnp.int32)
+    size = log_alpha.shape[-1]
+    position = HardConcrete(log_alpha).open(Context())
+    open_ = best(log_alpha, jnp.maximum(size - closed, 1)) & (position > 0)
+    first = best(log_alpha, jnp.ones(log_alpha.shape[:-1], jnp.int32))
+    return jnp.where(first, jnp.maximum(position, 1e-3), jnp.where(open_, position, 0.0))

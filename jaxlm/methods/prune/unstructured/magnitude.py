@@ -1,0 +1,67 @@
+"""Magnitude pruning: the smallest weights go, while training or at once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import Axes, Masked, Method, Tree, materialize
+from jaxlm.methods.prune.unstructured.masking import KERNELS, Plan, Share, by_score, prune_at_once, pruning
+
+
+def size(leaf: Masked) -> jax.Array:
+    """`|W|` of every entry, masked or not."""
+    return jnp.abs(materialize(leaf.base))
+
+
+def magnitude(
+    *,
+    sparsity: Share = None,
+    pattern: str = "unstructured",
+    per: str = "matrix",
+    begin: int = 0,
+    end: int,
+    every: int = 10,
+    targets: str = KERNELS,
+) -> Method:
+    """Masks the smallest weights of every target, by the cubic schedule from step `begin` to `end`.
+
+    An entry that is masked is zero and stays so. Baking stores the zeros in a plain array. Source: Zhu and Gupta 2017,
+    arXiv:1710.01878.
+
+    Args:
+      sparsity: final share of zeros, one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
+      pattern: `unstructured`, `N:M` (N kept of M inputs) or `block:RxC`.
+      per: what the share is counted over, `matrix`, `output` or `model`; see `masking.Plan`.
+      begin, end: first and last step of the schedule, equal for one-shot; every: steps between two new masks.
+      targets: regex over paths.
+    """
+    plan = Plan("magnitude", sparsity, pattern, per, targets, begin, end, every)
+    return pruning(plan, by_score(plan, size))
+
+
+def prune_magnitude(
+    model: Any,
+    params: Tree,
+    axes: dict[str, Axes],
+    *,
+    sparsity: Share = None,
+    pattern: str = "unstructured",
+    per: str = "matrix",
+    targets: str = KERNELS,
+):
+    """Surgery: masks the smallest weights of every target at once.
+
+    The leaves are Masked, so that the zeros survive the training that follows; the surgery `bake` leaves plain arrays.
+
+    Args:
+      model, params, axes: the model, canonical view.
+      sparsity: final share of zeros, one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
+      pattern: `unstructured`, `N:M` (N kept of M inputs) or `block:RxC`.
+      per: what the share is counted over, `matrix`, `output` or `model`; see `masking.Plan`.
+      targets: regex over paths.
+
+    Returns:
+      `(model, params, axes)` with Masked leaves.
+    """
+    return model, prune_at_once(Plan("magnitude", sparsity, pattern, per, targets), size, params), axes

@@ -1,0 +1,48 @@
+"""Movement pruning: entries go whose weight training moves towards zero."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import Method, Scored, materialize
+from jaxlm.methods.prune.unstructured.masking import KERNELS, Plan, Share, by_score, pruning
+
+
+def movement(
+    *,
+    sparsity: Share = None,
+    pattern: str = "unstructured",
+    per: str = "matrix",
+    learning_rate: float = 1.0,
+    prior: float = 0.0,
+    begin: int = 0,
+    end: int,
+    every: int = 10,
+    targets: str = KERNELS,
+) -> Method:
+    """Masks the entries with the smallest `S + prior · |W|`, where scores S are learned by the loss itself.
+
+    With `W′ = W ⊙ M(S)` and the gradient passed straight through the choice of the mask, `∂L/∂S = (∂L/∂W′) ⊙ W`, and
+    `S ← S - η (∂L/∂W′) ⊙ W` from `S = 0`, by gradient descent of its own: a constant rate, no momentum, no decay. So a
+    score grows while a weight moves away from zero. The gradient is that of masked entries, too; they keep the value
+    that they had, are zero in the forward pass, and may come back. Source: Sanh et al. 2020, arXiv:2005.07683.
+
+    Args:
+      sparsity: final share of zeros, one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
+      pattern: `unstructured`, `N:M` (N kept of M inputs) or `block:RxC`.
+      per: what the share is counted over, `matrix`, `output` or `model`; see `masking.Plan`.
+      learning_rate: η; only its ratio to `prior` matters for the masks.
+      prior: how much magnitude counts beside movement; 0 is the method of the paper.
+      begin, end: first and last step of the schedule, equal for one-shot; every: steps between two new masks.
+      targets: regex over paths; they have to train.
+    """
+    if learning_rate <= 0 or prior < 0:
+        raise ValueError(f"movement: learning_rate {learning_rate} must be positive, and prior {prior} not negative")
+    plan = Plan("movement", sparsity, pattern, per, targets, begin, end, every)
+
+    def learn(scores: jax.Array, weight: jax.Array, gradient: jax.Array) -> jax.Array:
+        return scores - learning_rate * (weight * gradient).astype(jnp.float32)
+
+    def score(leaf: Scored) -> jax.Array:
+        return leaf.scores + prior * jnp.abs(materialize(leaf.base))
+
+    return pruning(plan, by_score(plan, score, back=True), learn=learn, dense=True, hold=True)

@@ -1,0 +1,171 @@
+"""Training with rounding in the loop: straight through, with learned steps (LSQ), with learned clipping (PACT)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import (
+    LSQ,
+    PACT,
+    Adapted,
+    Axes,
+    FakeQuant,
+    Gate,
+    LowRank,
+    Method,
+    Scheme,
+    Tree,
+    flatten,
+    map_leaves,
+    matches,
+)
+from jaxlm.methods.quantize.formats import TARGETS, channel_of, check_targets, formats, trains_rounded
+
+
+def qat(
+    *,
+    bits: str = "int8",
+    group: int | str | None = None,
+    symmetric: bool = True,
+    dynamic: bool | None = None,
+    activations: Mapping[str, Any] | None = None,
+    targets: str = TARGETS,
+) -> Method:
+    """Quantization-aware training: the forward pass sees rounded weights, gradients pass straight through.
+
+    Ranges follow the weights: `q(W)` with the grid of `quantize`, recomputed in every step. Baking stores the codes:
+    the same function.
+
+    Args:
+      bits, group, symmetric: the format of the weights, see `quantize`.
+      dynamic: round inputs too, a token at a time; `None`: where bits is int8.
+      activations: another format of the inputs, by its fields.
+      targets: regex over paths.
+    """
+    scheme, inputs = formats("qat", bits, group, symmetric, dynamic, activations)
+    if inputs is not None and inputs.group == "tensor":
+        raise ValueError("qat: inputs are rounded a token at a time; the method pact learns one range for all of them")
+    wrap = lambda leaf, channel: FakeQuant.of(leaf, scheme, activations=inputs, channel=channel)  # noqa: E731
+    return _rounding("qat", wrap, scheme, targets)
+
+
+def lsq(
+    *,
+    bits: str = "int4",
+    group: int | str | None = None,
+    dynamic: bool | None = None,
+    activations: Mapping[str, Any] | None = None,
+    targets: str = TARGETS,
+) -> Method:
+    """Learned step size quantization: `W = s · clip(round(W/s), ±Q)`, and `s` is trained with the weights.
+
+    A step begins at `2 mean|W| / sqrt(Q)` and its gradient is scaled by `1/sqrt(N Q)`; see `learned_step`. Steps have
+    the role `scale`: they never decay, and a learning rate of their own is a rule on it. Adam undoes the scaling of the
+    gradient, so in 8 bits, where a step is small beside the weights, they want less:
+    `config.train.learning_rates = ((".*#scale", 0.1),)`. Baking stores codes and steps: the same function. Source:
+    Esser et al. 2020, arXiv:1902.08153.
+
+    Args:
+      bits, group: the format of the weights (symmetric integers), see `quantize`.
+      dynamic: round inputs too, a token at a time; `None`: where bits is int8.
+      activations: another format of the inputs, by its fields.
+      targets: regex over paths.
+    """
+    scheme, inputs = formats("lsq", bits, group, True, dynamic, activations)
+    if inputs is not None and inputs.group == "tensor":
+        raise ValueError("lsq: inputs are rounded a token at a time; the method pact learns one range for all of them")
+    wrap = lambda leaf, channel: LSQ.of(leaf, scheme, activations=inputs, channel=channel)  # noqa: E731
+    _try("lsq", wrap)
+    return _rounding("lsq", wrap, scheme, targets)
+
+
+def pact(
+    *,
+    bits: str = "int8",
+    group: int | str | None = None,
+    symmetric: bool = True,
+    input_bits: str = "int8",
+    signed: bool = True,
+    clip: float = 8.0,
+    targets: str = TARGETS,
+) -> Method:
+    """PACT: every product clips its inputs to `[-α, α]` and rounds them on that one grid; `α` is trained.
+
+    `∂/∂α` is 1 where an input lies above α (-1 below -α); see `learned_clip`. The bounds have the role `scale` and
+    never decay; weights are rounded as in `qat`. Baking stores static inputs, which need no look at the data when the
+    model runs: the same function. Source: Choi et al. 2018, arXiv:1805.06085, which is for inputs after a ReLU.
+
+    Args:
+      bits, group, symmetric: the format of the weights (integers), see `quantize`.
+      input_bits: of the inputs.
+      signed: clip to `[-α, α]`; `False` to `[0, α]`, for inputs that are never negative.
+      clip: α at first: no smaller than most inputs.
+      targets: regex over paths.
+    """
+    scheme, inputs = formats(
+        "pact", bits, group, symmetric, None, {"bits": input_bits, "group": "tensor", "symmetric": signed}
+    )
+    wrap = lambda leaf, channel: PACT.of(leaf, scheme, activations=inputs, channel=channel, clip=clip)  # noqa: E731
+    _try("pact", wrap)
+    method = _rounding("pact", wrap, scheme, targets)
+
+    def claims(params: Tree) -> set[tuple[str, str]]:
+        # An update that is added later would read inputs that are not clipped, and could not be merged into W.
+        plain = {path for path, leaf in flatten(params).items() if not isinstance(leaf, LowRank)}
+        return method.claims(params) | {(path, "update") for path in plain if matches(targets, path)}
+
+    return method._replace(claims=claims)
+
+
+def _try(name: str, wrap: Callable[[Any, int], FakeQuant]) -> None:
+    """Raises ValueError for arguments that no leaf could be wrapped with."""
+    try:
+        wrap(jnp.ones((1, 1)), -1)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _rounding(name: str, wrap: Callable[[Any, int], FakeQuant], scheme: Scheme, targets: str) -> Method:
+    """The Method that wraps its targets, and bakes to codes."""
+
+    def fake(path: str, leaf: Any) -> Any:
+        if not matches(targets, path):
+            return leaf
+        if trains_rounded(leaf):
+            raise ValueError(f"{name}: {path} is rounded already ({type(leaf).__name__}); bake it, or leave it out")
+        return wrap(leaf, channel_of(path))
+
+    def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
+        check_targets(params, targets, name)
+        if isinstance(scheme.group, int):
+            _refuse_gated_groups(name, params, axes, targets)
+        return Adapted(map_leaves(fake, params), axes)
+
+    def bake(model: Any, params: Tree, axes: dict, state: dict):
+        stored = map_leaves(lambda path, leaf: leaf.quantize() if isinstance(leaf, FakeQuant) else leaf, params)
+        return model, stored, axes
+
+    def claims(params: Tree) -> set[tuple[str, str]]:
+        return {(path, "bits") for path in flatten(params) if matches(targets, path)}
+
+    return Method(init=init, bake=bake, claims=claims)
+
+
+def _refuse_gated_groups(name: str, params: Tree, axes: Mapping[str, Axes], targets: str) -> None:
+    """Raises ValueError where a gate will remove single inputs of a target, whose groups would fall apart."""
+    flat = flatten(params)
+    for gate in [path for path, leaf in flat.items() if isinstance(leaf, Gate)]:
+        module, cut = gate.rpartition("/")[0], set(_names(axes[gate]))
+        for path in flat:
+            inputs = axes[path][-3 - channel_of(path)] if matches(targets, path) else None
+            if path.startswith(module) and cut & set(_names((inputs,))):
+                raise ValueError(
+                    f"{name}: {gate} will remove inputs of {path}, whose groups would fall apart: give it group=None, "
+                    f"or prune in a stage before"
+                )
+
+
+def _names(axes: Axes) -> list[str]:
+    return [n for entry in axes for n in (entry if isinstance(entry, tuple) else (entry,)) if n is not None]

@@ -1,0 +1,146 @@
+"""Tiny models of every family with random biases and norms, and the law: a shrunk model computes what its gates do."""
+
+import functools
+import zlib
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.core import Gate, Term, flatten, map_leaves
+from jaxlm.io.model import LM
+from jaxlm.methods.prune.structured.gates import close_gates, open_gates
+from jaxlm.methods.prune.structured.scores import magnitude_of
+from jaxlm.methods.prune.structured.shrink import shrink
+from jaxlm.models import model_config
+from jaxlm.models.model import Model
+
+# Compiling takes most of the time here, so it is told not to optimize.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "ffn_size": 12, "num_heads": 4}
+MODELS = {
+    "MHA": ("gpt2", {"num_layers": 3, "max_positions": 8}),
+    "GQA": ("llama", {"num_heads": 8, "num_kv_heads": 4, "head_dim": 4, "qkv_bias": True, "mlp_bias": True}),
+    "MQA": ("llama", {"num_kv_heads": 1, "qkv_bias": True, "output_bias": True}),
+    "post-norm": ("bert", {"max_positions": 8}),
+    "pair": ("bert", {"max_positions": 8, "head": "masked", "next_sentence": True}),
+    "classes": ("bert", {"max_positions": 8, "head": "sequence", "labels": ("a", "b", "c")}),
+    "T5": ("t5", {"gated": True}),
+    "windows": ("mistral", {"num_layers": 3, "num_kv_heads": 2, "window": 3}),
+    "late windows": ("qwen2", {"num_layers": 3, "num_kv_heads": 2, "window": 3, "window_from": 1}),
+    "shifted positions": ("roberta", {"max_positions": 12, "head": "sequence", "labels": ("a", "b", "c")}),
+}
+BATCH = {
+    "input_ids": np.random.default_rng(0).integers(1, 19, (2, 6)),
+    "attention_mask": np.array([[1] * 6, [1] * 4 + [0] * 2]),
+    "decoder_input_ids": np.random.default_rng(1).integers(1, 19, (2, 5)),
+}
+
+
+@functools.cache
+def model_of(name):
+    """A model whose biases and norms are random too."""
+    family, fields = MODELS[name]
+    model = Model(model_config(family, **{**SIZES, **fields}))
+    noise = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
+    return model, map_leaves(noise, model.init(jax.random.key(0)))
+
+
+@functools.cache
+def _forward(config):
+    return jax.jit(Model(config).forward, compiler_options=QUICK)
+
+
+def batch_of(model):
+    """What the model reads."""
+    return {n: BATCH[n] for n in BATCH if n in ("input_ids", "attention_mask") or model.config.encoder_decoder}
+
+
+def logits(model, params):
+    """Logits of real tokens (of the classes, of a classifier)."""
+    outputs = _forward(model.config)(params, batch_of(model))
+    values = np.asarray(outputs["logits"])
+    if model.config.head == "sequence" or model.config.encoder_decoder:
+        return values
+    rows = values[BATCH["attention_mask"] > 0]
+    if "next_sentence_logits" in outputs:
+        return np.concatenate([rows.reshape(-1), np.asarray(outputs["next_sentence_logits"]).reshape(-1)])
+    return rows
+
+
+def random_gates(params, seed):
+    """Every gate with some closed entries, and at least one open: another number in every layer."""
+    rng = np.random.default_rng(seed)
+
+    def close(path, leaf):
+        if not isinstance(leaf, Gate):
+            return leaf
+        shape = leaf.value.shape
+        value = np.zeros(leaf.value.size, np.float32)
+        value[rng.permutation(leaf.value.size)[: rng.integers(1, leaf.value.size + (path != "hidden"))]] = 1
+        if len(shape) == 3 and shape[0] > 1 and shape[1] > 1:  # equally many query heads in the groups that stay
+            value = np.zeros(shape[:2], np.float32)
+            left = rng.integers(1, shape[1] + 1)
+            for group in rng.permutation(shape[0])[: rng.integers(1, shape[0] + 1)]:
+                value[group, rng.permutation(shape[1])[:left]] = 1
+        return Gate(jnp.asarray(value).reshape(shape))
+
+    return map_leaves(close, params)
+
+
+def closed(model, params, axes, kinds, share):
+    """Gates of the given kinds, closed by magnitude: `(params, axes)`."""
+    params, axes = open_gates(model, params, axes, kinds)
+    shares = dict.fromkeys(("heads", "ffn", "hidden"), share)
+    return close_gates(params, magnitude_of(params, axes), shares), axes
+
+
+def check_law(model, params, axes, tmp_path):
+    """Gated and shrunk logits agree, also after saving and reloading; returns the shrunk model."""
+    expected = logits(model, params)
+    small, little, small_axes = shrink(model, params, axes)
+    assert flatten(little).keys() == small_axes.keys() == flatten(small.abstract()).keys()
+    assert jax.tree.map(lambda s: s.shape, small.abstract()) == map_leaves(lambda _, leaf: tuple(leaf.shape), little)
+    assert np.abs(expected).max() > 0.2 and np.abs(logits(small, little) - expected).max() <= 1e-5
+    jaxlm.save(LM(small.config, little), tmp_path / "model")
+    again = jaxlm.load(tmp_path / "model")
+    assert again.config == small.config
+    assert np.array_equal(logits(small, again.params), logits(small, little))
+    return small, little, small_axes
+
+
+def squares(outputs, batch):
+    """A loss of any model: the mean square of its logits."""
+    value = outputs["logits"]
+    return {"squares": Term(jnp.sum(jnp.square(value)), jnp.float32(value.size))}
+
+
+def calibration_of(model, batches=1):
+    """Calibration data: batches without the loader's extras."""
+    rng = np.random.default_rng(7)
+    found = []
+    for _ in range(batches):
+        batch = batch_of(model)
+        found.append(batch | {n: rng.integers(1, 19, v.shape) for n, v in batch.items() if n.endswith("input_ids")})
+    return SimpleNamespace(batches=found)
+
+
+@pytest.fixture(scope="session")
+def tools():
+    """The functions above, for the test files of this folder."""
+    return SimpleNamespace(
+        models=MODELS,
+        batch=BATCH,
+        quick=QUICK,
+        model_of=model_of,
+        batch_of=batch_of,
+        logits=logits,
+        random_gates=random_gates,
+        closed=closed,
+        check_law=check_law,
+        calibration_of=calibration_of,
+        squares=squares,
+    )

@@ -1,0 +1,179 @@
+"""Vocabulary trimming: the corpus keeps its pieces, kept tokens their logits, and the tokenizer survives saving."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.core import Quantized, flatten, map_leaves
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.io.model import LM
+from jaxlm.methods.prune.vocabulary import merge_ranks, merges_of, trim_vocabulary, trimmed, used_ids
+from jaxlm.models import model_config
+from jaxlm.models.model import Model
+
+CORPUS = ["the film is a joy, unaffected and naïve!", "a dull and weary plot", "we laughed 3.5 times in this film"] * 3
+OTHER = ["zebras crossing quickly over many other animals, over and over again", "nothing of this is in the corpus"] * 9
+KINDS = ("wordpiece:200", "bpe:420", "unigram")
+
+
+def tokenizer_of(kind):
+    """A tokenizer that knows more than the corpus needs."""
+    if kind != "unigram":
+        return load_tokenizer(kind, CORPUS + OTHER)
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.Unigram())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    inner.train_from_iterator(
+        CORPUS + OTHER, trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def model_for(tokenizer, family="gpt2", **fields):
+    """A model with more rows than tokens, as padded tables have."""
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_size": 8, "vocab_size": len(tokenizer) + 5}
+    if family != "t5":
+        sizes["max_positions"] = 64
+    model = Model(model_config(family, **sizes, pad_token_id=tokenizer.pad_token_id, **fields))
+    return model, map_leaves(
+        lambda _, a: 0.5 * jax.random.normal(jax.random.key(a.size), a.shape), model.init(jax.random.key(0))
+    )
+
+
+def trim(kind, family="gpt2", params=None, **fields):
+    tokenizer = tokenizer_of(kind)
+    model, fresh = model_for(tokenizer, family, **fields)
+    axes = model.axes()
+    return (
+        tokenizer,
+        model,
+        fresh,
+        trim_vocabulary(
+            model, fresh if params is None else params(fresh), axes, tokenizer=tokenizer, texts=lambda split: CORPUS
+        ),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("gpt2", {}),
+        ("gpt2", {"tie_embeddings": False}),
+        ("bert", {}),
+        ("roberta", {}),
+        ("t5", {"decoder_start_token_id": 0}),
+    ],
+)
+def test_pieces_and_logits_stay(kind, family, fields, tmp_path):
+    tokenizer, model, params, (small, little, _, short) = trim(kind, family, **fields)
+    assert small.config.vocab_size == len(short) < len(tokenizer)
+    assert {path: leaf.shape for path, leaf in flatten(little).items()} == {
+        path: leaf.shape for path, leaf in flatten(small.abstract()).items()
+    }
+    for text in CORPUS:
+        assert short.tokenize(text) == tokenizer.tokenize(text)
+    new_ids, old_ids = (np.array([t(CORPUS[0]).input_ids]) for t in (short, tokenizer))
+    both = [{"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {}) for ids in (new_ids, old_ids)]
+    new, old = small.forward(little, both[0])["logits"], model.forward(params, both[1])["logits"]
+    places = [tokenizer.convert_tokens_to_ids(token) for token in short.convert_ids_to_tokens(range(len(short)))]
+    assert np.abs(np.asarray(old)).max() > 0.1 and np.allclose(new, np.asarray(old)[..., places], atol=1e-6)
+    jaxlm.save(LM(small.config, little, short), tmp_path / "model")
+    again = jaxlm.load(tmp_path / "model")
+    assert again.config == small.config and again.tokenizer.get_vocab() == short.get_vocab()
+    for text in CORPUS + OTHER:
+        assert again.tokenizer(text).input_ids == short(text).input_ids
+    assert again.tokenizer.decode(short(CORPUS[1]).input_ids, skip_special_tokens=True) == tokenizer.decode(
+        tokenizer(CORPUS[1]).input_ids, skip_special_tokens=True
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_stay_and_other_text_is_spelled(kind):
+    tokenizer, _, _, (small, _, _, short) = trim(kind)
+    assert short.all_special_tokens == tokenizer.all_special_tokens
+    assert small.config.pad_token_id == short.pad_token_id == short.convert_tokens_to_ids(tokenizer.pad_token)
+    for text in OTHER[:2]:
+        assert len(short.tokenize(text)) > len(tokenizer.tokenize(text)), "in smaller pieces"
+        assert short.unk_token_id is None or short.unk_token_id not in short(text).input_ids
+
+
+def test_merges_that_the_corpus_never_needs_go():
+    tokenizer = tokenizer_of("bpe:420")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    _, small = trimmed(state, used_ids(tokenizer, CORPUS), alphabet=True)
+    assert len(small["model"]["merges"]) < len(state["model"]["merges"])
+    ranks = merge_ranks(state["model"])
+    for piece in {piece for text in CORPUS for piece in tokenizer.tokenize(text)}:
+        assert not merges_of(piece, ranks) or "".join(merges_of(piece, ranks)[-1]) == piece
+
+
+def test_without_the_alphabet_only_what_is_used_stays():
+    tokenizer = tokenizer_of("wordpiece:200")
+    model, params = model_for(tokenizer)
+    trims = [
+        trim_vocabulary(
+            model, params, model.axes(), tokenizer=tokenizer, texts=lambda split: CORPUS, alphabet=alphabet
+        ).model.config.vocab_size
+        for alphabet in (False, True)
+    ]
+    used = used_ids(tokenizer, CORPUS) | set(tokenizer.all_special_ids)
+    assert trims[0] == len(used) < trims[1]
+
+
+def test_trimming_twice_changes_nothing():
+    _, _, _, (small, little, axes, short) = trim("bpe:420")
+    again = trim_vocabulary(small, little, axes, tokenizer=short, texts=lambda split: CORPUS)
+    assert again.model == small and again.tokenizer.get_vocab() == short.get_vocab()
+    assert np.array_equal(flatten(again.params)["embed/tokens/embedding"], flatten(little)["embed/tokens/embedding"])
+
+
+def test_codes_are_cut_with_their_scales():
+    codes = lambda fresh: map_leaves(  # noqa: E731
+        lambda path, leaf: Quantized.of(leaf, channel=-2) if path == "embed/tokens/embedding" else leaf, fresh
+    )
+    _, _, _, (small, little, _, _) = trim("bpe:420", params=codes)
+    table = little["embed"]["tokens"]["embedding"]
+    assert table.codes.shape == (small.config.vocab_size, 16) and table.scale.shape == (small.config.vocab_size, 1)
+
+
+@pytest.mark.encoder
+def test_a_real_tokenizer(encoder_path, tmp_path):
+    lm = jaxlm.load(encoder_path)
+    done = trim_vocabulary(Model(lm.config), lm.params, lm.axes, tokenizer=lm.tokenizer, texts=lambda split: CORPUS)
+    assert done.model.config.vocab_size < 2100
+    jaxlm.save(LM(done.model.config, done.params, done.tokenizer), tmp_path / "model")
+    again = jaxlm.load(tmp_path / "model")
+    assert again.tokenizer.tokenize(CORPUS[0]) == lm.tokenizer.tokenize(CORPUS[0])
+    batches = [{"input_ids": np.array([t(CORPUS[0]).input_ids])} for t in (again.tokenizer, lm.tokenizer)]
+    hidden = [m.apply(m.params, batch)["last_hidden"] for m, batch in zip((again, lm), batches, strict=True)]
+    assert np.array_equal(hidden[0], hidden[1])
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_corpus_is_refused():
+    tokenizer = tokenizer_of("bpe:420")
+    model, params = model_for(tokenizer)
+    with pytest.raises(ValueError, match="the split 'train' has no text"):
+        trim_vocabulary(model, params, model.axes(), tokenizer=tokenizer, texts=lambda split: [])
+
+
+def test_marked_word_ends_are_refused():
+    state = json.loads(tokenizer_of("bpe:420").backend_tokenizer.to_str())
+    state["model"]["end_of_word_suffix"] = "</w>"
+    with pytest.raises(ValueError, match="mark the inside or the end of a word"):
+        trimmed(state, {1, 2}, True)
+
+
+def test_a_tokenizer_that_would_split_otherwise_is_noticed(monkeypatch):
+    monkeypatch.setattr("jaxlm.methods.prune.vocabulary.merges_of", lambda piece, ranks: [])
+    with pytest.raises(ValueError, match="splits 'the film"):
+        trim("bpe:420")
