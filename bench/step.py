@@ -100,7 +100,7 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     from jaxlm.models.model import Model
     from jaxlm.parallel import make_mesh, make_rules, shard_tree
     from jaxlm.tasks import TASKS
-    from jaxlm.train.compiled import compiled
+    from jaxlm.train.aot_compile import compiled
     from jaxlm.train.settings import TrainSettings
     from jaxlm.train.step import dropout_key
 

@@ -20,9 +20,9 @@ from jaxlm.core import (
 from jaxlm.data.prefetch import prefetch
 from jaxlm.io.checkpoint import Checkpoints
 from jaxlm.parallel import shard_tree, unpad_vocab
-from jaxlm.train.journal import Journal
+from jaxlm.train.checkpointing import Stores
 from jaxlm.train.loop import Run
-from jaxlm.train.saving import Stores
+from jaxlm.train.metric_writer import MetricWriter
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState, dropout_key
 
@@ -38,7 +38,7 @@ class Ready(NamedTuple):
     facts: dict[str, Any]
 
 
-def assemble(setting: Setting, workdir: Path, journal: Journal) -> Ready:
+def assemble(setting: Setting, workdir: Path, journal: MetricWriter) -> Ready:
     """Methods, loss, gradient, optimizer and data of `setting`, joined into a Run."""
     training, model = setting.training, setting.model
     check_splits(setting)

@@ -34,9 +34,9 @@ from jaxlm.methods.merge.average import average
 from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import unpad_vocab
-from jaxlm.train.journal import Journal
+from jaxlm.train.checkpointing import Progress
 from jaxlm.train.loop import train
-from jaxlm.train.saving import Progress
+from jaxlm.train.metric_writer import MetricWriter
 from jaxlm.train.step import TrainState
 
 LAYOUTS = {"transformers": {}, "native": {"native": True}, "padded": {"padded": True}}
@@ -59,7 +59,7 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
     if (workdir / "result.json").exists():
         return json.loads((workdir / "result.json").read_text())
     trains = bool(config.train.steps or config.train.epochs)
-    with room_on_disk(workdir), Journal(workdir, name) as journal:
+    with room_on_disk(workdir), MetricWriter(workdir, name) as journal:
         setting = operate(set_up(config, ("train", "eval", "test") if trains else ("eval", "test"), say=journal.say))
         if trains:
             trained, facts = learn(setting, workdir, journal, data)
@@ -94,7 +94,9 @@ class Trained(NamedTuple):
     axes: dict[str, Axes]
 
 
-def learn(setting: Setting, workdir: Path, journal: Journal, data: Mapping[str, Any]) -> tuple[Trained, dict[str, Any]]:
+def learn(
+    setting: Setting, workdir: Path, journal: MetricWriter, data: Mapping[str, Any]
+) -> tuple[Trained, dict[str, Any]]:
     """The trained model, and what training took."""
     if setting.training.dtype == "bfloat16" and jax.default_backend() == "cpu" and not fast_bfloat16():
         journal.say(

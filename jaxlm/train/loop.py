@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from jaxlm.core import SEGMENT
-from jaxlm.train.compiled import compiled
-from jaxlm.train.interruption import Interrupted, Interruption
-from jaxlm.train.journal import Journal
-from jaxlm.train.profile import Profile
-from jaxlm.train.saving import Progress, Stores
+from jaxlm.train.aot_compile import compiled
+from jaxlm.train.checkpointing import Progress, Stores
+from jaxlm.train.metric_writer import MetricWriter
+from jaxlm.train.preemption import Interrupted, PreemptionFlag
+from jaxlm.train.profiler import Profile
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState
 
@@ -60,7 +60,7 @@ class Run:
     batches: Callable[[int, int], Feed]
     evaluate: Callable[[TrainState], dict[str, float]]
     stores: Stores
-    journal: Journal
+    journal: MetricWriter
 
     def logs(self, number: int) -> bool:
         """Whether scalars are written after this step."""
@@ -99,7 +99,7 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
     with (
         contextlib.closing(run.batches(start, start if stopped else run.steps)) as batches,
         contextlib.closing(compiled(run.step, run.shardings, state, run.constants, run.shapes)) as steps,
-        Interruption() as interruption,
+        PreemptionFlag() as interruption,
         Profile(journal.path.parent / "profile", settings.profile_from, settings.profile_steps) as profile,
     ):
         pending: list[tuple[int, dict[str, Any]]] = []
@@ -185,7 +185,7 @@ def summarize(logs: list[dict[str, Any]]) -> dict[str, float]:
     return values | {"gradient_norm": float(np.mean([log["gradient_norm"] for log in logs]))}
 
 
-def report_nonfinite(logs: list[dict], numbers: list[int], settings: TrainSettings, journal: Journal) -> None:
+def report_nonfinite(logs: list[dict], numbers: list[int], settings: TrainSettings, journal: MetricWriter) -> None:
     """Names the arrays whose gradient was not finite; ends the run after too many in a row."""
     for number, log in zip(numbers, logs, strict=True):
         count = int(log["nonfinite"])

@@ -10,8 +10,8 @@ import jaxlm
 from jaxlm.build import assembly, stage
 from jaxlm.build.setting import set_up
 from jaxlm.core import arrays
-from jaxlm.train.journal import Journal, read_lines
-from jaxlm.train.saving import Progress
+from jaxlm.train.checkpointing import Progress
+from jaxlm.train.metric_writer import MetricWriter, read_lines
 
 FSDP_TENSOR = {"data": 1, "fsdp": 2, "tensor": 4}
 
@@ -66,7 +66,7 @@ def test_checkpoints_hold_no_padding(on, recipe, tmp_path, devices):
     devices(8)
     config = recipe()
     config.mesh.update(FSDP_TENSOR)
-    many = assembly.assemble(set_up(config), tmp_path, Journal(tmp_path, "run"))
+    many = assembly.assemble(set_up(config), tmp_path, MetricWriter(tmp_path, "run"))
     run, state = many.run, many.state
     table = state.params["embed"]["tokens"]["embedding"]
     assert table.shape[0] % 4 == 0 and run.stores.shapes.params["embed"]["tokens"]["embedding"].shape[0] % 4

@@ -8,7 +8,7 @@ import jaxlm
 from jaxlm.build import assembly, stage
 from jaxlm.build.setting import operate, set_up
 from jaxlm.core import arrays, flatten
-from jaxlm.train.journal import Journal
+from jaxlm.train.metric_writer import MetricWriter
 
 LAYERS = ((r"layers_1/.*", 0.5), (r"embed/.*", 0.0))
 COMBINATIONS = {
@@ -39,7 +39,7 @@ def test_epochs_are_passes(recipe, tmp_path):
     config = recipe(steps=0, epochs=1.5)
     setting = set_up(config)
     batches = setting.task.batches(setting.splits["train"], setting.tokenizer, setting.data, 8, 0)
-    run = assembly.assemble(setting, tmp_path, Journal(tmp_path, "run")).run
+    run = assembly.assemble(setting, tmp_path, MetricWriter(tmp_path, "run")).run
     assert run.steps == -(-3 * batches.steps_per_epoch // 2)
 
 
@@ -47,7 +47,7 @@ def test_teachers_are_no_part_of_a_checkpoint(recipe, tmp_path):
     config = recipe(steps=4)
     stage.run(config, tmp_path / "teacher")
     config.losses = ({"name": "distill", "teacher": str(tmp_path / "teacher/model"), "alpha": 0.5},)
-    ready = assembly.assemble(operate(set_up(config)), tmp_path, Journal(tmp_path, "run"))
+    ready = assembly.assemble(operate(set_up(config)), tmp_path, MetricWriter(tmp_path, "run"))
     teacher, student = (sum(a.size for a in jax.tree.leaves(t)) for t in (ready.run.constants, ready.state.params))
     assert teacher == student
     assert sum(a.size for a in jax.tree.leaves(ready.run.stores.shapes)) < 3.1 * student  # parameters and two moments

@@ -14,7 +14,7 @@ import pytest
 import jaxlm
 from jaxlm.build import stage
 from jaxlm.core import arrays
-from jaxlm.train.journal import read_lines
+from jaxlm.train.metric_writer import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from jaxlm.build import assembly, stage
-from jaxlm.train.interruption import Interrupted
-from jaxlm.train.journal import read_lines
 from jaxlm.train.loop import Run
+from jaxlm.train.metric_writer import read_lines
+from jaxlm.train.preemption import Interrupted
 
 MAGNITUDE = {"name": "magnitude", "sparsity": 0.5, "begin": 2, "end": 9, "every": 3}
 STRUCTURED = {"name": "structured", "heads": 0.5, "ffn": 0.5, "begin": 2, "end": 9, "every": 3}

@@ -22,7 +22,7 @@ from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import make_mesh, make_rules, shard_tree
 from jaxlm.tasks import TASKS
-from jaxlm.train.compiled import compiled
+from jaxlm.train.aot_compile import compiled
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import create_state, dropout_key
 from tests.contracts.test_weights import STORED

@@ -14,12 +14,12 @@ from jaxlm.core import Context, Loss, Method, Term, describe
 from jaxlm.data.loader import Batches
 from jaxlm.data.prefetch import prefetch
 from jaxlm.io.checkpoint import Checkpoints
-from jaxlm.train.compiled import shape_of
+from jaxlm.train.aot_compile import shape_of
+from jaxlm.train.checkpointing import Stores
 from jaxlm.train.gradient import gradient
-from jaxlm.train.journal import Journal, read_lines
 from jaxlm.train.loop import Run, _not_finite, is_better, summarize, train
+from jaxlm.train.metric_writer import MetricWriter, read_lines
 from jaxlm.train.optimizer import optimizer
-from jaxlm.train.saving import Stores
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import create_state, dropout_key, make_step
 
@@ -75,7 +75,7 @@ def start(tmp_path):
                 Checkpoints(workdir / "best"),
                 trail,
             ),
-            journal=Journal(workdir, "run"),
+            journal=MetricWriter(workdir, "run"),
         )
         return run, state
 

@@ -12,7 +12,7 @@ from jaxlm.core import FakeQuant, LowRank, Masked, Quantized, Scored
 from jaxlm.io.checkpoint import Checkpoints
 from jaxlm.methods.prune.schedule import cubic, overdue
 from jaxlm.methods.prune.unstructured.masking import Plan, layer_paths
-from jaxlm.train.saving import flatten, unflatten
+from jaxlm.train.checkpointing import flatten, unflatten
 
 
 def each(share):

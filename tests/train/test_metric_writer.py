@@ -8,14 +8,14 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2  # noqa: F401  (fails here if TensorBoard files could not be written)
 
-from jaxlm.train import journal as module
-from jaxlm.train.journal import Journal, read_lines
+from jaxlm.train import metric_writer as module
+from jaxlm.train.metric_writer import MetricWriter, read_lines
 
 VALUES = {"loss": 1.5, "gradient_norm": 2.0, "tokens_per_second": 1234.5}
 
 
 def record(workdir, first: int, last: int, assessed: int = 0) -> None:
-    with Journal(workdir, "run") as journal:
+    with MetricWriter(workdir, "run") as journal:
         journal.begin(first, 9, assessed)
         for step in range(first + 1, last + 1):
             journal.write(step, "train", VALUES)
@@ -39,14 +39,14 @@ def test_a_resumed_run_repeats_no_line(tmp_path):
 
 def test_an_evaluation_that_is_made_up_for_is_written_once(tmp_path):
     record(tmp_path, 0, 4)
-    with Journal(tmp_path, "run") as journal:
+    with MetricWriter(tmp_path, "run") as journal:
         journal.begin(4, 9, assessed=2)
         journal.write(4, "eval", {"loss": 0.5})
     assert keys(tmp_path) == [(1, "train"), (2, "train"), (2, "eval"), (3, "train"), (4, "train"), (4, "eval")]
 
 
 def test_what_is_not_finite_is_null(tmp_path):
-    with Journal(tmp_path, "run") as journal:
+    with MetricWriter(tmp_path, "run") as journal:
         journal.begin(0, 9, 0)
         journal.write(1, "train", VALUES | {"loss": float("nan")})
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
@@ -54,7 +54,7 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 
 def test_lines_without_a_terminal_are_not_wrapped(tmp_path, capsys):
-    with Journal(tmp_path, "run") as journal:
+    with MetricWriter(tmp_path, "run") as journal:
         journal.begin(0, 9, 0)
         journal.write(1, "eval", {f"a long name of a metric {i}": 0.5 for i in range(9)})
         journal.say("a path " + 200 * "x" + " [not markup]")
@@ -67,7 +67,7 @@ def test_a_terminal_shows_progress_speed_and_loss(tmp_path, monkeypatch):
     console = lambda **_: Console(file=screen, force_terminal=True, width=120)  # noqa: E731
     monkeypatch.setattr(module, "Console", console)
     read = lambda: re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())  # noqa: E731
-    with Journal(tmp_path, "run") as journal:
+    with MetricWriter(tmp_path, "run") as journal:
         journal.begin(0, 9, 0)
         journal.advance(1, {"terms": {"a": (6.0, 2.0, 0.5), "b": (1.0, 1.0, 1.0)}}, 1234.0)
         journal.progress.refresh()

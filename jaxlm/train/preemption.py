@@ -12,7 +12,7 @@ class Interrupted(SystemExit):
     """SIGTERM or SIGINT came; the state is saved. Exit code 143."""
 
 
-class Interruption:
+class PreemptionFlag:
     """Turns SIGTERM and SIGINT into a flag while training, so that a step is never cut in two.
 
     A second signal acts at once. On several hosts, jax's preemption service listens to SIGTERM and lets all of them
@@ -29,7 +29,7 @@ class Interruption:
             return multihost_utils.reached_preemption_sync_point(number)
         return self.came
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "PreemptionFlag":
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.previous[number] = signal.signal(number, self._note)

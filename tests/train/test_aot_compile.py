@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm.train.compiled import Compiled, compiled, shape_of
+from jaxlm.train.aot_compile import Compiled, compiled, shape_of
 
 
 def batch(length: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -27,7 +27,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class Journal:
+class MetricWriter:
     """Writes scalars of a run, once `begin` has dropped what a resumed run is going to write again.
 
     On a terminal a progress bar shows the newest, elsewhere every line is printed. Of several processes only the first
@@ -54,7 +54,7 @@ class Journal:
         self.file: Any = None
         self.tensorboard: Any = None
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "MetricWriter":
         self.progress.start()
         return self
 
