@@ -30,8 +30,8 @@ def make(directory: Path, layers: int) -> None:
     import numpy as np
 
     from jaxlm.core import flatten, unflatten
-    from jaxlm.io.directory import Stored, write_model
-    from jaxlm.io.tensors import Tensor
+    from jaxlm.io.model_directory import Stored, write_model
+    from jaxlm.io.safetensors import Tensor
     from jaxlm.models import model_config
     from jaxlm.models.transformer import model_spec
 
@@ -53,7 +53,7 @@ def measure(operation: str, dtype: str | None, source: Path, target: Path) -> di
 
     import jaxlm
     from jaxlm.core import arrays
-    from jaxlm.io.directory import cast, open_model, write_model
+    from jaxlm.io.model_directory import cast, open_model, write_model
 
     base = memory("VmRSS")
     started = time.perf_counter()

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from jaxlm.core import arrays
-from jaxlm.io.directory import cast, open_model, write_model
-from jaxlm.io.model import find
-from jaxlm.io.tensors import MAX_SHARD_BYTES
+from jaxlm.io.model_directory import cast, open_model, write_model
+from jaxlm.io.pretrained import find
+from jaxlm.io.safetensors import MAX_SHARD_BYTES
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

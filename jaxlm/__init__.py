@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxlm.io.model import LM, load, save
+    from jaxlm.io.pretrained import LM, load, save
 
 __all__ = ["LM", "load", "save"]
 
@@ -11,6 +11,6 @@ __all__ = ["LM", "load", "save"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
-    from jaxlm.io import model
+    from jaxlm.io import pretrained
 
-    return getattr(model, name)
+    return getattr(pretrained, name)

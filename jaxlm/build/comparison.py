@@ -27,7 +27,7 @@ from jaxlm.evaluate.held_out import HeldOut
 from jaxlm.evaluate.row import Row
 from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.evaluate.timing import Timing, interleaved, machine, versions
-from jaxlm.io.model import LM, load
+from jaxlm.io.pretrained import LM, load
 from jaxlm.models.generate import generate
 from jaxlm.models.model import Model
 from jaxlm.tasks import TASKS, Prepared, Read, Task

@@ -16,7 +16,7 @@ from jaxlm.data.ragged import Examples
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.io.directory import check_files
+from jaxlm.io.model_directory import check_files
 from jaxlm.models.config import ModelConfig
 from jaxlm.parallel import spec_of, ways
 from jaxlm.tasks import TASKS, Prepared, Task

@@ -7,8 +7,8 @@ from typing import Any
 from jaxlm.build.config import plain
 from jaxlm.build.lessons import teachers_in
 from jaxlm.data.settings import DataSettings
-from jaxlm.io.directory import open_model
-from jaxlm.io.model import find
+from jaxlm.io.model_directory import open_model
+from jaxlm.io.pretrained import find
 from jaxlm.tasks import Task
 from jaxlm.tasks.classification import unnamed
 from jaxlm.tasks.task import no_labels

@@ -16,8 +16,8 @@ from jaxlm.build.config import plain, set_fields
 from jaxlm.build.lessons import distillation, has_teachers
 from jaxlm.core import Adapted, Axes, Context, Method, Tree, arrays, chain, flatten, lookup, unflatten, with_arrays
 from jaxlm.data.settings import DataSettings
-from jaxlm.io.directory import open_model
-from jaxlm.io.model import find, retarget
+from jaxlm.io.model_directory import open_model
+from jaxlm.io.pretrained import find, retarget
 from jaxlm.methods.distill.teacher import Lesson, Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model

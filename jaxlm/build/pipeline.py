@@ -21,7 +21,7 @@ from jaxlm.data.settings import DataSettings
 from jaxlm.evaluate import report
 from jaxlm.evaluate.row import Row
 from jaxlm.evaluate.settings import ReportSettings
-from jaxlm.io.model import load
+from jaxlm.io.pretrained import load
 from jaxlm.tasks import TASKS
 
 STAGE_FIELDS = ("name", "description", "after", "reference", "beside", "compare")

@@ -21,7 +21,7 @@ from jaxlm.data.ragged import Ragged
 from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.data.tokenizer import padding_id
 from jaxlm.io.carried import for_tokenizer
-from jaxlm.io.model import LM, load
+from jaxlm.io.pretrained import LM, load
 from jaxlm.methods.calibration import Calibration
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.config import ModelConfig

@@ -29,7 +29,7 @@ from jaxlm.core import Axes, Tree, lookup
 from jaxlm.core.cpu import fast_bfloat16, here
 from jaxlm.core.strict_json import strict
 from jaxlm.data.tokenizer import padding_id
-from jaxlm.io.model import LM, save
+from jaxlm.io.pretrained import LM, save
 from jaxlm.methods.merge.average import average
 from jaxlm.models.model import Model
 from jaxlm.nn.stack import canonical_view

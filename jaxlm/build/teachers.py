@@ -20,7 +20,7 @@ from jaxlm.build.records import params_sha256
 from jaxlm.build.setting import Setting, on_mesh, operate, set_up
 from jaxlm.core import Method, Tree, call
 from jaxlm.data.loader import Batches
-from jaxlm.io.model import LM, end_ids, load
+from jaxlm.io.pretrained import LM, end_ids, load
 from jaxlm.losses.soft_targets import top_answers
 from jaxlm.methods.distill.on_policy import on_policy
 from jaxlm.methods.distill.teacher import CachedTeacher, Lesson, Teacher

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.core import SEGMENT, Tree, Weight, components, flatten
 from jaxlm.core.paths import field_of
-from jaxlm.io.tensors import packed_shape
+from jaxlm.io.safetensors import packed_shape
 
 DTYPES = {
     "F64": "float64",

@@ -8,7 +8,7 @@ from jaxlm.build.comparison import NEW_TOKENS, Loaded, Trial, prompt_ids, write_
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.evaluate.settings import ReportSettings
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 

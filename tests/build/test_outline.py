@@ -9,7 +9,7 @@ from jaxlm.build import registry
 from jaxlm.build.config import default_config
 from jaxlm.build.outline import lower_step, outline
 from jaxlm.core import arrays
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.parallel import make_mesh

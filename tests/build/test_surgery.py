@@ -9,7 +9,7 @@ import jaxlm
 from jaxlm.build import registry, stage
 from jaxlm.build.setting import operate, set_up
 from jaxlm.core import flatten
-from jaxlm.io.directory import PADDED, open_model, write_model
+from jaxlm.io.model_directory import PADDED, open_model, write_model
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from jaxlm.build.setting import fresh_config
 from jaxlm.core import arrays, chain, with_arrays
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.io.model import LM, save
+from jaxlm.io.pretrained import LM, save
 from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.model import Model

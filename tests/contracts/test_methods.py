@@ -32,7 +32,7 @@ from jaxlm.core import (
     trainable,
     with_arrays,
 )
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.losses.cross_entropy import cross_entropy
 from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config

@@ -15,7 +15,7 @@ import jaxlm
 from jaxlm.build import registry
 from jaxlm.build.blueprint import blueprint
 from jaxlm.core import Adapted, Weight, arrays, canonical_path, chain, describe, flatten, unflatten
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.methods.peft.lora import lora
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.model import Model

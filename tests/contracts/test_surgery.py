@@ -12,7 +12,7 @@ import pytest
 import jaxlm
 from jaxlm.build import registry
 from jaxlm.core import arrays, describe, flatten, unflatten
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.methods.calibration import KERNELS, Calibration
 from jaxlm.models import model_config
 from jaxlm.models.model import Model

@@ -10,7 +10,7 @@ from jaxlm.build import registry
 from jaxlm.core import Masked, map_leaves
 from jaxlm.evaluate.anatomy import anatomy
 from jaxlm.evaluate.layers import draw, shown
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 

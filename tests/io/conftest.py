@@ -8,8 +8,8 @@ import pytest
 
 import jaxlm
 from jaxlm.core import Gate, HardConcrete, LowRank, Masked, Quantized, Scheme, flatten, unflatten
-from jaxlm.io.directory import OWN
-from jaxlm.io.tensors import read_json
+from jaxlm.io.model_directory import OWN
+from jaxlm.io.safetensors import read_json
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.transformer import model_spec
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import jaxlm
 from jaxlm.io.carried import GENERATION_KEYS, for_tokenizer
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 

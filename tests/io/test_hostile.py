@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import jaxlm
 from jaxlm.core import arrays, flatten
-from jaxlm.io.directory import CONFIG, OWN, open_model
-from jaxlm.io.tensors import INDEX, SINGLE, read_json
+from jaxlm.io.model_directory import CONFIG, OWN, open_model
+from jaxlm.io.safetensors import INDEX, SINGLE, read_json
 from jaxlm.models import FAMILIES
 from jaxlm.models.transformer import model_spec
 from tests.io.conftest import refused
@@ -173,7 +173,7 @@ def test_json_with_a_byte_order_mark_and_infinity(tmp_path):
 
 
 def test_a_file_that_is_too_large_is_not_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlm.io.tensors.MAX_JSON", 10)
+    monkeypatch.setattr("jaxlm.io.safetensors.MAX_JSON", 10)
     (tmp_path / "a.json").write_text('{"a": 12}')
     assert read_json(tmp_path / "a.json") == {"a": 12}
     (tmp_path / "a.json").write_text('{"a": 1234}')

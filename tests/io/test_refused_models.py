@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.io.directory import CONFIG, OWN
-from jaxlm.io.tensors import INDEX, SINGLE, Tensor, open_file, open_tensors, read_json, write_file
+from jaxlm.io.model_directory import CONFIG, OWN
+from jaxlm.io.safetensors import INDEX, SINGLE, Tensor, open_file, open_tensors, read_json, write_file
 from tests.io.conftest import edited, refused
 
 # Configs of transformers ------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxlm.io.names import rows
+from jaxlm.io.hf_tensors import rows
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.family import NotExpressible, config_from_hf, config_to_hf
 from jaxlm.models.llama import read_rotary

@@ -11,7 +11,7 @@ import jaxlm
 from jaxlm.build import registry
 from jaxlm.core import Factored, flatten, materialize, unflatten
 from jaxlm.evaluate.cost import parameters
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
 from jaxlm.models.model import Model
 from jaxlm.parallel import pad_vocab

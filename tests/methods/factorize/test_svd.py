@@ -9,7 +9,7 @@ import pytest
 import jaxlm
 from jaxlm.core import Factored, InputScaled, flatten, materialize, unflatten
 from jaxlm.evaluate.cost import parameters
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.methods.calibration import Calibration
 from jaxlm.methods.factorize.svd import Amount, activation_svd, factorize, rank_of, svd, worthwhile
 from jaxlm.methods.second_order import cholesky

@@ -9,7 +9,7 @@ import pytest
 import jaxlm
 from jaxlm.core import Quantized, flatten, map_leaves
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.methods.prune.vocabulary import merge_ranks, merges_of, trim_vocabulary, trimmed, used_ids
 from jaxlm.models import model_config
 from jaxlm.models.model import Model

@@ -9,7 +9,7 @@ import pytest
 import jaxlm
 from jaxlm.core import InputScaled, Masked, Quantized, flatten, map_leaves, materialize
 from jaxlm.core.weights.scheme import Scheme, from_codes, grid, to_codes
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.methods.calibration import Calibration
 from jaxlm.methods.prune.unstructured.sparsegpt import sparsegpt
 from jaxlm.methods.quantize.gptq import gptq, gptq_matrix

@@ -11,7 +11,7 @@ import pytest
 import jaxlm
 from jaxlm.core import Context, Masked, Tap, arrays, flatten, map_leaves, unflatten
 from jaxlm.evaluate.cost import bytes_on_disk
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.methods.prune.structured.depth import keep_layers
 from jaxlm.methods.prune.structured.gates import open_gates, prune
 from jaxlm.methods.share.layers import share, unshare

@@ -11,7 +11,7 @@ import pytest
 
 import jaxlm
 from jaxlm.core import Gate, Term, flatten, map_leaves
-from jaxlm.io.model import LM
+from jaxlm.io.pretrained import LM
 from jaxlm.methods.prune.structured.gates import close_gates, open_gates
 from jaxlm.methods.prune.structured.scores import magnitude_of
 from jaxlm.methods.prune.structured.shrink import shrink

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core import Gate, LowRank, Masked, Quantized, flatten, map_leaves, unflatten
-from jaxlm.io.model import LM, save
+from jaxlm.io.pretrained import LM, save
 from jaxlm.methods.prune.structured.gates import open_gates, prune
 from jaxlm.methods.prune.structured.shrink import shrink
 from jaxlm.methods.prune.structured.slicing import cut

@@ -7,8 +7,8 @@ import pytest
 
 import jaxlm
 from jaxlm.core import FakeQuant, Gate, LowRank, Masked, Quantized, arrays, flatten, initialize, unflatten
-from jaxlm.io.directory import CONFIG, OWN, Stored, open_model, write_model
-from jaxlm.io.tensors import SINGLE, Tensor, open_file, write_file
+from jaxlm.io.model_directory import CONFIG, OWN, Stored, open_model, write_model
+from jaxlm.io.safetensors import SINGLE, Tensor, open_file, write_file
 from jaxlm.models import model_config
 from jaxlm.models.transformer import model_spec
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.core import Node, axis_names, axis_sizes, flatten, unflatten
-from jaxlm.io.tensors import Tensor
+from jaxlm.io.safetensors import Tensor
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import NotExpressible, config_to_hf

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.core import Parameter, flatten, nearest
-from jaxlm.io.tensors import Tensor, is_float
+from jaxlm.io.safetensors import Tensor, is_float
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import Family, Row, architecture_of

@@ -11,10 +11,10 @@ import pytest
 import jaxlm
 from jaxlm.core import Masked, arrays, flatten
 from jaxlm.evaluate.cost import bytes_on_disk
-from jaxlm.io.directory import OWN, open_model
-from jaxlm.io.model import LM
-from jaxlm.io.sparse import compress, expand
-from jaxlm.io.tensors import SINGLE, Tensor, open_file, write_file
+from jaxlm.io.model_directory import OWN, open_model
+from jaxlm.io.pretrained import LM
+from jaxlm.io.safetensors import SINGLE, Tensor, open_file, write_file
+from jaxlm.io.sparse_tensors import compress, expand
 from jaxlm.methods.bake import bake
 from jaxlm.methods.prune.unstructured.magnitude import prune_magnitude
 from jaxlm.methods.prune.unstructured.patterns import keep

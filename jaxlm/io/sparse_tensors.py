@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.core import checked, lookup
-from jaxlm.io.tensors import DTYPES, INT4, MAX_DIM, MAX_DIMS, NAMES, Tensor, is_float
+from jaxlm.io.safetensors import DTYPES, INT4, MAX_DIM, MAX_DIMS, NAMES, Tensor, is_float
 
 GROUPS = (4, 8, 16)
 """Group sizes M that are tried."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.core import SITES, WEIGHTS, Axes, Node, Scheme, Weight, call, checked, components, lookup
 from jaxlm.core.paths import field_of
-from jaxlm.io.tensors import Tensor, is_float
+from jaxlm.io.safetensors import Tensor, is_float
 
 
 def describe_node(node: Node) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import jaxlm
 from jaxlm.build import registry
 from jaxlm.core import Gate, flatten, map_leaves
-from jaxlm.io.directory import PADDED
+from jaxlm.io.model_directory import PADDED
 from jaxlm.methods.prune.structured.gates import open_gates, prune
 from jaxlm.methods.prune.structured.shrink import shrink
 from jaxlm.methods.quantize.round_to_nearest import quantize

@@ -10,8 +10,8 @@ import pytest
 
 import jaxlm
 from jaxlm.core import Tap, flatten, initialize
-from jaxlm.io.directory import CONFIG, OWN
-from jaxlm.io.tensors import SINGLE, Tensor, open_file, write_file
+from jaxlm.io.model_directory import CONFIG, OWN
+from jaxlm.io.safetensors import SINGLE, Tensor, open_file, write_file
 from jaxlm.models import model_config
 from jaxlm.models.transformer import model_spec
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import Axes, Context, Tap, Tree, arrays, axis_names, flatten, initialize, lookup, unflatten, with_arrays
-from jaxlm.io.directory import Stored, cast, open_model, write_model
-from jaxlm.io.names import rows
-from jaxlm.io.tensors import MAX_SHARD_BYTES, Tensor, read_json
+from jaxlm.io.hf_tensors import rows
+from jaxlm.io.model_directory import Stored, cast, open_model, write_model
+from jaxlm.io.safetensors import MAX_SHARD_BYTES, Tensor, read_json
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.generate import ended, generate
@@ -243,7 +243,7 @@ def save(
       lm: the model.
       path: directory to create, or a model directory to replace.
       dtype: of float parameters; `None` keeps theirs.
-      native, padded, max_shard_bytes, progress: see `jaxlm.io.directory.write_model`.
+      native, padded, max_shard_bytes, progress: see `jaxlm.io.model_directory.write_model`.
 
     Returns:
       why transformers cannot read the directory, or `None` if it can.

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxlm.io.tensors import INDEX, SINGLE, Tensor, open_file, open_tensors, write_tensors
+from jaxlm.io.safetensors import INDEX, SINGLE, Tensor, open_file, open_tensors, write_tensors
 
 
 def values():
@@ -56,7 +56,7 @@ def test_shards(tmp_path):
 
 
 def test_cast_while_reading_keeps_integers_and_equals_a_plain_cast(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlm.io.tensors.BLOCK", 5)
+    monkeypatch.setattr("jaxlm.io.safetensors.BLOCK", 5)
     write(tmp_path, values())
     for name, tensor in open_tensors(tmp_path).items():
         narrow = tensor.cast(ml_dtypes.bfloat16)

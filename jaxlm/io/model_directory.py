@@ -30,11 +30,9 @@ from jaxlm.core import (
     with_arrays,
 )
 from jaxlm.io.carried import GENERATION, GENERATION_FILE, known
-from jaxlm.io.names import from_transformers, to_transformers
-from jaxlm.io.nodes import build_node, check_node, describe_node, take_tensor, tuples
-from jaxlm.io.padding import pad_model
-from jaxlm.io.sparse import compress, expand
-from jaxlm.io.tensors import (
+from jaxlm.io.hf_padding import pad_model
+from jaxlm.io.hf_tensors import from_transformers, to_transformers
+from jaxlm.io.safetensors import (
     INDEX,
     MAX_SHARD_BYTES,
     SINGLE,
@@ -45,6 +43,8 @@ from jaxlm.io.tensors import (
     write_tensors,
     write_text,
 )
+from jaxlm.io.sparse_tensors import compress, expand
+from jaxlm.io.weight_metadata import build_node, check_node, describe_node, take_tensor, tuples
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import NotExpressible, config_from_hf, config_to_hf
