@@ -97,7 +97,7 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     from jaxlm.core import Adapted, Method, arrays
     from jaxlm.methods.quantize.round_to_nearest import quantize
     from jaxlm.models import model_config
-    from jaxlm.models.model import Model
+    from jaxlm.models.network import Network
     from jaxlm.parallel import make_mesh, make_rules, shard_tree
     from jaxlm.tasks import TASKS
     from jaxlm.train.aot_compile import compiled
@@ -119,7 +119,7 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
         **task.structure,
         **own,
     )
-    model, mesh = Model(structure), make_mesh()
+    model, mesh = Network(structure), make_mesh()
     rules = make_rules({}, model.axes(), mesh)
     training = TrainSettings(
         steps=1000, batch_size=batch, learning_rate=2e-5, schedule="constant", weight_decay=0.01, clip=0.0, dtype=dtype

@@ -27,7 +27,7 @@ from jaxlm.core import (
     widened,
     with_arrays,
 )
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.parallel import pad_vocab, place, shardings, ways
 from jaxlm.tasks import Task
 from jaxlm.train.gradient import accumulate, gradient
@@ -55,7 +55,7 @@ class Blueprint(NamedTuple):
     trained: frozenset[str]
 
 
-def abstract_adapted(method: Method, key: jax.Array, model: Model, params: Tree, axes: Mapping[str, Axes]) -> Adapted:
+def abstract_adapted(method: Method, key: jax.Array, model: Network, params: Tree, axes: Mapping[str, Axes]) -> Adapted:
     """`method.init` on shapes: ShapeDtypeStructs with their axis names.
 
     Constants that are shapes already (a teacher's, with their places on a mesh) stay what they are.
@@ -78,7 +78,7 @@ def abstract_adapted(method: Method, key: jax.Array, model: Model, params: Tree,
 
 
 def blueprint(
-    model: Model,
+    model: Network,
     method: Method,
     adapted: Adapted,
     task: Task,
@@ -144,7 +144,7 @@ def layer_verdict(params: Tree, verdicts: list, training: TrainSettings):
     return lambda layer: tuple(sorted(by_layer[layer]))
 
 
-def tap_breaks(taps: frozenset, model: Model) -> set[int]:
+def tap_breaks(taps: frozenset, model: Network) -> set[int]:
     """Layers that begin a segment of their own, so that only tapped activations leave the scan.
 
     A hidden state lies between two layers; whatever else is tapped needs its layer alone in a segment. Where most

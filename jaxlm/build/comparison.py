@@ -27,9 +27,9 @@ from jaxlm.evaluate.held_out import HeldOut
 from jaxlm.evaluate.row import Row
 from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.evaluate.timing import Timing, interleaved, machine, versions
+from jaxlm.generate.decoding import generate
 from jaxlm.io.pretrained import LM, load
-from jaxlm.models.generate import generate
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.tasks import TASKS, Prepared, Read, Task
 
 READ_BY_MODELS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
@@ -95,8 +95,8 @@ class Loaded(NamedTuple):
     batches: Batches
 
     @property
-    def model(self) -> Model:
-        return Model(self.lm.config)
+    def model(self) -> Network:
+        return Network(self.lm.config)
 
 
 def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[[str], None]) -> list[Row]:
@@ -105,7 +105,7 @@ def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[
     for candidate in candidates:
         lm = load(candidate.directory)
         check_comparable(candidate, lm, trial, next(iter(models.values()), None))
-        models[candidate.name] = Loaded(lm, Model(lm.config).run_view(lm.params), trial.batches(lm))
+        models[candidate.name] = Loaded(lm, Network(lm.config).run_view(lm.params), trial.batches(lm))
     say("measuring quality")
     held_out: dict[str, HeldOut] = {}
     teacher: Answers | None = None
@@ -258,7 +258,7 @@ def time_models(models: Mapping[str, Loaded], trial: Trial) -> dict[str, Speed]:
     return {name: Speed(batches[name], singles[name], *facts[name]) for name in models}
 
 
-def _forward(model: Model) -> Callable[[Tree, dict], jax.Array]:
+def _forward(model: Network) -> Callable[[Tree, dict], jax.Array]:
     return lambda params, batch: model.forward(params, batch, ctx=Context())["logits"]
 
 
@@ -284,7 +284,7 @@ def _peak(compiled: Any) -> int:
 
 def flops(lm: LM, lengths: tuple[int, ...]) -> int:
     """Floating-point operations a token of a forward pass over rows of these lengths."""
-    config, params = lm.config, Model(lm.config).unshared(lm.params)  # a shared layer computes as often as it is used
+    config, params = lm.config, Network(lm.config).unshared(lm.params)  # a shared layer computes as often as it is used
     head_dim = config.layers()[0].head_dim
     tied = config.tie_embeddings and config.head in ("causal", "masked", "seq2seq")
     if config.encoder_decoder:

@@ -11,13 +11,13 @@ from jax.experimental import multihost_utils
 from jaxlm.build.data import batches_of
 from jaxlm.core import Context, Term, Tree
 from jaxlm.data.settings import DataSettings
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.tasks import Prepared, Score, Task
 from jaxlm.tasks.task import stacked
 
 
 @functools.partial(jax.jit, static_argnames=("model", "measure", "predict", "ctx", "dtype"))
-def _read(params: Tree, batch: dict[str, jax.Array], *, model: Model, measure, predict, ctx: Context, dtype: Any):
+def _read(params: Tree, batch: dict[str, jax.Array], *, model: Network, measure, predict, ctx: Context, dtype: Any):
     """One batch; compiled once for all splits and stages of a process that evaluate the same structure."""
     outputs = model.forward(params, batch, ctx=ctx, dtype=dtype)
     return measure(outputs, batch), predict(outputs, batch)
@@ -25,7 +25,7 @@ def _read(params: Tree, batch: dict[str, jax.Array], *, model: Model, measure, p
 
 def evaluator(
     task: Task,
-    model: Model,
+    model: Network,
     prepared: Prepared,
     tokenizer: Any,
     settings: DataSettings,

@@ -20,7 +20,7 @@ from jaxlm.io.model_directory import open_model
 from jaxlm.io.pretrained import find, retarget
 from jaxlm.methods.distill.teacher import Lesson, Teacher
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.parallel import make_rules, pad_vocab, place, shardings, spec_of, ways
 from jaxlm.tasks import TASKS, Task
 from jaxlm.tasks.task import Column
@@ -41,7 +41,7 @@ class Outline(NamedTuple):
       batch: ShapeDtypeStructs of one step, placed.
     """
 
-    model: Model
+    model: Network
     adapted: Adapted
     blueprint: Blueprint
     rules: dict[str, Any]
@@ -70,9 +70,9 @@ def outline(config: Any, mesh: jax.sharding.Mesh) -> Outline:
     return Outline(model, adapted, drawn, rules, batch)
 
 
-def start(config: Any, task: Task) -> tuple[Model, Tree, dict[str, Axes]]:
+def start(config: Any, task: Task) -> tuple[Network, Tree, dict[str, Axes]]:
     """The model that a config starts from, as shapes: a stored one with its Weights and sites, or a fresh one."""
-    model = Model(structure(config, task))
+    model = Network(structure(config, task))
     params, axes = flatten(model.abstract()), model.axes()
     if config.model.init:
         stored = open_model(find(config.model.init), task.structure["head"])
@@ -87,7 +87,11 @@ def start(config: Any, task: Task) -> tuple[Model, Tree, dict[str, Axes]]:
 
 
 def lesson(
-    entry: Mapping[str, Any], student: Model, mesh: jax.sharding.Mesh, rules: Mapping[str, Any], training: TrainSettings
+    entry: Mapping[str, Any],
+    student: Network,
+    mesh: jax.sharding.Mesh,
+    rules: Mapping[str, Any],
+    training: TrainSettings,
 ) -> tuple[str, Method]:
     """An entry of `config.losses` as a method; of its teachers only the directories' shapes are read.
 
@@ -100,7 +104,7 @@ def lesson(
         if cache is not None or directory is None:
             raise ValueError(f"{what}: a teacher's cache is read with the data; leave the cache out here")
         stored = open_model(find(directory))
-        model = Model(stored.config)
+        model = Network(stored.config)
         shapes = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in arrays(stored.params).items()}
         params = with_arrays(stored.params, shapes)
         known[id(params)] = model, {**model.axes(), **stored.axes}
@@ -135,8 +139,8 @@ LARGEST = 4 * 2**30
 
 
 def operated(
-    entry: Mapping[str, Any], model: Model, params: Tree, axes: Mapping[str, Axes]
-) -> tuple[Model, Tree, dict[str, Axes]]:
+    entry: Mapping[str, Any], model: Network, params: Tree, axes: Mapping[str, Axes]
+) -> tuple[Network, Tree, dict[str, Axes]]:
     """A model after one entry of `config.surgery`, as shapes.
 
     Surgery that looks at values (which heads are the weakest) is tried on two models of these shapes, one of zeros and

@@ -25,7 +25,7 @@ from jaxlm.io.pretrained import LM, load
 from jaxlm.methods.calibration import Calibration
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.parallel import make_mesh, make_rules, pad_vocab, place, shard_tree, shardings, ways
 from jaxlm.tasks import TASKS, Prepared, Task
 from jaxlm.train.settings import TrainSettings
@@ -51,7 +51,7 @@ class Setting:
     task: Task
     tokenizer: Any
     splits: dict[str, Prepared]
-    model: Model
+    model: Network
     params: Tree
     axes: dict[str, Axes]
     mesh: jax.sharding.Mesh
@@ -88,12 +88,12 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
     if config.model.init:
         lm = starting_model(config, task, labels, key, say)
         tokenizer = tokenizer_for(data, task, lm.tokenizer)
-        model, params = Model(lm.config), lm.params
+        model, params = Network(lm.config), lm.params
         carried = for_tokenizer(lm.carried, lm.tokenizer, tokenizer)
     else:
         tokenizer = tokenizer_for(data, task, None)
         carried = for_tokenizer({}, None, tokenizer)
-        model = Model(fresh_config(config, task, labels, tokenizer))
+        model = Network(fresh_config(config, task, labels, tokenizer))
         params = model.init(key)
     check_fit(model.config, tokenizer, data)
     mesh, axes = make_mesh(config.mesh), model.axes() if lm is None else lm.axes
@@ -162,8 +162,8 @@ def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Ar
     if config.model.family not in (None, lm.config.family):
         raise ValueError(f"config.model.family is {config.model.family!r}, but {init} is a {lm.config.family}")
     fields = {n: v for n, v in set_fields(config.model).items() if n not in ("init", "family")}
-    changed = Model(lm.config.replace(**fields))
-    if changed.abstract() != Model(lm.config).abstract():
+    changed = Network(lm.config.replace(**fields))
+    if changed.abstract() != Network(lm.config).abstract():
         raise ValueError(f"config.model.{', '.join(fields)} would change the parameters of {init}; leave them out")
     return dataclasses.replace(lm, config=changed.config)
 
@@ -211,13 +211,13 @@ def operate(setting: Setting) -> Setting:
     )
 
 
-def on_mesh(setting: Setting, model: Model, params: Tree, axes: Mapping[str, Axes]) -> dict[str, Any]:
+def on_mesh(setting: Setting, model: Network, params: Tree, axes: Mapping[str, Axes]) -> dict[str, Any]:
     """Parameters (run view) padded to a vocabulary that divides, on the devices."""
     padded = pad_vocab(params, axes, ways("vocab", setting.mesh, setting.rules))
     return shard_tree(padded, shardings(padded, axes, setting.mesh, setting.rules, model.sizes()))
 
 
-def split_evaluator(setting: Setting, model: Model, split: str):
+def split_evaluator(setting: Setting, model: Network, split: str):
     """`params -> Score` on a split, or `None` where the config has no such data."""
     if split not in setting.splits:
         return None

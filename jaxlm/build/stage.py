@@ -31,7 +31,7 @@ from jaxlm.core.strict_json import strict
 from jaxlm.data.tokenizer import padding_id
 from jaxlm.io.pretrained import LM, save
 from jaxlm.methods.merge.average import average
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import unpad_vocab
 from jaxlm.train.checkpointing import Progress
@@ -89,7 +89,7 @@ def carrier(setting: Setting, trained: "Trained") -> LM:
 class Trained(NamedTuple):
     """The model of a stage, canonical view."""
 
-    model: Model
+    model: Network
     params: Tree
     axes: dict[str, Axes]
 

@@ -20,13 +20,13 @@ from jaxlm.build.records import params_sha256
 from jaxlm.build.setting import Setting, on_mesh, operate, set_up
 from jaxlm.core import Method, Tree, call
 from jaxlm.data.loader import Batches
+from jaxlm.generate.decoding import check_sampling, generate
 from jaxlm.io.pretrained import LM, end_ids, load
 from jaxlm.losses.soft_targets import top_answers
 from jaxlm.methods.distill.on_policy import on_policy
 from jaxlm.methods.distill.teacher import CachedTeacher, Lesson, Teacher
 from jaxlm.methods.distill.teacher_cache import Cache, CacheSettings, Layout, write_cache
-from jaxlm.models.generate import check_sampling, generate
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 
 class Taught(NamedTuple):
@@ -126,7 +126,7 @@ class School:
         if isinstance(lesson.teacher, CachedTeacher):
             return lesson
         lm = next(lm for lm in self._models.values() if lm.params is lesson.teacher.params)
-        model = Model(lm.config)
+        model = Network(lm.config)
         taps = lesson.plan(self.setting.model.config.num_layers).taps(side=1)
         params = on_mesh(self.setting, model, model.run_view(lm.params, breaks=tap_breaks(taps, model)), lm.axes)
         return dataclasses.replace(lesson, teacher=lesson.teacher._replace(params=params))
@@ -163,7 +163,7 @@ class School:
     def write(self, place: Path, made_of: Mapping[str, Any], layout: Layout, lm: LM) -> None:
         """Asks a teacher about every row of the run."""
         setting = self.setting
-        forward, model, to_device = forward_of(lm, setting), Model(lm.config), to_devices(setting.mesh, setting.rules)
+        forward, model, to_device = forward_of(lm, setting), Network(lm.config), to_devices(setting.mesh, setting.rules)
         params = on_mesh(setting, model, model.run_view(lm.params), lm.axes)
 
         @jax.jit
@@ -221,7 +221,7 @@ class School:
 
 def forward_of(lm: LM, setting: Setting) -> Callable[..., dict[str, Any]]:
     """`(params, batch, taps) -> outputs`, deterministic, on the run's mesh and in its dtype."""
-    model, ctx, dtype = Model(lm.config), setting.ctx, setting.dtype
+    model, ctx, dtype = Network(lm.config), setting.ctx, setting.dtype
 
     def forward(params: Tree, batch: Mapping[str, jax.Array], taps) -> dict[str, Any]:
         return model.forward(params, batch, ctx=ctx, taps=taps, dtype=dtype)

@@ -1,1 +1,1 @@
-"""Model directories, safetensors and transformers' names, and training checkpoints."""
+"""Network directories, safetensors and transformers' names, and training checkpoints."""

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import Axes, Context, Tap, Tree, arrays, axis_names, flatten, initialize, lookup, unflatten, with_arrays
+from jaxlm.generate.decoding import ended, generate
 from jaxlm.io.hf_tensors import rows
 from jaxlm.io.model_directory import Stored, cast, open_model, write_model
 from jaxlm.io.safetensors import MAX_SHARD_BYTES, Tensor, read_json
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.generate import ended, generate
 from jaxlm.models.transformer import forward, model_spec
 
 
@@ -106,7 +106,7 @@ class LM:
         stop: Any = None,
         dtype: Any = jnp.float32,
     ) -> jax.Array:
-        """Continues every row: int32 `[batch, new_tokens]`; see `jaxlm.models.generate.generate`.
+        """Continues every row: int32 `[batch, new_tokens]`; see `jaxlm.generate.decoding.generate`.
 
         Prompts of unequal length are padded on either side, with an `attention_mask`. Sampling (`temperature` above 0)
         needs a `key`.

@@ -5,7 +5,7 @@ key and value; output; gate and up; down. Before each group the layer runs again
 inputs that have passed everything compressed before it, in this layer and in those below.
 
 A *rule* receives a `Group` and returns the leaves of the layer that it replaces. The model is anything that offers
-`sides`, `layer_paths`, `layer`, `embed`, `block`, `valid` and `finish` (see `jaxlm.models.model.Model`).
+`sides`, `layer_paths`, `layer`, `embed`, `block`, `valid` and `finish` (see `jaxlm.models.network.Network`).
 """
 
 import functools

@@ -10,7 +10,7 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
@@ -41,7 +41,7 @@ def sample():
     """`carried ends -> what is shown`, of one random model."""
     tokenizer = begun(load_tokenizer("character", [LETTERS]))
     config = model_config("gpt2", vocab_size=len(tokenizer), hidden_size=16, num_layers=1, num_heads=2)
-    model, trial = Model(config), Trial("causal", DataSettings(eval="nowhere"), ReportSettings(prompt="the cat"))
+    model, trial = Network(config), Trial("causal", DataSettings(eval="nowhere"), ReportSettings(prompt="the cat"))
     params = jax.tree.map(lambda a: 9 * a, model.init(jax.random.key(0)))
 
     def shown(ends):

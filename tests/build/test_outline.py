@@ -11,7 +11,7 @@ from jaxlm.build.outline import lower_step, outline
 from jaxlm.core import arrays
 from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.parallel import make_mesh
 from jaxlm.tasks import TASKS
 
@@ -78,7 +78,7 @@ def test_surgery_whose_outcome_depends_on_values_is_refused(recipe, mesh, monkey
 @pytest.fixture
 def stored(tmp_path):
     """A directory with a rounded model, as a stage leaves it."""
-    model = Model(model_config("gpt2", **SIZES, vocab_size=300))
+    model = Network(model_config("gpt2", **SIZES, vocab_size=300))
     _, params, _ = registry.make(
         registry.SURGERY,
         {"name": "quantize"},

@@ -30,7 +30,7 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.io.pretrained import LM, save
 from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.parallel import make_mesh, make_rules, pad_vocab, shardings, ways
 from jaxlm.tasks import TASKS
 from jaxlm.train.settings import TrainSettings
@@ -114,14 +114,14 @@ class Vocabulary:
         return self.size
 
 
-def full_model(config: ConfigDict, known: dict[str, Model]) -> Model:
+def full_model(config: ConfigDict, known: dict[str, Network]) -> Network:
     if config.model.init in known:
         return known[config.model.init]
     task = TASKS[config.task]
     labels = ("a", "b") if task.structure["head"] in ("sequence", "token") else ()
     if not config.data.tokenizer:
-        return Model(model_config("bert", **ENCODER, **task.structure, labels=labels))
-    return Model(fresh_config(config, task, labels, Vocabulary(config.data.tokenizer)))
+        return Network(model_config("bert", **ENCODER, **task.structure, labels=labels))
+    return Network(fresh_config(config, task, labels, Vocabulary(config.data.tokenizer)))
 
 
 def hollow(shapes: Any) -> Any:
@@ -149,7 +149,7 @@ def reads_data(entry: dict[str, Any]) -> bool:
     return bool(needed - {"model", "params", "axes"} - entry.keys()) or score != "magnitude"
 
 
-def full_stage(config: ConfigDict, model: Model) -> tuple[Model, int, int]:
+def full_stage(config: ConfigDict, model: Network) -> tuple[Network, int, int]:
     """The model after surgery; bytes of all parameters in training, and of those that one device of eight holds."""
     params, axes = model.abstract(), model.axes()
     for entry in plain(config.surgery):
@@ -181,7 +181,7 @@ def full_stage(config: ConfigDict, model: Model) -> tuple[Model, int, int]:
 @every_size
 def test_full_size_shards_over_eight_devices(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # a table of times that is measured here is no table of this machine
-    known: dict[str, Model] = {}
+    known: dict[str, Network] = {}
     for name, config in stages(recipe.config(), lambda name: Path(name)):
         model, total, held = full_stage(config, full_model(config, known))
         known[str(Path(name) / "model")] = model
@@ -226,7 +226,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head="sequence",
         labels=("0", "1"),
     )
-    save(LM(structure, Model(structure).init(jax.random.key(0)), tokenizer), root / "runs" / "sequence" / "model")
+    save(LM(structure, Network(structure).init(jax.random.key(0)), tokenizer), root / "runs" / "sequence" / "model")
     return root
 
 

@@ -27,7 +27,7 @@ from jaxlm.core import Adapted, Gate, Method, arrays, chain, flatten, map_leaves
 from jaxlm.methods.calibration import Calibration
 from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import make_mesh, make_rules
 from jaxlm.tasks import TASKS
@@ -125,22 +125,22 @@ def chosen() -> list[tuple[Entry, Entry]]:
     return sample(pairs(), int(os.environ.get("JAXLM_SAMPLE") or datetime.date.today().toordinal()))
 
 
-def noisy(model: Model, seed: int) -> dict[str, Any]:
+def noisy(model: Network, seed: int) -> dict[str, Any]:
     """Fresh parameters whose biases and norms are random too."""
     noise = lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
     return map_leaves(noise, model.init(jax.random.key(seed)))
 
 
 @functools.cache
-def model_of() -> tuple[Model, dict]:
-    model = Model(model_config("gpt2", **SIZES, num_layers=3))
+def model_of() -> tuple[Network, dict]:
+    model = Network(model_config("gpt2", **SIZES, num_layers=3))
     return model, noisy(model, 0)
 
 
 @functools.cache
 def teacher() -> Teacher:
     """Deeper and wider than the student."""
-    model = Model(model_config("gpt2", **{**SIZES, "hidden_size": 24}, num_layers=4))
+    model = Network(model_config("gpt2", **{**SIZES, "hidden_size": 24}, num_layers=4))
     forward = lambda params, batch, taps: model.forward(params, batch, taps=taps)  # noqa: E731
     return Teacher(forward, model.run_view(noisy(model, 1)), 4, 24)
 
@@ -170,7 +170,7 @@ BATCH = batch_of()
 class Begun(NamedTuple):
     """A run before its first step, everything in it made anew."""
 
-    model: Model
+    model: Network
     method: Method
     adapted: Adapted
     plan: Any
@@ -210,10 +210,10 @@ OFFERED: dict[str, Any] = {
 
 @functools.cache
 def forward_of(config) -> Any:
-    return quick(Model(config).forward)
+    return quick(Network(config).forward)
 
 
-def logits(model: Model, params) -> np.ndarray:
+def logits(model: Network, params) -> np.ndarray:
     batch = {name: value for name, value in BATCH.items() if name != "labels"}
     return np.asarray(forward_of(model.config)(params, batch)["logits"])[BATCH["attention_mask"] > 0]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxlm.core import Context, Gate, Tap, arrays, flatten, map_leaves
+from jaxlm.generate.decoding import generate, sample
 from jaxlm.models import FAMILIES, model_config
-from jaxlm.models.generate import generate, sample
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.models.transformer import LanguageModel, empty_cache, forward
 from jaxlm.nn.layer import Rotary
 from jaxlm.nn.stack import canonical_view
@@ -40,7 +40,7 @@ def test_every_family_is_here():
 @functools.cache
 def model_of(family, **fields):
     """A model whose biases and norms are random too."""
-    model = Model(model_config(family, **{**SIZES, **MODELS[family]}, **fields))
+    model = Network(model_config(family, **{**SIZES, **MODELS[family]}, **fields))
     noise = lambda path, a: a + 0.3 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
     return model, map_leaves(noise, model.init(jax.random.key(0)))
 

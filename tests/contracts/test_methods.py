@@ -36,7 +36,7 @@ from jaxlm.io.pretrained import LM
 from jaxlm.losses.cross_entropy import cross_entropy
 from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
 from jaxlm.train.gradient import accumulate, gradient
 from jaxlm.train.optimizer import optimizer
@@ -79,9 +79,9 @@ def test_every_registered_method_is_here():
 
 
 @functools.cache
-def model_of(family: str) -> tuple[Model, dict]:
+def model_of(family: str) -> tuple[Network, dict]:
     """A model whose biases and norms are random too."""
-    model = Model(model_config(family, **SIZES, **FAMILIES[family]))
+    model = Network(model_config(family, **SIZES, **FAMILIES[family]))
     noise = lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
     return model, map_leaves(noise, model.init(jax.random.key(0)))
 
@@ -89,7 +89,7 @@ def model_of(family: str) -> tuple[Model, dict]:
 @functools.cache
 def teacher() -> Teacher:
     """Deeper and wider than the students, so that hidden states need a map and a projection."""
-    model = Model(model_config("gpt2", **{**SIZES, "num_layers": 3, "hidden_size": 24}, max_positions=8))
+    model = Network(model_config("gpt2", **{**SIZES, "num_layers": 3, "hidden_size": 24}, max_positions=8))
     params = model.init(jax.random.key(1))
     forward = lambda params, batch, taps: model.forward(params, batch, taps=taps)  # noqa: E731
     return Teacher(forward, model.run_view(params), 3, 24)
@@ -116,7 +116,7 @@ BATCH = batch_of()
 class Trained(NamedTuple):
     """What two training steps leave."""
 
-    model: Model
+    model: Network
     method: Method
     axes: dict
     verdicts: list
@@ -167,10 +167,10 @@ def trained(run: str) -> Trained:
 
 @functools.cache
 def forward_of(config) -> Any:
-    return quick(Model(config).forward)
+    return quick(Network(config).forward)
 
 
-def logits(model: Model, params) -> np.ndarray:
+def logits(model: Network, params) -> np.ndarray:
     batch = {name: value for name, value in BATCH.items() if name != "labels"}
     return np.asarray(forward_of(model.config)(params, batch)["logits"])[BATCH["attention_mask"] > 0]
 

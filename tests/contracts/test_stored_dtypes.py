@@ -18,7 +18,7 @@ from jaxlm.core import Adapted, Weight, arrays, canonical_path, chain, describe,
 from jaxlm.io.pretrained import LM
 from jaxlm.methods.peft.lora import lora
 from jaxlm.models import FAMILIES, model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import make_mesh, make_rules, shard_tree
 from jaxlm.tasks import TASKS
@@ -47,13 +47,13 @@ def quick_to_compile():
 
 @functools.cache
 def fresh(family: str) -> LM:
-    model = Model(model_config(family, **SIZES, **POSITIONS.get(family, {})))
+    model = Network(model_config(family, **SIZES, **POSITIONS.get(family, {})))
     return LM(model.config, model.init(jax.random.key(0)))
 
 
 def two_steps(lm: LM, names: tuple[str, ...] = ()):
     """The states before, between and after two steps with large steps, as a run takes them."""
-    model = Model(lm.config)
+    model = Network(lm.config)
     task = TASKS["seq2seq" if lm.config.encoder_decoder else "masked" if lm.config.head == "masked" else "causal"]
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     rules = make_rules({}, lm.axes, mesh)
@@ -123,7 +123,7 @@ def test_every_stored_format_trains(name, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_lora_freezes_a_base_in_its_own_format(family, tmp_path):
     """QLoRA: nf4 in the layers, bfloat16 elsewhere, all of it as it was read; the update is float32."""
-    model = Model(fresh(family).config)
+    model = Network(fresh(family).config)
     surgery = {"name": "quantize", "bits": "nf4", "group": 8, "targets": r".*(query|value|up)/kernel"}
     given = {"params": fresh(family).params, "axes": model.axes()}
     _, params, _ = registry.make(registry.SURGERY, surgery, "surgery", model=model, **given)

@@ -15,7 +15,7 @@ from jaxlm.core import arrays, describe, flatten, unflatten
 from jaxlm.io.pretrained import LM
 from jaxlm.methods.calibration import KERNELS, Calibration
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -33,7 +33,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 STRUCTURAL = {"drop_layers"}
 """Those that leave another structure: see the tests of structured pruning."""
 every = pytest.mark.parametrize("name", ARGUMENTS)
-MODEL = Model(model_config("llama", vocab_size=19, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2))
+MODEL = Network(model_config("llama", vocab_size=19, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2))
 PARAMS = MODEL.init(jax.random.key(0))
 BATCH = {"input_ids": np.random.default_rng(0).integers(1, 19, (4, 6)), "attention_mask": np.ones((4, 6), np.int32)}
 

@@ -36,7 +36,7 @@ from jaxlm.core.paths import field_of
 from jaxlm.core.weights.scheme import grid, straight_through
 from jaxlm.methods.share.clustering import clustered
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.parallel import make_mesh, make_rules, shard_tree, shardings
 
 IN, OUT, ROWS = 16, 24, 5
@@ -328,7 +328,7 @@ def test_sharded_equals_unsharded(name):
 
 def test_survive_saving_with_their_statics(tmp_path):
     config = model_config("gpt2", vocab_size=8, hidden_size=IN, num_heads=2, num_layers=len(STORED), ffn_size=OUT)
-    flat = flatten(Model(config).init(jax.random.key(0)))
+    flat = flatten(Network(config).init(jax.random.key(0)))
     flat |= {f"layers_{i}/mlp/up/kernel": w for i, w in enumerate(STORED.values())}
     reason = jaxlm.save(jaxlm.LM(config, unflatten(flat)), tmp_path / "model", native=True)
     assert reason is not None

@@ -12,7 +12,7 @@ from jaxlm.evaluate.anatomy import anatomy
 from jaxlm.evaluate.layers import draw, shown
 from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def stored(tmp_path):
 
     def make(*surgery, native=False, family="gpt2", change=lambda path, leaf: leaf, **more):
         options = {"vocab_size": 20, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_size": 24, **more}
-        model = Model(model_config(family, **options))
+        model = Network(model_config(family, **options))
         params, axes = map_leaves(change, model.init(jax.random.key(0))), model.axes()
         for entry in surgery:
             model, params, axes = registry.make(

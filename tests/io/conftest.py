@@ -1,4 +1,4 @@
-"""Model directories of every family, in which tests of odd and damaged files change one, and how loading fails."""
+"""Network directories of every family, in which tests of odd and damaged files change one, and how loading fails."""
 
 import json
 import time

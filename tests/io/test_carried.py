@@ -11,7 +11,7 @@ import jaxlm
 from jaxlm.io.carried import GENERATION_KEYS, for_tokenizer
 from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 
 def tokenizer(*words: str, end: str) -> PreTrainedTokenizerFast:
@@ -21,7 +21,7 @@ def tokenizer(*words: str, end: str) -> PreTrainedTokenizerFast:
 
 def small() -> LM:
     config = model_config("llama", vocab_size=11, hidden_size=16, num_layers=1, num_heads=2)
-    return LM(config, Model(config).init(jax.random.key(0)))
+    return LM(config, Network(config).init(jax.random.key(0)))
 
 
 def test_transformers_knows_every_key_of_a_generation_config():
@@ -38,7 +38,7 @@ def test_both_layouts_carry_the_same_and_no_code(native, tmp_path):
     jaxlm.save(LM(small().config, small().params, carried=carried), tmp_path / "a", native=native)
     for name in ("config.json", "jaxlm.json", "generation_config.json"):
         content = json.loads((tmp_path / "a" / name).read_text())
-        hostile = {"auto_map": {"AutoModel": "evil.Model"}, "custom_generate": "evil"}
+        hostile = {"auto_map": {"AutoModel": "evil.Network"}, "custom_generate": "evil"}
         content |= hostile
         if "carried" in content:
             content["carried"] |= hostile

@@ -14,7 +14,7 @@ from jaxlm.io.model_directory import PADDED
 from jaxlm.methods.prune.structured.gates import open_gates, prune
 from jaxlm.methods.prune.structured.shrink import shrink
 from jaxlm.methods.quantize.round_to_nearest import quantize
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 PRUNED = {
     "bert": {"heads": (0.5, 0.25), "ffn": (0.5, 0.25)},
@@ -75,7 +75,7 @@ def test_transformers_loads_the_padded_model(name, tmp_path):
             parameter.add_(0.15 * torch.randn(parameter.shape))
     model.save_pretrained(tmp_path / "theirs")
     lm = jaxlm.load(tmp_path / "theirs")
-    small, params, _ = prune(Model(lm.config), lm.params, lm.axes, **PRUNED[name])
+    small, params, _ = prune(Network(lm.config), lm.params, lm.axes, **PRUNED[name])
     little = dataclasses.replace(lm, config=small.config, params=params)
     reason = jaxlm.save(little, tmp_path / "small", padded=True)
     assert reason is not None, "transformers cannot hold these sizes"
@@ -113,7 +113,7 @@ def test_transformers_loads_what_it_can_express(family, tmp_path):
     model = theirs(family)
     model.save_pretrained(tmp_path / "theirs")
     lm = jaxlm.load(tmp_path / "theirs")
-    now, params, axes = Model(lm.config), lm.params, lm.axes
+    now, params, axes = Network(lm.config), lm.params, lm.axes
     for entry in EXPRESSIBLE[family]:
         now, params, axes = registry.make(registry.SURGERY, entry, "surgery", {}, model=now, params=params, axes=axes)
     assert jaxlm.save(dataclasses.replace(lm, config=now.config, params=params), tmp_path / "small") is None
@@ -132,7 +132,9 @@ def tiny(family, **fields):
 
     from jaxlm.models import model_config
 
-    model = Model(model_config(family, vocab_size=23, hidden_size=16, num_heads=4, num_layers=2, ffn_size=12, **fields))
+    model = Network(
+        model_config(family, vocab_size=23, hidden_size=16, num_heads=4, num_layers=2, ffn_size=12, **fields)
+    )
     return model, map_leaves(
         lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(len(path)), a.shape), model.init(jax.random.key(0))
     )

@@ -20,7 +20,7 @@ from jaxlm.methods.prune.unstructured.magnitude import prune_magnitude
 from jaxlm.methods.prune.unstructured.patterns import keep
 from jaxlm.methods.share.clustering import cluster
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int8]
 N, SHAPE = 64 * 48, (64, 48)
@@ -165,12 +165,12 @@ def test_too_few_values_are_named(tmp_path):
         expand(tensors, described, tmp_path)["w"].read()
 
 
-# Model directories ---------------------------------------------------------------------------------------------------
+# Network directories ---------------------------------------------------------------------------------------------------
 
 
 def model(surgery=lambda *model: model, **options):
     config = model_config("gpt2", vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, max_positions=16)
-    own = Model(config)
+    own = Network(config)
     _, params, _ = surgery(own, own.init(jax.random.key(0)), own.axes(), **options)
     return LM(config, params)
 

@@ -13,7 +13,7 @@ from jaxlm.methods.calibration import Calibration, Statistics, calibrate, each
 from jaxlm.methods.prune.unstructured.sparsegpt import sparsegpt
 from jaxlm.methods.prune.unstructured.wanda import wanda
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.nn.dense import norm
 
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "ffn_size": 12, "num_heads": 4}
@@ -30,7 +30,7 @@ MASK = (np.arange(6) < np.array([[6], [4], [0]])).astype(np.int32)
 @functools.cache
 def model_of(family):
     """A model whose biases and norms are random too."""
-    model = Model(model_config(family, **SIZES, **MODELS[family]))
+    model = Network(model_config(family, **SIZES, **MODELS[family]))
     noise = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
     return model, map_leaves(noise, model.init(jax.random.key(0)))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 TOLERANCE = 1e-4
 
@@ -60,7 +60,7 @@ def _jitted(config):
 
 def outputs_of(lm, batch):
     """What jaxlm computes, in the run view; models of equal config share one compilation."""
-    outputs = _jitted(lm.config)(Model(lm.config).run_view(lm.params), batch)
+    outputs = _jitted(lm.config)(Network(lm.config).run_view(lm.params), batch)
     return {name: np.asarray(value) for name, value in outputs.items() if name != "taps"}
 
 

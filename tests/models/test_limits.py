@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxlm.generate.decoding import generate
 from jaxlm.models import model_config
-from jaxlm.models.generate import generate
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 
 @pytest.fixture(scope="module")
 def model():
-    return Model(model_config("gpt2", vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, max_positions=6))
+    return Network(model_config("gpt2", vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, max_positions=6))
 
 
 def test_rows_longer_than_the_table_of_positions_are_refused(model):

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.core import Gate, LowRank, Quantized, arrays, describe, flatten, map_leaves, unflatten
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view, segments
 
 SIZES = {"vocab_size": 11, "hidden_size": 8, "num_heads": 2}
@@ -35,7 +35,7 @@ SEGMENTS = {
 def model_of(name):
     """Every array has values of its own, so that layers cannot be exchanged."""
     family, fields = MODELS[name]
-    model = Model(model_config(family, **{**SIZES, "ffn_size": 6, **fields}))
+    model = Network(model_config(family, **{**SIZES, "ffn_size": 6, **fields}))
     numbered = {path: i for i, path in enumerate(flatten(model.abstract()))}
     return model, map_leaves(lambda path, s: np.full(s.shape, numbered[path], np.float32), model.abstract())
 

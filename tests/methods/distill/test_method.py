@@ -10,7 +10,7 @@ from jaxlm.losses.soft_targets import mean_logits, mixture_logits, response, top
 from jaxlm.methods.distill.method import distill
 from jaxlm.methods.distill.teacher import CachedTeacher, Lesson, Teacher
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 LABELS = jnp.array([[1, -100, 3], [-100, -100, -100]])
 BATCH = {
@@ -21,7 +21,7 @@ BATCH = {
 
 
 def student_of(**fields):
-    return Model(
+    return Network(
         model_config("gpt2", vocab_size=7, hidden_size=4, num_layers=2, num_heads=1, max_positions=8, **fields)
     )
 
@@ -286,7 +286,7 @@ def test_a_regression_may_learn_hidden_states():
 
 
 def test_hidden_states_of_an_encoder_decoder_are_refused():
-    model = Model(model_config("t5", vocab_size=7, hidden_size=8, num_layers=1))
+    model = Network(model_config("t5", vocab_size=7, hidden_size=8, num_layers=1))
     with pytest.raises(ValueError, match="encoder-decoder"):
         distill([Lesson(fixed_teacher(0, 0), hidden=1.0)]).init(jax.random.key(0), model, {}, {})
     distill([Lesson(fixed_teacher(0, 0))]).init(jax.random.key(0), model, {}, {})

@@ -12,17 +12,17 @@ from jaxlm.losses.cross_entropy import cross_entropy
 from jaxlm.methods.distill.method import distill
 from jaxlm.methods.distill.teacher import Lesson, Teacher
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.train.gradient import accumulate, gradient
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 SIZES = {"vocab_size": 19, "num_layers": 2, "hidden_size": 16, "ffn_size": 12}
 MODELS = {
-    "bert": Model(model_config("bert", **SIZES, num_heads=4, max_positions=8)),
-    "llama": Model(model_config("llama", **SIZES, num_heads=4, num_kv_heads=2)),
+    "bert": Network(model_config("bert", **SIZES, num_heads=4, max_positions=8)),
+    "llama": Network(model_config("llama", **SIZES, num_heads=4, num_kv_heads=2)),
 }
-TEACHER = Model(model_config("gpt2", **{**SIZES, "num_layers": 3, "hidden_size": 24}, num_heads=2, max_positions=8))
+TEACHER = Network(model_config("gpt2", **{**SIZES, "num_layers": 3, "hidden_size": 24}, num_heads=2, max_positions=8))
 EVERYTHING = {"hidden": 1.0, "attention": 1.0, "relations": 1.0, "relation_heads": 2}
 
 
@@ -98,7 +98,7 @@ def test_accumulation_is_exact():
 
 def test_only_what_is_tapped_leaves_the_scan():
     """Lessons on one layer of six: no array over all layers but the parameters' own gradients."""
-    deep = Model(
+    deep = Network(
         MODELS["bert"].config.replace(num_layers=6, num_heads=(4,) * 6, num_kv_heads=(4,) * 6, ffn_size=(12,) * 6)
     )
     from jaxlm.build.blueprint import tap_breaks

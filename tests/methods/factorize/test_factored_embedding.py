@@ -13,7 +13,7 @@ from jaxlm.core import Factored, flatten, materialize, unflatten
 from jaxlm.evaluate.cost import parameters
 from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.parallel import pad_vocab
 
 TABLE = "embed/tokens/embedding"
@@ -22,7 +22,7 @@ BATCH = {"input_ids": np.random.default_rng(0).integers(0, 37, (2, 6))}
 
 @functools.cache
 def factorized(rank):
-    model = Model(model_config("gpt2", vocab_size=37, hidden_size=16, num_layers=2, num_heads=2, max_positions=8))
+    model = Network(model_config("gpt2", vocab_size=37, hidden_size=16, num_layers=2, num_heads=2, max_positions=8))
     entry = {"name": "svd", "rank": rank, "targets": TABLE, "larger": rank > 10}
     params = model.init(jax.random.key(0))
     _, small, axes = registry.make(registry.SURGERY, entry, "surgery", model=model, params=params, axes=model.axes())

@@ -14,7 +14,7 @@ from jaxlm.methods.calibration import Calibration
 from jaxlm.methods.factorize.svd import Amount, activation_svd, factorize, rank_of, svd, worthwhile
 from jaxlm.methods.second_order import cholesky
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(300, 24)) * np.exp(RNG.normal(size=24)) + RNG.normal(size=(300, 3)) @ RNG.normal(size=(3, 24)) * 3
@@ -47,7 +47,7 @@ def test_ranks():
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-MODEL = Model(model_config("llama", vocab_size=17, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2))
+MODEL = Network(model_config("llama", vocab_size=17, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2))
 PARAMS = MODEL.init(jax.random.key(0))
 BATCH = {"input_ids": RNG.integers(1, 17, (4, 12)), "attention_mask": np.ones((4, 12), np.int32)}
 CALIBRATION = Calibration([BATCH])

@@ -12,7 +12,7 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.io.pretrained import LM
 from jaxlm.methods.prune.vocabulary import merge_ranks, merges_of, trim_vocabulary, trimmed, used_ids
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 CORPUS = ["the film is a joy, unaffected and naïve!", "a dull and weary plot", "we laughed 3.5 times in this film"] * 3
 OTHER = ["zebras crossing quickly over many other animals, over and over again", "nothing of this is in the corpus"] * 9
@@ -40,7 +40,7 @@ def model_for(tokenizer, family="gpt2", **fields):
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_size": 8, "vocab_size": len(tokenizer) + 5}
     if family != "t5":
         sizes["max_positions"] = 64
-    model = Model(model_config(family, **sizes, pad_token_id=tokenizer.pad_token_id, **fields))
+    model = Network(model_config(family, **sizes, pad_token_id=tokenizer.pad_token_id, **fields))
     return model, map_leaves(
         lambda _, a: 0.5 * jax.random.normal(jax.random.key(a.size), a.shape), model.init(jax.random.key(0))
     )
@@ -146,7 +146,7 @@ def test_codes_are_cut_with_their_scales():
 @pytest.mark.encoder
 def test_a_real_tokenizer(encoder_path, tmp_path):
     lm = jaxlm.load(encoder_path)
-    done = trim_vocabulary(Model(lm.config), lm.params, lm.axes, tokenizer=lm.tokenizer, texts=lambda split: CORPUS)
+    done = trim_vocabulary(Network(lm.config), lm.params, lm.axes, tokenizer=lm.tokenizer, texts=lambda split: CORPUS)
     assert done.model.config.vocab_size < 2100
     jaxlm.save(LM(done.model.config, done.params, done.tokenizer), tmp_path / "model")
     again = jaxlm.load(tmp_path / "model")

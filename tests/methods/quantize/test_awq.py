@@ -13,7 +13,7 @@ from jaxlm.core.weights.scheme import Scheme, from_codes, grid, to_codes
 from jaxlm.methods.calibration import Calibration
 from jaxlm.methods.quantize.awq import awq, awq_scale, output_error, power_scale
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -74,7 +74,7 @@ CALIBRATION = Calibration([BATCH])
 @functools.cache
 def model_of(family):
     """A model with random biases and norms whose channels are of unequal size."""
-    model = Model(model_config(family, **SIZES, **MODELS[family]))
+    model = Network(model_config(family, **SIZES, **MODELS[family]))
     noise = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
     flat = flatten(map_leaves(noise, model.init(jax.random.key(0))))
     for path in flat:
@@ -85,7 +85,7 @@ def model_of(family):
 
 @functools.cache
 def _forward(config):
-    return jax.jit(Model(config).forward, compiler_options=QUICK)
+    return jax.jit(Network(config).forward, compiler_options=QUICK)
 
 
 def logits(family, params):

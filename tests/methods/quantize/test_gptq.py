@@ -15,7 +15,7 @@ from jaxlm.methods.prune.unstructured.sparsegpt import sparsegpt
 from jaxlm.methods.quantize.gptq import gptq, gptq_matrix
 from jaxlm.methods.quantize.smoothquant import smoothquant
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 IN, OUT = 40, 12
 RNG = np.random.default_rng(0)
@@ -139,7 +139,7 @@ def test_degenerate_inputs(name):
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-MODEL = Model(model_config("llama", vocab_size=19, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2))
+MODEL = Network(model_config("llama", vocab_size=19, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2))
 PARAMS = MODEL.init(jax.random.key(0))
 CALIBRATION = Calibration([{"input_ids": RNG.integers(1, 19, (8, 12)), "attention_mask": np.ones((8, 12), np.int32)}])
 

@@ -17,7 +17,7 @@ from jaxlm.methods.prune.structured.gates import open_gates
 from jaxlm.methods.quantize.formats import stored_bytes
 from jaxlm.methods.quantize.mixed_precision import Choice, allocate
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 48}
 
@@ -25,7 +25,7 @@ SIZES = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "
 @functools.cache
 def model_of(family="gpt2", **fields):
     own = {"max_positions": 16} if family in ("gpt2", "bert") else {}
-    model = Model(model_config(family, **{**SIZES, **own, **fields}))
+    model = Network(model_config(family, **{**SIZES, **own, **fields}))
     noise = lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(len(path)), a.shape)  # noqa: E731
     return model, map_leaves(noise, model.init(jax.random.key(0)))
 

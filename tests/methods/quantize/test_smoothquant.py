@@ -13,7 +13,7 @@ from jaxlm.core import FakeQuant, InputScaled, LowRank, Masked, flatten, map_lea
 from jaxlm.methods.calibration import Calibration
 from jaxlm.methods.quantize.smoothquant import AFTER_NORMS, smooth_scale, smoothquant
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -33,7 +33,7 @@ BATCH = {
 @functools.cache
 def model_of(family):
     """A model with random norms and biases."""
-    model = Model(model_config(family, **SIZES, **MODELS[family]))
+    model = Network(model_config(family, **SIZES, **MODELS[family]))
     noise = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
     return model, map_leaves(noise, model.init(jax.random.key(0)))
 
@@ -69,7 +69,7 @@ def cases(family, everything=False):
 
 @functools.cache
 def _forward(config):
-    return jax.jit(Model(config).forward, compiler_options=QUICK)
+    return jax.jit(Network(config).forward, compiler_options=QUICK)
 
 
 def logits(family, params):

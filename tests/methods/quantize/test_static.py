@@ -14,13 +14,13 @@ from jaxlm.methods.quantize.round_to_nearest import quantize
 from jaxlm.methods.quantize.smoothquant import smoothquant
 from jaxlm.methods.quantize.static import quantize_static
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.nn.dense import norm
 
 RNG = np.random.default_rng(0)
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-MODEL = Model(model_config("gpt2", vocab_size=19, hidden_size=16, num_layers=1, num_heads=4, max_positions=8))
+MODEL = Network(model_config("gpt2", vocab_size=19, hidden_size=16, num_layers=1, num_heads=4, max_positions=8))
 PARAMS = MODEL.init(jax.random.key(0))
 BATCH = {"input_ids": RNG.integers(1, 19, (8, 8)), "attention_mask": np.ones((8, 8), np.int32)}
 BATCH["attention_mask"][0, 3:] = 0

@@ -11,13 +11,13 @@ import pytest
 import jaxlm
 from jaxlm.core import Context, Masked, Tap, arrays, flatten, map_leaves, unflatten
 from jaxlm.evaluate.cost import bytes_on_disk
+from jaxlm.generate.decoding import generate
 from jaxlm.io.pretrained import LM
 from jaxlm.methods.prune.structured.depth import keep_layers
 from jaxlm.methods.prune.structured.gates import open_gates, prune
 from jaxlm.methods.share.layers import share, unshare
 from jaxlm.models import model_config
-from jaxlm.models.generate import generate
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view, runs
 
 # Compiling takes most of the time here, so it is told not to optimize.
@@ -37,14 +37,14 @@ BATCH = {"input_ids": np.random.default_rng(0).integers(0, 17, (2, 6))}
 @functools.cache
 def model_of(name, family="gpt2", **fields):
     """A model whose biases and norms are random too."""
-    model = Model(model_config(family, **SIZES, **FAMILIES[family], layer_map=MAPS[name], **fields))
+    model = Network(model_config(family, **SIZES, **FAMILIES[family], layer_map=MAPS[name], **fields))
     noise = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
     return model, map_leaves(noise, model.init(jax.random.key(0)))
 
 
 def alone(model):
     """The same network without sharing."""
-    return Model(model.config.replace(layer_map=None, decoder_layer_map=None))
+    return Network(model.config.replace(layer_map=None, decoder_layer_map=None))
 
 
 def outputs(model, params, batch=BATCH, **options):
@@ -138,7 +138,7 @@ def test_one_copy_on_disk(tmp_path):
 
 def test_an_encoder_and_a_decoder_share_apart(tmp_path):
     fields = {**SIZES, "num_layers": 2, "num_decoder_layers": 3, "relative_buckets": 4}
-    model = Model(model_config("t5", **fields, layer_map=(0, 0), decoder_layer_map=(0, 1, 0)))
+    model = Network(model_config("t5", **fields, layer_map=(0, 0), decoder_layer_map=(0, 1, 0)))
     params = model.init(jax.random.key(0))
     layers = {"/".join(path.split("/")[:2]) for path in flatten(params) if "layers_" in path}
     assert layers == {"encoder/layers_0", "decoder/layers_0", "decoder/layers_1"}
@@ -155,7 +155,7 @@ def test_an_encoder_and_a_decoder_share_apart(tmp_path):
 
 @functools.cache
 def whole():
-    model = Model(model_config("gpt2", **SIZES, max_positions=8))
+    model = Network(model_config("gpt2", **SIZES, max_positions=8))
     return model, model.init(jax.random.key(3))
 
 

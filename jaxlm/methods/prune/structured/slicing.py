@@ -19,7 +19,7 @@ def cut(leaf: Any, axes: Axes, sizes: tuple[tuple[int, ...], ...] | None, kept: 
 
     Args:
       axes: axis names of the leaf.
-      sizes: sizes of the factors of its dimensions (`Model.sizes()`); without, no dimension may be compound.
+      sizes: sizes of the factors of its dimensions (`Network.sizes()`); without, no dimension may be compound.
       path: for messages.
 
     Raises:

@@ -16,7 +16,7 @@ from jaxlm.methods.prune.structured.gates import close_gates, open_gates
 from jaxlm.methods.prune.structured.scores import magnitude_of
 from jaxlm.methods.prune.structured.shrink import shrink
 from jaxlm.models import model_config
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -44,14 +44,14 @@ BATCH = {
 def model_of(name):
     """A model whose biases and norms are random too."""
     family, fields = MODELS[name]
-    model = Model(model_config(family, **{**SIZES, **fields}))
+    model = Network(model_config(family, **{**SIZES, **fields}))
     noise = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
     return model, map_leaves(noise, model.init(jax.random.key(0)))
 
 
 @functools.cache
 def _forward(config):
-    return jax.jit(Model(config).forward, compiler_options=QUICK)
+    return jax.jit(Network(config).forward, compiler_options=QUICK)
 
 
 def batch_of(model):

@@ -9,9 +9,9 @@ import pytest
 
 import jaxlm
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.generate.decoding import generate, stop_ids
 from jaxlm.models import model_config
-from jaxlm.models.generate import generate, stop_ids
-from jaxlm.models.model import Model
+from jaxlm.models.network import Network
 
 SMALL = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 
@@ -75,7 +75,7 @@ NEW = 6
 
 @functools.cache
 def params():
-    return Model(CONFIG).init(jax.random.key(1))
+    return Network(CONFIG).init(jax.random.key(1))
 
 
 def written(stop=None, batch=PROMPT, **options):

@@ -1,4 +1,4 @@
-"""Model: a config and the pure functions that follow from it."""
+"""Network: a config and the pure functions that follow from it."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ from jaxlm.nn.stack import run_view
 
 
 @dataclass(frozen=True)
-class Model:
+class Network:
     """What methods and the trainer know of a network: its structure, its names, its forward pass; no parameters."""
 
     config: ModelConfig
@@ -137,6 +137,6 @@ class Model:
                 flat |= {f"{found[1]}layers_{i}/{found[3]}": leaf for i, n in enumerate(shared) if n == int(found[2])}
         return unflatten(flat)
 
-    def replace(self, config: ModelConfig) -> "Model":
+    def replace(self, config: ModelConfig) -> "Network":
         """The same with another structure."""
         return dataclasses.replace(self, config=config)
