@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxlm.core import Context, Parameter, attend, dim, dropout
 from jaxlm.models.config import ModelConfig
 from jaxlm.nn.dense import ACTIVATIONS, dense, dense_spec, norm, norm_spec
-from jaxlm.parallel.vocabulary import mask_padded_logits
+from jaxlm.parallel.vocab_padding import mask_padded_logits
 
 
 def head_spec(config: ModelConfig) -> dict[str, Any]:

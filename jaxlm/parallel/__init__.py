@@ -14,7 +14,7 @@ from jaxlm.parallel.sharding import (
     spec_of,
     ways,
 )
-from jaxlm.parallel.vocabulary import mask_padded_logits, pad_vocab, unpad_vocab
+from jaxlm.parallel.vocab_padding import mask_padded_logits, pad_vocab, unpad_vocab
 
 __all__ = [
     "ACTIVATION_RULES",
