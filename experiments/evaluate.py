@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from jaxlm.build.command import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
-MODEL = flags.DEFINE_string("model", None, "Network directory or hub id.")
+MODEL = flags.DEFINE_string("model", None, "Model directory or hub id.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the result goes.")
 flags.mark_flags_as_required(["config", "model", "workdir"])
 

@@ -97,7 +97,7 @@ def data_path() -> Path:
 
 @pytest.fixture(scope="session")
 def encoder_path() -> Path:
-    """Network directory of the pretrained encoder; its tests carry the marker `encoder`."""
+    """Model directory of the pretrained encoder; its tests carry the marker `encoder`."""
     spec = importlib.util.find_spec(ENCODER)
     assert spec is not None and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))) / "model"

@@ -153,7 +153,7 @@ def table(rows: Sequence[Row]) -> "Table":
         shown |= {task.measures[0].label: task.measures[0].label, TASKS[task.task].quality.agreement.label: "Agrees"}
     styles = {1: "cyan", 0: "dim", -1: "yellow"}
     result = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False, show_edge=False)
-    result.add_column("Network", overflow="fold", min_width=10, max_width=24)
+    result.add_column("Model", overflow="fold", min_width=10, max_width=24)
     for head in shown.values():
         result.add_column(head, justify="right", no_wrap=True)
     for row in rows:
@@ -240,7 +240,7 @@ def to_markdown(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, to
     labels = [cell.label for cell in cells(rows[0], named)]
     lines = [f"# {_md(title)}", "", _md(verdict(rows, tolerance)), "", "![Quality, size and speed](pareto.png)", ""]
     lines += ["![What is left of every layer](layers.png)", ""] if layers.shown(rows) else []
-    lines += ["| Network | " + " | ".join(labels) + " |", "| :-- |" + " --: |" * len(labels)]
+    lines += ["| Model | " + " | ".join(labels) + " |", "| :-- |" + " --: |" * len(labels)]
     for row in rows:
         entries = [_md(c.value) + (f"<br><sub>{_md(c.note)}</sub>" if c.note else "") for c in cells(row, named)]
         lines.append(f"| **{_md(row.name)}**<br><sub>{_md(row.description)}</sub> | " + " | ".join(entries) + " |")
@@ -307,7 +307,7 @@ def to_html(
         picture=picture,
         layers=f"<h2>What is left of every layer</h2><figure>{left}</figure>" if left else "",
         caption=_html(CAPTION),
-        head='<th scope="col">Network</th>' + "".join(f'<th scope="col">{_html(label)}</th>' for label in labels),
+        head='<th scope="col">Model</th>' + "".join(f'<th scope="col">{_html(label)}</th>' for label in labels),
         body="\n".join(_html_row(row, named) for row in rows),
         models="\n".join(_html_model(row, named) for row in rows),
         protocol="\n".join(f"<dt>{_html(key)}</dt><dd>{_html(_said(value))}</dd>" for key, value in protocol.items()),

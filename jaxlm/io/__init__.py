@@ -1,1 +1,1 @@
-"""Network directories, safetensors and transformers' names, and training checkpoints."""
+"""Model directories, safetensors and transformers' names, and training checkpoints."""

@@ -228,7 +228,7 @@ def _family(name: str, classes: str, read_config, write_config, **own: Any) -> F
             f"{classes}ForCausalLM": {"head": "causal"},
             f"{classes}ForSequenceClassification": {"head": "sequence"},
             f"{classes}ForTokenClassification": {"head": "token"},
-            f"{classes}Network": {"head": "none"},
+            f"{classes}Model": {"head": "none"},
         },
         base="model",
         from_hf=read_config,

@@ -1,4 +1,4 @@
-"""Network directories of every family, in which tests of odd and damaged files change one, and how loading fails."""
+"""Model directories of every family, in which tests of odd and damaged files change one, and how loading fails."""
 
 import json
 import time

@@ -38,7 +38,7 @@ def test_both_layouts_carry_the_same_and_no_code(native, tmp_path):
     jaxlm.save(LM(small().config, small().params, carried=carried), tmp_path / "a", native=native)
     for name in ("config.json", "jaxlm.json", "generation_config.json"):
         content = json.loads((tmp_path / "a" / name).read_text())
-        hostile = {"auto_map": {"AutoModel": "evil.Network"}, "custom_generate": "evil"}
+        hostile = {"auto_map": {"AutoModel": "evil.Model"}, "custom_generate": "evil"}
         content |= hostile
         if "carried" in content:
             content["carried"] |= hostile

@@ -1,4 +1,4 @@
-"""Network directories from anywhere: whatever their small files say, a model comes out, or an error that names the file.
+"""Model directories from anywhere: whatever their small files say, a model comes out, or an error that names the file.
 
 `make test` draws 300 directories, `make test-full` 10,000.
 """

@@ -165,7 +165,7 @@ def test_too_few_values_are_named(tmp_path):
         expand(tensors, described, tmp_path)["w"].read()
 
 
-# Network directories ---------------------------------------------------------------------------------------------------
+# Model directories ---------------------------------------------------------------------------------------------------
 
 
 def model(surgery=lambda *model: model, **options):
