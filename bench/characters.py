@@ -19,7 +19,7 @@ from pathlib import Path
 from turns import (
     ROOT,
     SIDES,
-    Row,
+    ModelResult,
     evaluations,
     first_reaching,
     in_turn,
@@ -125,7 +125,7 @@ def library_text() -> str:
     return "".join(character for character in whole if character.isascii())[:1_000_000]
 
 
-def measure(options: argparse.Namespace) -> list[Row]:
+def measure(options: argparse.Namespace) -> list[ModelResult]:
     """Runs both sides in turn; the first jaxlm run, which compiles, is a row of its own."""
     with tempfile.TemporaryDirectory() as temporary:
         text = options.text.resolve() if options.text else Path(temporary) / "library.txt"
@@ -148,11 +148,11 @@ def measure(options: argparse.Namespace) -> list[Row]:
     memory = {side: [run["peak_bytes"] / 2**20 for run in runs[side]] for side in SIDES}
     what, whole = f"characters, {options.steps} steps", {s: [run["seconds"] for run in runs[s]] for s in SIDES}
     return [
-        Row(f"{what}: final validation loss", "nats", final["jaxlm"], final["torch"]),
-        Row(f"{what}: to a loss of {target:.4f}", "s", reached["jaxlm"], reached["torch"], floor=1.25),
-        Row(f"{what}: the whole run", "s", whole["jaxlm"], whole["torch"]),
-        Row(f"{what}: the whole run, compile cache empty", "s", [cold["seconds"]], whole["torch"][:1]),
-        Row(f"{what}: peak memory", "MiB", memory["jaxlm"], memory["torch"]),
+        ModelResult(f"{what}: final validation loss", "nats", final["jaxlm"], final["torch"]),
+        ModelResult(f"{what}: to a loss of {target:.4f}", "s", reached["jaxlm"], reached["torch"], floor=1.25),
+        ModelResult(f"{what}: the whole run", "s", whole["jaxlm"], whole["torch"]),
+        ModelResult(f"{what}: the whole run, compile cache empty", "s", [cold["seconds"]], whole["torch"][:1]),
+        ModelResult(f"{what}: peak memory", "MiB", memory["jaxlm"], memory["torch"]),
     ]
 
 

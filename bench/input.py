@@ -21,7 +21,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from turns import Row, in_turn, machine, memory, program, table
+from turns import ModelResult, in_turn, machine, memory, program, table
 
 VOCABULARY, LENGTH, BATCH = 8000, 1024, 32
 CHUNK = 1024
@@ -50,7 +50,7 @@ def repeated(texts: list[str], size: float) -> Iterator[str]:
 # -- beside others, in this process -----------------------------------------------------------------------------------
 
 
-def encoding(texts: list[str], rounds: int) -> list[Row]:
+def encoding(texts: list[str], rounds: int) -> list[ModelResult]:
     """The same texts through jaxlm and through the bare library."""
     from jaxlm.data import encode, load_tokenizer
     from jaxlm.data.encoding import chunks
@@ -70,7 +70,7 @@ def encoding(texts: list[str], rounds: int) -> list[Row]:
     found = in_turn({name: partial(seconds, side) for name, side in sides.items()}, rounds, "encoding")
     own, *others = ([each["seconds"] for each in runs] for runs in found.values())
     what = f"encoding {sum(map(len, texts)) / 1e6:.0f} million characters"
-    return [Row(what, "s", own, other, name) for name, other in zip(list(sides)[1:], others, strict=True)]
+    return [ModelResult(what, "s", own, other, name) for name, other in zip(list(sides)[1:], others, strict=True)]
 
 
 def seconds(function: Any) -> dict[str, float]:
@@ -79,7 +79,7 @@ def seconds(function: Any) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began}
 
 
-def packing(rounds: int, tokens: int = 4_000_000) -> list[Row]:
+def packing(rounds: int, tokens: int = 4_000_000) -> list[ModelResult]:
     """Seconds a million tokens, of joined documents and of whole examples; numpy takes one core for it."""
     import numpy as np
 
@@ -106,7 +106,7 @@ def packing(rounds: int, tokens: int = 4_000_000) -> list[Row]:
             for step in range(1 + 20 * number, 21 + 20 * number):
                 count += int((batches(step)["segment_ids"] > 0).sum())
             taken.append((time.perf_counter() - began) * 1e6 / count)
-        found.append(Row(f"{what}, a million tokens", "s", taken, [1.0] * rounds, "to be reached"))
+        found.append(ModelResult(f"{what}, a million tokens", "s", taken, [1.0] * rounds, "to be reached"))
     return found
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import characters
 import finetune
 import step
-from turns import HEADING, Row, line, machine
+from turns import HEADING, ModelResult, line, machine
 
 FINE_TUNINGS = (("token", "wnut17"), ("sequence", "sst2"))
 """Tasks, and the folders of their data."""
@@ -33,7 +33,7 @@ def options_of(program, *values: str) -> argparse.Namespace:
     return parser.parse_args(values)
 
 
-def measure(data: Path | None, full: bool) -> Iterator[list[Row]]:
+def measure(data: Path | None, full: bool) -> Iterator[list[ModelResult]]:
     """One comparison after the other."""
     yield step.measure(options_of(step, *(["--dtype=both", "--rounds=5"] if full else ["--rounds=2", "--steps=5"])))
     text = [f"--text={data / 'tinyshakespeare' / 'input.txt'}"] if data else []
@@ -47,7 +47,7 @@ def measure(data: Path | None, full: bool) -> Iterator[list[Row]]:
         yield finetune.measure(options)
 
 
-def smoke() -> Iterator[list[Row]]:
+def smoke() -> Iterator[list[ModelResult]]:
     """What shows within two minutes that something became slow."""
     yield step.measure(options_of(step, "--family=bert", "--dtype=both", "--rounds=1", "--steps=5"))
 

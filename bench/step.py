@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from turns import KINDS, SIDES, Row, in_turn, kind, machine, peak_bytes, program, resident_bytes, table
+from turns import KINDS, SIDES, ModelResult, in_turn, kind, machine, peak_bytes, program, resident_bytes, table
 
 from jaxlm.build.command import large_pages
 
@@ -228,7 +228,7 @@ def torch_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     return found
 
 
-def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Row]:
+def compare(family: str, dtype: str, options: argparse.Namespace) -> list[ModelResult]:
     """Both sides in turn: rows of the table."""
     name = "encoder" if family == "bert" else "GPT"
     what = f"{name}, {dtype}, {options.batch} × {options.length}"
@@ -251,21 +251,23 @@ def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Row]:
     floors = FLOORS[kind()]
     by_dtype = floors.float32 if dtype == "float32" else floors.bfloat16
     rows = [
-        Row(f"{label}: {what}", unit, of("jaxlm", name), of("torch", name), floor=by_dtype.get(name))
+        ModelResult(f"{label}: {what}", unit, of("jaxlm", name), of("torch", name), floor=by_dtype.get(name))
         for name, (label, unit) in kinds.items()
     ]
     step = work(options.batch, options.length, VOCAB if family == "gpt" else 0) * 3
     ceiling = [step / (2 * 2048**3) * seconds for seconds in of("jaxlm", "product")]
     rest = floors.products if dtype == "float32" else None
-    rows.append(Row(f"training step: {what}", "s", of("jaxlm", "step"), ceiling, "float32 products alone", rest))
+    rows.append(
+        ModelResult(f"training step: {what}", "s", of("jaxlm", "step"), ceiling, "float32 products alone", rest)
+    )
     if dtype == "float32":
         for name, label, floor in (("", "int8 forward", floors.int8), ("_single", "int8, one row", None)):
             own, wide = of("jaxlm", f"int8{name}"), of("jaxlm", f"beside_int8{name}")
-            rows.append(Row(f"{label}: {what}", "s", own, wide, "float32, in turn", floor))
+            rows.append(ModelResult(f"{label}: {what}", "s", own, wide, "float32, in turn", floor))
     return rows
 
 
-def own_gain(rows: Sequence[Row], family: str) -> list[Row]:
+def own_gain(rows: Sequence[ModelResult], family: str) -> list[ModelResult]:
     """bfloat16 against float32, where both were measured."""
     name = "encoder" if family == "bert" else "GPT"
     found = []
@@ -273,7 +275,7 @@ def own_gain(rows: Sequence[Row], family: str) -> list[Row]:
         two = [r for r in rows if r.what.startswith(f"{label}: {name}") and r.against == "torch"]
         if len(two) == 2:
             floor = FLOORS[kind()].gain if label == "training step" else None
-            found.append(Row(two[1].what, "s", two[1].jaxlm, two[0].jaxlm, "float32", floor))
+            found.append(ModelResult(two[1].what, "s", two[1].jaxlm, two[0].jaxlm, "float32", floor))
     return found
 
 
@@ -287,7 +289,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="processes a side (default: %(default)s)")
 
 
-def measure(options: argparse.Namespace) -> list[Row]:
+def measure(options: argparse.Namespace) -> list[ModelResult]:
     """All the families and types that the options name."""
     families = ["bert", "gpt"] if options.family == "both" else [options.family]
     dtypes = ["float32", "bfloat16"] if options.dtype == "both" else [options.dtype]

@@ -62,7 +62,7 @@ def memory(field: str) -> int:
     return int(fields[field].split()[0]) * 1024
 
 
-class Row(NamedTuple):
+class ModelResult(NamedTuple):
     """One line of a table: a quantity of which less is better, once a round and side.
 
     Attributes:
@@ -99,7 +99,7 @@ class Row(NamedTuple):
 HEADING = "| | jaxlm | against | ratio of medians | by round | at least |\n|---|---|---|---|---|---|"
 
 
-def line(row: Row) -> str:
+def line(row: ModelResult) -> str:
     """A row of a Markdown table under `HEADING`. The ratio is other / jaxlm, above 1 where jaxlm needs less."""
     own, theirs = (f"{_number(statistics.median(v))} {row.unit}" for v in (row.jaxlm, row.other))
     low, high = row.spread
@@ -108,7 +108,7 @@ def line(row: Row) -> str:
     return f"| {row.what} | {own} | {row.against}: {theirs} | **{_number(row.ratio)}** | {spread} | {floor} |"
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[ModelResult]) -> str:
     """All of it."""
     return "\n".join([HEADING, *map(line, rows)])
 

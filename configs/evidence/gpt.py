@@ -10,7 +10,7 @@ Measured with its neighbours (docs/results.md).
 """
 
 from jaxlm.build.config import default_config
-from jaxlm.evaluate.claims import Claim, Evidence, at_least, at_most, positive
+from jaxlm.report.acceptance import Criterion, Evidence, at_least, at_most, positive
 
 KERNELS = r".*layers_\d+/.*/kernel"
 AFTER = {"after": "dense", "reference": "dense"}
@@ -176,7 +176,7 @@ def get_config():
     return config
 
 
-def claims(found: Evidence) -> list[Claim]:
+def claims(found: Evidence) -> list[Criterion]:
     lower = "lower in bits per byte than"
     return [
         at_most("int8 weights: perplexity, more", found.rise("int8-weights", "dense", "perplexity"), 0.01, "%"),

@@ -10,7 +10,7 @@ Measured with its neighbours (docs/results.md).
 """
 
 from jaxlm.build.config import default_config
-from jaxlm.evaluate.claims import Claim, Evidence, at_least, at_most, positive
+from jaxlm.report.acceptance import Criterion, Evidence, at_least, at_most, positive
 
 LEARN = {"name": "distill", "teacher": "teacher", "alpha": 0.7, "temperature": 2.0, "hidden": 1.0}
 HALF = ({"name": "prune", "heads": 0.5, "ffn": 0.5, "score": "taylor"},)
@@ -117,7 +117,7 @@ def get_config():
     return config
 
 
-def claims(found: Evidence) -> list[Claim]:
+def claims(found: Evidence) -> list[Criterion]:
     return [
         at_least("int8 weights: predictions as in floats", found.agreement("int8-weights"), 0.99, "%"),
         at_least("int8 weights and inputs: predictions as in floats", found.agreement("int8"), 0.99, "%"),

@@ -10,7 +10,7 @@ Measured with its neighbours (docs/results.md).
 """
 
 from jaxlm.build.config import default_config
-from jaxlm.evaluate.claims import Claim, Evidence, at_least, at_most, positive
+from jaxlm.report.acceptance import Criterion, Evidence, at_least, at_most, positive
 
 LEARN = {"name": "distill", "teacher": "teacher", "alpha": 0.7, "temperature": 2.0, "hidden": 1.0}
 # Chosen on the development set: 0, 1, 2 reach 53.4 there and 0, 1, 3 reach 52.2, 0, 2, 5 49.9; what finds names sits
@@ -114,7 +114,7 @@ def get_config():
     return config
 
 
-def claims(found: Evidence) -> list[Claim]:
+def claims(found: Evidence) -> list[Criterion]:
     return [
         found.won_back(
             "half of heads and FFN: distillation wins back of what is lost without",

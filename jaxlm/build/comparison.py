@@ -15,7 +15,7 @@ from jaxlm.build.setting import check_fit
 from jaxlm.core import Context, Tree
 from jaxlm.data.loader import Batches
 from jaxlm.data.settings import DataSettings
-from jaxlm.evaluate.anatomy import anatomy
+from jaxlm.evaluate.comparison import ModelResult
 from jaxlm.evaluate.cost import (
     bytes_by_dtype,
     bytes_on_disk,
@@ -23,14 +23,14 @@ from jaxlm.evaluate.cost import (
     flops_per_token_of_pairs,
     parameters,
 )
-from jaxlm.evaluate.held_out import HeldOut
-from jaxlm.evaluate.row import Row
+from jaxlm.evaluate.layer_stats import anatomy
+from jaxlm.evaluate.per_example import PerExampleResults
 from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.evaluate.timing import Timing, interleaved, machine, versions
 from jaxlm.generate.decoding import generate
 from jaxlm.io.pretrained import LM, load
 from jaxlm.models.network import Network
-from jaxlm.tasks import TASKS, Prepared, Read, Task
+from jaxlm.tasks import TASKS, BatchPredictions, Prepared, Task
 
 READ_BY_MODELS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
 """What a timed forward pass gets of a batch; packed rows are timed as full rows of one text."""
@@ -99,15 +99,15 @@ class Loaded(NamedTuple):
         return Network(self.lm.config)
 
 
-def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[[str], None]) -> list[Row]:
-    """One Row a candidate. Agreement is measured with the first of them."""
+def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[[str], None]) -> list[ModelResult]:
+    """One ModelResult a candidate. Agreement is measured with the first of them."""
     models: dict[str, Loaded] = {}
     for candidate in candidates:
         lm = load(candidate.directory)
         check_comparable(candidate, lm, trial, next(iter(models.values()), None))
         models[candidate.name] = Loaded(lm, Network(lm.config).run_view(lm.params), trial.batches(lm))
     say("measuring quality")
-    held_out: dict[str, HeldOut] = {}
+    held_out: dict[str, PerExampleResults] = {}
     teacher: Answers | None = None
     for name, loaded in models.items():
         held_out[name], answers = read_held_out(loaded, trial, teacher)
@@ -121,7 +121,7 @@ def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[
         sample, pace = write_sample(loaded, trial)
         counts = parameters(lm.params)
         rows.append(
-            Row(
+            ModelResult(
                 name=candidate.name,
                 description=candidate.description,
                 parameters=counts.total,
@@ -165,7 +165,7 @@ def check_comparable(candidate: Candidate, lm: LM, trial: Trial, first: Loaded |
         )
 
 
-# Quality -------------------------------------------------------------------------------------------------------------
+# EvalSpec -------------------------------------------------------------------------------------------------------------
 
 
 class Answers(NamedTuple):
@@ -194,7 +194,7 @@ class Answers(NamedTuple):
         return [{name: values[each] for name, values in by_row.items()} for each in rows[len(self.rows) :]]
 
 
-def read_held_out(loaded: Loaded, trial: Trial, teacher: Answers | None) -> tuple[HeldOut, Answers]:
+def read_held_out(loaded: Loaded, trial: Trial, teacher: Answers | None) -> tuple[PerExampleResults, Answers]:
     """The pieces of the held-out data as the task's quality sees them, and the model's own predictions."""
     quality, model, lm = trial.task.quality, loaded.model, loaded.lm
 
@@ -210,12 +210,12 @@ def read_held_out(loaded: Loaded, trial: Trial, teacher: Answers | None) -> tupl
     parts = []
     for number, batch in enumerate(batches):
         taught = None if known is None else known[number]
-        parts.append(quality.pieces(Read(seen[number], taught, batch, lm.tokenizer, lm.config.labels)))
+        parts.append(quality.pieces(BatchPredictions(seen[number], taught, batch, lm.tokenizer, lm.config.labels)))
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     rows = np.concatenate([each[each >= 0] for each in numbers if each is not None] or [np.empty(0, np.int64)])
     if len(rows) == len(columns[quality.same]):  # as in the file, whatever lengths a tokenizer gives them
         columns = {name: column[np.argsort(rows)] for name, column in columns.items()}
-    held_out = HeldOut(trial.name, {n: tuple(c.tolist()) for n, c in columns.items()}, len(lm.config.labels))
+    held_out = PerExampleResults(trial.name, {n: tuple(c.tolist()) for n, c in columns.items()}, len(lm.config.labels))
     return held_out, own
 
 
@@ -344,7 +344,7 @@ def prompt_ids(tokenizer: Any, text: str, whole: bool) -> list[int]:
     return ids
 
 
-def protocol(trial: Trial, rows: Sequence[Row], lm: LM, seed: int) -> dict[str, Any]:
+def protocol(trial: Trial, rows: Sequence[ModelResult], lm: LM, seed: int) -> dict[str, Any]:
     """How the numbers were obtained, as the report prints it; `lm` is the model of the first row."""
     held_out, settings, data, tokenizer = rows[0].held_out, trial.settings, trial.data, lm.tokenizer
     assert held_out is not None

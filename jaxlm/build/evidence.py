@@ -11,17 +11,17 @@ from ml_collections import ConfigDict
 
 from jaxlm.build import pipeline
 from jaxlm.build.config import plain
-from jaxlm.evaluate import report
-from jaxlm.evaluate.claims import Claim, Evidence
-from jaxlm.evaluate.report import cells
-from jaxlm.evaluate.row import Row, by_name
+from jaxlm.evaluate.comparison import ModelResult, by_name
+from jaxlm.report import document
+from jaxlm.report.acceptance import Criterion, Evidence
+from jaxlm.report.document import cells
 
 DATA, ENCODER = "DATA", "ENCODER"
 """What recipes of evidence write for the folder of public data and for the directory of the pretrained encoder."""
 
 
 def recipes(folder: Path) -> dict[str, Path]:
-    """The runs, in order of name: files with `get_config()`, and `claims(evidence)` on its report."""
+    """The runs, in order of name: files with `get_config()`, and `claims(evidence)` on its document."""
     return {path.stem: path for path in sorted(folder.glob("*.py"))}
 
 
@@ -54,7 +54,7 @@ def located(config: ConfigDict, data: str, encoder: str) -> ConfigDict:
     return found
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[ModelResult]) -> str:
     """Every model in short, in Markdown: the report's columns, each with what it is against the reference."""
     named = by_name(rows)
     shown = ("Parameters", "Size on disk", "Tokens/s in batches", "Latency at batch 1")
@@ -71,7 +71,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(claims: Sequence[Claim]) -> str:
+def verdicts(claims: Sequence[Criterion]) -> str:
     """What was wanted and what was measured, in Markdown."""
     lines = ["| what | measured | wanted | reached |", "|---|---|---|---|"]
     said = {True: "yes", False: "**no**", None: "open"}
@@ -95,7 +95,9 @@ def rewritten(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda _: f"{first}\n{content}\n{last}", text, count=1)
 
 
-def run(folder: Path, workdir: Path, document: Path, data: str, encoder: str, only_tables: bool = False) -> list[Claim]:
+def run(
+    folder: Path, workdir: Path, document: Path, data: str, encoder: str, only_tables: bool = False
+) -> list[Criterion]:
     """Runs what is not finished, and rewrites the document's tables after every recipe.
 
     Args:
@@ -104,15 +106,15 @@ def run(folder: Path, workdir: Path, document: Path, data: str, encoder: str, on
       only_tables: nothing is run; tables follow from the reports that are there.
 
     Returns:
-      every claim of every report.
+      every claim of every document.
     """
-    found: list[Claim] = []
+    found: list[Criterion] = []
     for name, path in recipes(folder).items():
         recipe = read(path)
         if only_tables:
             if not (workdir / name / "report.json").exists():
                 continue
-            rows = report.read(workdir / name / "report.json")
+            rows = document.read(workdir / name / "report.json")
         else:
             rows = pipeline.run(located(recipe.get_config(), data, encoder), workdir / name)
         claims = recipe.claims(Evidence(rows))

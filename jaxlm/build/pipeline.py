@@ -18,10 +18,10 @@ from jaxlm.build.lessons import teacher_places, teachers_in
 from jaxlm.build.records import PLACEMENT, data_contents
 from jaxlm.core import lookup
 from jaxlm.data.settings import DataSettings
-from jaxlm.evaluate import report
-from jaxlm.evaluate.row import Row
+from jaxlm.evaluate.comparison import ModelResult
 from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.io.pretrained import load
+from jaxlm.report import document
 from jaxlm.tasks import TASKS
 
 STAGE_FIELDS = ("name", "description", "after", "reference", "beside", "compare")
@@ -121,11 +121,11 @@ class Finished(NamedTuple):
     inputs: str
 
 
-def run(config: ConfigDict, workdir: Path) -> list[Row]:
+def run(config: ConfigDict, workdir: Path) -> list[ModelResult]:
     """Runs every stage of `config.stages` in order, then measures and reports.
 
     Returns:
-      the rows of the report, which lies in `workdir/report.html`, `.md`, `.json` and `pareto.png`.
+      the rows of the document, which lies in `workdir/report.html`, `.md`, `.json` and `pareto.png`.
     """
     check_stages(config)
     console, workdir = Console(stderr=True), workdir.resolve()
@@ -135,7 +135,7 @@ def run(config: ConfigDict, workdir: Path) -> list[Row]:
     code = code_version("jaxlm.build.pipeline")
     inputs = digest([plain(config.report), said, code, *(stage.inputs for stage in stages)])
     rows = measured_rows(config, workdir, stages, inputs, console)
-    console.print(report.table(rows))
+    console.print(document.table(rows))
     console.print(f"report: {workdir / 'report.html'}")
     return rows
 
@@ -170,11 +170,11 @@ def candidate(name: str, stages: Mapping[str, Finished]) -> Candidate:
 
 def measured_rows(
     config: ConfigDict, workdir: Path, stages: Sequence[Finished], inputs: str, console: Console
-) -> list[Row]:
-    """Compares the models of all stages and writes the report, unless the one there is of these very models."""
+) -> list[ModelResult]:
+    """Compares the models of all stages and writes the document, unless the one there is of these very models."""
     record = workdir / "report.inputs.json"
     if record.exists() and json.loads(record.read_text())["sha256"] == inputs:
-        return report.read(workdir / "report.json")
+        return document.read(workdir / "report.json")
     named = {stage.entry["name"]: stage for stage in stages}
     candidates = [candidate(name, named) for name, stage in named.items() if stage.entry.get("compare", True)]
     rows = write_report(config, workdir, candidates, console)
@@ -182,13 +182,15 @@ def measured_rows(
     return rows
 
 
-def write_report(config: ConfigDict, workdir: Path, candidates: Sequence[Candidate], console: Console) -> list[Row]:
-    """Measures models beside each other as `config.report` says, and writes the report."""
+def write_report(
+    config: ConfigDict, workdir: Path, candidates: Sequence[Candidate], console: Console
+) -> list[ModelResult]:
+    """Measures models beside each other as `config.report` says, and writes the document."""
     settings = ReportSettings(**config.report)
     trial = Trial(config.task, DataSettings(**config.data), settings)
     rows = compare_models(candidates, trial, console.print)
     said = protocol(trial, rows, load(candidates[0].directory), config.seed)
-    report.write(workdir, rows, said, title=settings.title or "Which model to ship", tolerance=settings.tolerance)
+    document.write(workdir, rows, said, title=settings.title or "Which model to ship", tolerance=settings.tolerance)
     return rows
 
 

@@ -18,9 +18,9 @@ from jaxlm.build.config import default_config, plain
 from jaxlm.build.pipeline import candidate, check_stages, run_stages, write_report
 from jaxlm.core import lookup, nearest
 from jaxlm.data.settings import DataSettings
-from jaxlm.evaluate import pareto, report
-from jaxlm.evaluate.row import Row, compare
+from jaxlm.evaluate.comparison import ModelResult, compare
 from jaxlm.evaluate.settings import COSTS, ReportSettings, SearchSettings
+from jaxlm.report import document, pareto_plot
 
 TABLES: dict[str, Mapping[str, Any]] = {
     "surgery": registry.SURGERY,
@@ -142,7 +142,7 @@ def put(tree: Any, path: Sequence[str], value: Any) -> None:
     put(inner, rest, value)
 
 
-def run(config: ConfigDict, workdir: Path) -> list[Row]:
+def run(config: ConfigDict, workdir: Path) -> list[ModelResult]:
     """Tries strengths until there are `config.search.trials`, then reports on all that were reached.
 
     The study is in `workdir/study.log` after every trial; stages lie in `workdir/stages` by the hash of their inputs,
@@ -236,15 +236,15 @@ def trial_models(space: Space, values: Mapping[str, Any], workdir: Path, console
     ]
 
 
-def measured(space: Space, models: Sequence[Candidate]) -> list[Row]:
+def measured(space: Space, models: Sequence[Candidate]) -> list[ModelResult]:
     """Both models on the eval split: what a search sees is not what its report is about, where that is the test."""
     settings = dataclasses.replace(ReportSettings(**plain(space.config.report)), split="eval", prompt="")
     trial = Trial(space.config.task, DataSettings(**plain(space.config.data)), settings)
     return compare_models(models, trial, lambda text: None)
 
 
-def score(row: Row, reference: Row, cost: str) -> tuple[float, float]:
-    """Quality, more being better, and the cost."""
+def score(row: ModelResult, reference: ModelResult, cost: str) -> tuple[float, float]:
+    """EvalSpec, more being better, and the cost."""
     comparison = compare(row, reference)
     assert row.quality is not None and row.measure is not None
     if not math.isfinite(row.quality.value):
@@ -258,12 +258,12 @@ def score(row: Row, reference: Row, cost: str) -> tuple[float, float]:
     return quality, float(value)
 
 
-def reported(space: Space, done: Sequence[Any], workdir: Path, console: Console) -> list[Row]:
+def reported(space: Space, done: Sequence[Any], workdir: Path, console: Console) -> list[ModelResult]:
     """The report on the reference and the trials' models, all measured in one run, and `search.json`."""
     sign = 1 if COSTS[space.settings.cost] == "minimize" else -1
     points = [(sign * trial.values[1], -trial.values[0]) for trial in done]
-    best = pareto.front(points)
-    bend = pareto.knee([points[i] for i in best])
+    best = pareto_plot.front(points)
+    bend = pareto_plot.knee([points[i] for i in best])
     knee = None if bend is None else best[bend]
     shown = list(range(len(done))) if len(done) < MOST_SHOWN else best[: MOST_SHOWN - 1]
     candidates: dict[str, Candidate] = {}
@@ -284,7 +284,7 @@ def reported(space: Space, done: Sequence[Any], workdir: Path, console: Console)
         for i, trial in enumerate(done)
     ]
     stage.write_json(workdir / "search.json", {"cost": space.settings.cost, "trials": trials})
-    console.print(report.table(rows))
+    console.print(document.table(rows))
     if knee is not None:
         console.print(f"knee of the front: {described(done[knee].params)}")
     console.print(f"report: {workdir / 'report.html'}")

@@ -3,9 +3,9 @@
 from jaxlm.tasks.classification import regression, sequence, token
 from jaxlm.tasks.language_modeling import causal
 from jaxlm.tasks.masked import masked, next_sentence
-from jaxlm.tasks.measure import Measure
+from jaxlm.tasks.metrics import Metric
 from jaxlm.tasks.seq2seq import denoising, seq2seq
-from jaxlm.tasks.task import Prepared, Quality, Read, Score, Task
+from jaxlm.tasks.task import BatchPredictions, EvalSpec, Prepared, Score, Task
 
 TASKS: dict[str, Task] = {
     "causal": causal,
@@ -18,4 +18,4 @@ TASKS: dict[str, Task] = {
     "token": token,
 }
 
-__all__ = ["TASKS", "Measure", "Prepared", "Quality", "Read", "Score", "Task"]
+__all__ = ["TASKS", "Metric", "Prepared", "EvalSpec", "BatchPredictions", "Score", "Task"]

@@ -19,17 +19,17 @@ from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Record, Source, Unusable
 from jaxlm.data.tokenizer import padding_id
 from jaxlm.losses.cross_entropy import IGNORED, cross_entropy, squared_error
-from jaxlm.tasks.measure import accuracy, correlation, entity_f1, macro_f1, matthews, pearson, word_accuracy
+from jaxlm.tasks.metrics import accuracy, correlation, entity_f1, macro_f1, matthews, pearson, word_accuracy
 from jaxlm.tasks.tags import scheme_of
 from jaxlm.tasks.task import (
     OPTIONAL,
     PADDED,
     Batch,
+    BatchPredictions,
     Column,
+    EvalSpec,
     Outputs,
     Prepared,
-    Quality,
-    Read,
     Score,
     Task,
     column,
@@ -245,7 +245,7 @@ def class_report(true: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...
     return classification_report(true, predicted, labels=occur, target_names=names, digits=4, zero_division=0)
 
 
-def class_pieces(read: Read) -> dict[str, np.ndarray]:
+def class_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
     """Every example: its class, the predicted one, and whether the teacher predicts the same."""
     true, predicted = read.batch["labels"], read.seen["predicted"]
     rows = true != IGNORED
@@ -271,7 +271,7 @@ def rating_read(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     return {"predicted": outputs["logits"][:, 0]}
 
 
-def rating_pieces(read: Read) -> dict[str, np.ndarray]:
+def rating_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
     """Every example: its number, the predicted one, and the teacher's."""
     true, predicted = read.batch["labels"], read.seen["predicted"]
     rows = ~np.isnan(true)
@@ -433,7 +433,7 @@ def word_score(
     return Score({name: float(value) for name, value in metrics.items()}, "\n".join(report))
 
 
-def word_pieces(read: Read) -> dict[str, np.ndarray]:
+def word_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
     """Every sentence: entities right, predicted and true (as `word_score` counts them), words, and words right."""
     from seqeval.metrics.sequence_labeling import get_entities
 
@@ -461,7 +461,7 @@ sequence = Task(
     class_loss,
     class_loss,
     class_score,
-    Quality((accuracy, macro_f1, matthews), class_pieces, same="true"),
+    EvalSpec((accuracy, macro_f1, matthews), class_pieces, same="true"),
     {**PADDED, "labels": Column(per_token=False)},
     text_labels,
     class_predictions,
@@ -474,7 +474,7 @@ regression = Task(
     rating_loss,
     rating_loss,
     rating_score,
-    Quality((pearson,), rating_pieces, same="true", read=rating_read, agreement=correlation),
+    EvalSpec((pearson,), rating_pieces, same="true", read=rating_read, agreement=correlation),
     {**PADDED, "labels": Column(per_token=False, dtype=np.float32)},
     predict=rating_predictions,
     unlabelled=unlabelled_texts,
@@ -486,7 +486,7 @@ token = Task(
     class_loss,
     class_loss,
     word_score,
-    Quality((entity_f1, word_accuracy), word_pieces, same="words"),
+    EvalSpec((entity_f1, word_accuracy), word_pieces, same="words"),
     {**PADDED, "labels": Column()},
     word_labels,
     class_predictions,

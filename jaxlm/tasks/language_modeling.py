@@ -15,15 +15,15 @@ from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import padding_id
 from jaxlm.losses.cross_entropy import accuracy, cross_entropy
-from jaxlm.tasks.measure import bits_per_byte, perplexity
+from jaxlm.tasks.metrics import bits_per_byte, perplexity
 from jaxlm.tasks.task import (
     PACKED,
     Batch,
+    BatchPredictions,
     Column,
+    EvalSpec,
     Outputs,
     Prepared,
-    Quality,
-    Read,
     Score,
     Task,
     batch_pieces,
@@ -93,7 +93,7 @@ def token_score(
     return Score(metrics)
 
 
-def text_pieces(read: Read) -> dict[str, np.ndarray]:
+def text_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
     """As `batch_pieces`, with the UTF-8 bytes of the text that was predicted."""
     return batch_pieces(read) | {"bytes": read.batch["bytes"].sum(keepdims=True).ravel()}
 
@@ -105,6 +105,6 @@ causal = Task(
     token_loss,
     text_measures,
     token_score,
-    Quality((bits_per_byte, perplexity), text_pieces, same="bytes"),
+    EvalSpec((bits_per_byte, perplexity), text_pieces, same="bytes"),
     {**PACKED, "labels": Column()},
 )

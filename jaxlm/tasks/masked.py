@@ -17,15 +17,15 @@ from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import padding_id
 from jaxlm.losses.cross_entropy import accuracy, cross_entropy
 from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
-from jaxlm.tasks.measure import loss, perplexity
+from jaxlm.tasks.metrics import loss, perplexity
 from jaxlm.tasks.task import (
     PACKED,
     PADDED,
     Batch,
     Column,
+    EvalSpec,
     Outputs,
     Prepared,
-    Quality,
     Task,
     batch_pieces,
     documents_of,
@@ -118,7 +118,7 @@ masked = Task(
     token_loss,
     token_measures,
     token_score,
-    Quality((loss, perplexity), batch_pieces, same="tokens"),
+    EvalSpec((loss, perplexity), batch_pieces, same="tokens"),
     {**PACKED, "labels": Column()},
 )
 next_sentence = Task(
@@ -128,6 +128,6 @@ next_sentence = Task(
     pair_loss,
     pair_measures,
     pair_score,
-    Quality((loss, perplexity), token_pieces, same="tokens"),
+    EvalSpec((loss, perplexity), token_pieces, same="tokens"),
     {**PADDED, "token_type_ids": Column(), "labels": Column(), "next_sentence_labels": Column(per_token=False)},
 )

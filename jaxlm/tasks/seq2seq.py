@@ -13,13 +13,13 @@ from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import padding_id, sentinel_ids
 from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
-from jaxlm.tasks.measure import loss, perplexity
+from jaxlm.tasks.metrics import loss, perplexity
 from jaxlm.tasks.task import (
     DECODER,
     PADDED,
     Column,
+    EvalSpec,
     Prepared,
-    Quality,
     Task,
     batch_pieces,
     documents_of,
@@ -96,7 +96,7 @@ seq2seq = Task(
     token_loss,
     token_measures,
     token_score,
-    Quality((loss, perplexity), token_pieces, same="tokens"),
+    EvalSpec((loss, perplexity), token_pieces, same="tokens"),
     COLUMNS,
 )
 denoising = Task(
@@ -106,7 +106,7 @@ denoising = Task(
     token_loss,
     token_measures,
     token_score,
-    Quality((loss, perplexity), batch_pieces, same="tokens"),
+    EvalSpec((loss, perplexity), batch_pieces, same="tokens"),
     COLUMNS,
     sentinels=100,  # as T5's own tokenizer
 )

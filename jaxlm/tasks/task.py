@@ -15,7 +15,7 @@ from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Record, Source, Unusable
 from jaxlm.losses.cross_entropy import IGNORED, log_likelihood
-from jaxlm.tasks.measure import Measure, agreement
+from jaxlm.tasks.metrics import Metric, agreement
 
 Outputs = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -81,11 +81,11 @@ def tokens_read(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     return {"nats": -likelihood.reshape(len(likelihood), -1).sum(axis=1), "predicted": logits.argmax(axis=-1)}
 
 
-class Read(NamedTuple):
+class BatchPredictions(NamedTuple):
     """One batch of held-out data after a model has read it, on the host.
 
     Attributes:
-      seen: what `Quality.read` gave; teacher: what it gave for the teacher, `None` where there is none.
+      seen: what `EvalSpec.read` gave; teacher: what it gave for the teacher, `None` where there is none.
       batch: what was read, labels included.
       tokenizer, labels: of the model.
     """
@@ -97,25 +97,25 @@ class Read(NamedTuple):
     labels: tuple[str, ...]
 
 
-class Quality(NamedTuple):
+class EvalSpec(NamedTuple):
     """What a report says of a task's models.
 
     Attributes:
       measures: the first is the quality that models are compared by, the others stand beside it.
-      pieces: `Read -> {column: one number a piece}` of a batch; with a teacher also what the agreement adds up.
+      pieces: `BatchPredictions -> {column: one number a piece}` of a batch; with a teacher also what the agreement adds up.
       same: the column that is equal for all models that read the same data.
       read: `(outputs, batch) -> {name: array [rows, ...]}`, `predicted` among them, inside the compiled forward pass.
       agreement: measure of equal predictions.
     """
 
-    measures: tuple[Measure, ...]
-    pieces: Callable[[Read], dict[str, np.ndarray]]
+    measures: tuple[Metric, ...]
+    pieces: Callable[[BatchPredictions], dict[str, np.ndarray]]
     same: str
     read: Callable[[Outputs, Batch], dict[str, jax.Array]] = tokens_read
-    agreement: Measure = agreement
+    agreement: Metric = agreement
 
 
-def token_pieces(read: Read) -> dict[str, np.ndarray]:
+def token_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
     """Every row that has something to predict: its nats and tokens, and on how many the teacher predicts the same."""
     known = counted(read.batch["labels"])
     rows = known.any(axis=1)
@@ -126,7 +126,7 @@ def token_pieces(read: Read) -> dict[str, np.ndarray]:
     return found | {"agreed": agreed[rows], "compared": found["tokens"]}
 
 
-def batch_pieces(read: Read) -> dict[str, np.ndarray]:
+def batch_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
     """The same of a whole batch: rows of running text follow each other, so they are no pieces of their own."""
     return {name: values.sum(keepdims=True) for name, values in token_pieces(read).items()}
 
@@ -156,7 +156,7 @@ class Task(NamedTuple):
     loss: Callable[[Outputs, Batch], Terms]
     measure: Callable[[Outputs, Batch], Terms]
     score: Callable[[dict[str, Term], dict[str, np.ndarray], tuple[str, ...], Mapping[str, int]], Score]
-    quality: Quality
+    quality: EvalSpec
     columns: Mapping[str, Column]
     labels: Callable[[Source], tuple[str, ...]] = no_labels
     predict: Callable[[Outputs, Batch], dict[str, jax.Array]] = no_predictions

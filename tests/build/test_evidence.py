@@ -8,17 +8,17 @@ import pytest
 
 from jaxlm.build import evidence
 from jaxlm.build.config import plain
-from jaxlm.evaluate import report
-from jaxlm.evaluate.claims import Claim, Evidence, at_least, at_most, positive
-from jaxlm.evaluate.held_out import Estimate, HeldOut
-from jaxlm.evaluate.row import Row
+from jaxlm.evaluate.comparison import ModelResult
+from jaxlm.evaluate.per_example import Estimate, PerExampleResults
 from jaxlm.evaluate.timing import Ratio, Timing
+from jaxlm.report import document
+from jaxlm.report.acceptance import Criterion, Evidence, at_least, at_most, positive
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = evidence.recipes(ROOT / "configs" / "evidence")
 
 
-def made_up(task: str, quality: float, pieces: int = 200) -> HeldOut:
+def made_up(task: str, quality: float, pieces: int = 200) -> PerExampleResults:
     draw = np.random.default_rng(0)
     hard = draw.random(pieces)
     if task == "causal":
@@ -31,16 +31,16 @@ def made_up(task: str, quality: float, pieces: int = 200) -> HeldOut:
         columns |= {"right": right, "words": (1,) * pieces}
     else:
         columns = {"true": (1,) * pieces, "predicted": tuple(map(int, hard < quality))}
-    return HeldOut(task, columns | {"agreed": (1,) * pieces, "compared": (1,) * pieces}, classes=2)
+    return PerExampleResults(task, columns | {"agreed": (1,) * pieces, "compared": (1,) * pieces}, classes=2)
 
 
-def rows_of(config) -> list[Row]:
+def rows_of(config) -> list[ModelResult]:
     """A row a stage, later ones a little worse, smaller and faster; no model was trained for them."""
     rows = []
     for i, stage in enumerate(plain(config.stages)):
         worse = 1 + 0.01 * i if config.task == "causal" else 0.9 - 0.01 * i
         rows.append(
-            Row(
+            ModelResult(
                 name=stage["name"],
                 description=stage["description"],
                 parameters=1000 - i,
@@ -61,7 +61,7 @@ def rows_of(config) -> list[Row]:
 def test_the_claims_of_a_recipe_are_about_its_stages(name):
     recipe = evidence.read(RECIPES[name])
     claims = recipe.claims(Evidence(rows_of(recipe.get_config())))
-    assert claims and all(isinstance(claim, Claim) and claim.measured and claim.wanted for claim in claims)
+    assert claims and all(isinstance(claim, Criterion) and claim.measured and claim.wanted for claim in claims)
     assert len({claim.what for claim in claims}) == len(claims)
 
 
@@ -86,8 +86,8 @@ def test_tables_follow_from_the_reports_that_are_there(tmp_path):
     document.write_text("before\n" + "".join(f"<!-- evidence: {n} -->\nold\n<!-- end: {n} -->\n" for n in RECIPES))
     rows = rows_of(evidence.read(RECIPES["sst2"]).get_config())
     (tmp_path / "runs" / "sst2").mkdir(parents=True)
-    said = dict.fromkeys(report.PROTOCOL, "made up")
-    (tmp_path / "runs" / "sst2" / "report.json").write_text(report.to_json(rows, said, "T", 0.05))
+    said = dict.fromkeys(document.PROTOCOL, "made up")
+    (tmp_path / "runs" / "sst2" / "report.json").write_text(document.to_json(rows, said, "T", 0.05))
     claims = evidence.run(ROOT / "configs/evidence", tmp_path / "runs", document, "", "", only_tables=True)
     text = document.read_text()
     assert "| three layers: distilled minus undistilled | " in text and "| **no** |" in text
@@ -98,8 +98,8 @@ def test_tables_follow_from_the_reports_that_are_there(tmp_path):
 
 
 def test_claims_are_judged_by_their_middle_and_gains_by_their_interval():
-    assert at_least("speed", Ratio(1.7, 1.5, 1.8), 1.6) == Claim("speed", "1.70× (1.50–1.80)", "≥ 1.6", True)
-    assert at_most("size", 0.31, 0.3, "%") == Claim("size", "31.0%", "≤ 30%", False)
+    assert at_least("speed", Ratio(1.7, 1.5, 1.8), 1.6) == Criterion("speed", "1.70× (1.50–1.80)", "≥ 1.6", True)
+    assert at_most("size", 0.31, 0.3, "%") == Criterion("size", "31.0%", "≤ 30%", False)
     assert at_least("smaller", 3.2, 3.0, "×").measured == "3.20×"
     assert positive("gain", Estimate(0.012, 0.011), "points").reached
     assert positive("gain", Estimate(0.012, 0.011), "points").measured == "+1.2 ± 1.1 points"
@@ -116,7 +116,7 @@ def test_what_one_may_ask_of_models():
     assert found.share(last, teacher).value == pytest.approx(a / b)
     assert found.gain(last, teacher).value == pytest.approx(a - b) and found.gain(last, teacher).error > 0
     assert found.recovered(last, last, teacher).value == 0 and found.recovered(teacher, last, teacher).value == 1
-    assert found.won_back("x", last, last, teacher, 0.5) == Claim("x", "0.0 ± 0.0%", "≥ 50%", False)
+    assert found.won_back("x", last, last, teacher, 0.5) == Criterion("x", "0.0 ± 0.0%", "≥ 50%", False)
     nothing = found.won_back("x", last, teacher, last, 0.5)
     assert nothing.measured.startswith("no loss shown: +") and nothing.reached is None
     assert "| open |" in evidence.verdicts([nothing])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxlm.evaluate.held_out import HeldOut
-from jaxlm.evaluate.row import Layer, Row
+from jaxlm.evaluate.comparison import Layer, ModelResult
+from jaxlm.evaluate.per_example import PerExampleResults
 from jaxlm.evaluate.timing import Timing
 
 PIECES, ROUNDS, EXAMPLES = 24, 15, 800
@@ -27,7 +27,7 @@ class Maker:
         columns = {"nats": tuple(nats), "tokens": tokens, "bytes": sizes}
         if agreement is not None:
             columns |= {"agreed": tuple(int(agreement * n) for n in tokens), "compared": tokens}
-        return HeldOut("causal", columns)
+        return PerExampleResults("causal", columns)
 
     def answers(self, accuracy, seed=1, agreement=None):
         """Two classes; who is right is drawn from what is common to all, so that models err on the same examples."""
@@ -40,7 +40,7 @@ class Maker:
         }
         if agreement is not None:
             columns |= {"agreed": tuple(map(int, own < agreement)), "compared": (1,) * EXAMPLES}
-        return HeldOut("sequence", columns, classes=2)
+        return PerExampleResults("sequence", columns, classes=2)
 
     def layers(self, heads, ffn, zeros=0.0, bits=32.0):
         """One layer an entry of `heads`."""
@@ -62,7 +62,7 @@ class Maker:
             "parameters_non_embedding": int(megabytes * 200_000),
             "bytes_on_disk": int(megabytes * 1_000_000),
         }
-        return Row(name=name, **(defaults | fields))
+        return ModelResult(name=name, **(defaults | fields))
 
 
 @pytest.fixture

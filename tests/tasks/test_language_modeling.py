@@ -13,8 +13,8 @@ from jaxlm.data.encoding import bytes_between, encode
 from jaxlm.data.loader import packed
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.tasks import TASKS, Read
-from jaxlm.tasks.measure import bits_per_byte
+from jaxlm.tasks import TASKS, BatchPredictions
+from jaxlm.tasks.metrics import bits_per_byte
 
 ENGLISH = "It was late , is n't it ? Yes ! We do n't know . Snow fell on the old roofs all night .\n"
 CHINESE = "今天天气很好，我们去公园散步吧。😀 é e\u0301 \u200d\n"
@@ -143,7 +143,7 @@ def test_the_report_and_the_result_divide_by_the_same_bytes(tmp_path, kind):
         outputs, given = {"logits": jnp.asarray(logits)}, {name: jnp.asarray(array) for name, array in batch.items()}
         sums.append(task.measure(outputs, given))
         seen = {name: np.asarray(array) for name, array in task.quality.read(outputs, given).items()}
-        columns.append(task.quality.pieces(Read(seen, None, batch, tokenizer, ())))
+        columns.append(task.quality.pieces(BatchPredictions(seen, None, batch, tokenizer, ())))
         likelihood = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
         real = batch["labels"] >= 0
         nats -= likelihood[real, batch["labels"][real]].sum()

@@ -9,7 +9,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from jaxlm.core import Term
-from jaxlm.tasks import TASKS, Read
+from jaxlm.tasks import TASKS, BatchPredictions
 from jaxlm.tasks.task import scalar
 
 SOME = {"cross_entropy": Term(1.0, 2.0), "squared_error": Term(1.0, 2.0)}
@@ -33,7 +33,7 @@ def reported(task, true, predicted, labels=LABELS) -> dict[str, float]:
     """The measures of a report, of the same predictions."""
     true, predicted = np.asarray(true), np.asarray(predicted)
     seen = {"predicted": predicted, "nats": np.zeros(len(true))}
-    pieces = TASKS[task].quality.pieces(Read(seen, None, {"labels": true}, None, labels))
+    pieces = TASKS[task].quality.pieces(BatchPredictions(seen, None, {"labels": true}, None, labels))
     measures = TASKS[task].quality.measures
     return {m.name: float(m.value(m.sums(pieces, len(labels)).sum(axis=0))) for m in measures}
 

@@ -10,7 +10,7 @@ from seqeval.scheme import BILOU, IOB2, IOBES, Entities
 from jaxlm.core import Term
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.tasks import TASKS, Read
+from jaxlm.tasks import TASKS, BatchPredictions
 from jaxlm.tasks.tags import scheme_of
 
 SCHEMES = {
@@ -92,7 +92,7 @@ def score(true: list[str], predicted: list[str], labels: tuple[str, ...]):
         {"truncated_words": 3},
     )
     quality = TASKS["token"].quality
-    pieces = quality.pieces(Read({"predicted": predicted_ids}, None, {"labels": true_ids}, None, labels))
+    pieces = quality.pieces(BatchPredictions({"predicted": predicted_ids}, None, {"labels": true_ids}, None, labels))
     measure = quality.measures[0]
     return found, float(measure.value(measure.sums(pieces, len(labels)).sum(axis=0)))
 

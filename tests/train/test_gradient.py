@@ -101,7 +101,7 @@ def test_a_mean_of_means_would_be_caught(whole):
 
 
 def test_rows_are_dealt_in_turn():
-    """Row j goes to part j mod n, so that each part spans all devices."""
+    """ModelResult j goes to part j mod n, so that each part spans all devices."""
     seen = {}
 
     def fn(params, constants, batch, ctx):

@@ -1,7 +1,7 @@
 """The report: which model to ship, with every number and how it was measured.
 
 `write` leaves `report.json` (everything, raw rounds included), `report.md`, `report.html` (one file, no network),
-`pareto.png` and `layers.png`. `table` is the short form for the console.
+`pareto_plot.png` and `layer_plot.png`. `table` is the short form for the console.
 """
 
 import base64
@@ -18,12 +18,12 @@ from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxlm.core.strict_json import strict
-from jaxlm.evaluate import layers, pareto
-from jaxlm.evaluate.held_out import HeldOut
-from jaxlm.evaluate.row import Layer, Row, against_reference, by_name
+from jaxlm.evaluate.comparison import Layer, ModelResult, against_reference, by_name
+from jaxlm.evaluate.per_example import PerExampleResults
 from jaxlm.evaluate.timing import Timing
-from jaxlm.evaluate.verdict import chips, described, picks, verdict
-from jaxlm.evaluate.words import NOT_MEASURED, estimate, one_line, plain, printable, scaled, spread, times
+from jaxlm.report import layer_plot, pareto_plot
+from jaxlm.report.formatting import NOT_MEASURED, estimate, one_line, plain, printable, scaled, spread, times
+from jaxlm.report.summary import chips, described, picks, verdict
 from jaxlm.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Cell(NamedTuple):
 
 def write(
     directory: str | Path,
-    rows: Sequence[Row],
+    rows: Sequence[ModelResult],
     protocol: Mapping[str, Any],
     title: str = "Which model to ship",
     tolerance: float = 0.05,
@@ -72,7 +72,7 @@ def write(
         raise ValueError(f"a report without its protocol cannot be judged; missing: {', '.join(missing)}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, draw in zip(PICTURES, (pareto.draw, layers.draw), strict=True):
+    for name, draw in zip(PICTURES, (pareto_plot.draw, layer_plot.draw), strict=True):
         draw(rows, directory / name)
     _save(directory / "report.json", to_json(rows, protocol, title, tolerance))
     _save(directory / "report.md", to_markdown(rows, protocol, title, tolerance))
@@ -85,7 +85,7 @@ def _save(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="replace")
 
 
-def cells(row: Row, rows: Mapping[str, Row]) -> list[Cell]:
+def cells(row: ModelResult, rows: Mapping[str, ModelResult]) -> list[Cell]:
     """The numbers of one model, in the order of the table."""
     against = against_reference(row, rows)
     outcome = {} if against is None else against.outcomes()
@@ -117,11 +117,11 @@ def cells(row: Row, rows: Mapping[str, Row]) -> list[Cell]:
     ]
 
 
-def _quality_cells(row: Row, rows: Mapping[str, Row], outcome: int | None) -> list[Cell]:
+def _quality_cells(row: ModelResult, rows: Mapping[str, ModelResult], outcome: int | None) -> list[Cell]:
     """Every measure of the task, the first with its difference from the reference, and the agreement."""
     task = next((r.held_out for r in rows.values() if r.held_out is not None), None)
     if task is None:
-        return [Cell("Quality", NOT_MEASURED)]
+        return [Cell("EvalSpec", NOT_MEASURED)]
     found, against = [], against_reference(row, rows)
     for i, measure in enumerate(task.measures):
         value = estimate(row.held_out.estimate(measure), measure) if row.held_out else NOT_MEASURED
@@ -135,7 +135,7 @@ def _quality_cells(row: Row, rows: Mapping[str, Row], outcome: int | None) -> li
 # ---- console
 
 
-def table(rows: Sequence[Row]) -> "Table":
+def table(rows: Sequence[ModelResult]) -> "Table":
     """The report in short, for the console; ▲ and ▼: beyond noise better and worse than the reference."""
     from rich import box
     from rich.table import Table
@@ -170,7 +170,7 @@ def table(rows: Sequence[Row]) -> "Table":
 # ---- report.json
 
 
-def to_json(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolerance: float) -> str:
+def to_json(rows: Sequence[ModelResult], protocol: Mapping[str, Any], title: str, tolerance: float) -> str:
     """Strict JSON: what is not a number, or not measured, is null."""
     named = by_name(rows)
     content = {
@@ -184,16 +184,16 @@ def to_json(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolera
     return json.dumps(strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read(path: str | Path) -> list[Row]:
+def read(path: str | Path) -> list[ModelResult]:
     """The rows of a `report.json`, with every raw measurement: the inverse of `write`."""
-    fields = {field.name for field in dataclasses.fields(Row)}
+    fields = {field.name for field in dataclasses.fields(ModelResult)}
     rows = []
     for model in json.loads(Path(path).read_text(encoding="utf-8"))["models"]:
         timing, held_out = model["measurements"]["timing"], model["measurements"]["held_out"]
         kept = {name: value for name, value in model.items() if name in fields and name not in timing}
         kept |= {"beside": tuple(model["beside"]), "layers": tuple(Layer(**layer) for layer in model["layers"])}
         rows.append(
-            Row(
+            ModelResult(
                 **kept | {"batch_tokens": timing["batch_tokens"]},
                 batch=_timing(timing["batch"]),
                 single=_timing(timing["single"]),
@@ -207,13 +207,13 @@ def _timing(stored: Mapping[str, Any] | None) -> Timing | None:
     return None if stored is None else Timing(tuple(stored["seconds"]))
 
 
-def _held_out(stored: Mapping[str, Any]) -> HeldOut:
+def _held_out(stored: Mapping[str, Any]) -> PerExampleResults:
     """What was not a number was stored as null."""
     columns = {n: tuple(math.nan if v is None else v for v in column) for n, column in stored["columns"].items()}
-    return HeldOut(stored["task"], columns, stored["classes"])
+    return PerExampleResults(stored["task"], columns, stored["classes"])
 
 
-def _model(row: Row, rows: Mapping[str, Row]) -> dict[str, Any]:
+def _model(row: ModelResult, rows: Mapping[str, ModelResult]) -> dict[str, Any]:
     against = against_reference(row, rows)
     raw = asdict(row)
     timing = {"batch": raw.pop("batch"), "single": raw.pop("single"), "batch_tokens": raw.pop("batch_tokens")}
@@ -234,12 +234,19 @@ def _model(row: Row, rows: Mapping[str, Row]) -> dict[str, Any]:
 # ---- report.md
 
 
-def to_markdown(rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolerance: float) -> str:
+def to_markdown(rows: Sequence[ModelResult], protocol: Mapping[str, Any], title: str, tolerance: float) -> str:
     """GitHub's Markdown."""
     named = by_name(rows)
     labels = [cell.label for cell in cells(rows[0], named)]
-    lines = [f"# {_md(title)}", "", _md(verdict(rows, tolerance)), "", "![Quality, size and speed](pareto.png)", ""]
-    lines += ["![What is left of every layer](layers.png)", ""] if layers.shown(rows) else []
+    lines = [
+        f"# {_md(title)}",
+        "",
+        _md(verdict(rows, tolerance)),
+        "",
+        "![EvalSpec, size and speed](pareto_plot.png)",
+        "",
+    ]
+    lines += ["![What is left of every layer](layer_plot.png)", ""] if layer_plot.shown(rows) else []
     lines += ["| Model | " + " | ".join(labels) + " |", "| :-- |" + " --: |" * len(labels)]
     for row in rows:
         entries = [_md(c.value) + (f"<br><sub>{_md(c.note)}</sub>" if c.note else "") for c in cells(row, named)]
@@ -260,14 +267,14 @@ def _md(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|~#&$])", r"\\\1", one_line(text))
 
 
-def _stored(row: Row) -> list[str]:
+def _stored(row: ModelResult) -> list[str]:
     parts = [f"{scaled(size, 'B')} {dtype}" for dtype, size in row.bytes_by_dtype.items()]
     facts = [f"{name}: {fact}." for name, fact in row.facts.items()]
     facts += [f"Trained on {scaled(row.train_tokens)} tokens."] if row.train_tokens else []
     return [*([f"Stored as {', '.join(parts)}."] if parts else []), *facts]
 
 
-def _wrote(row: Row) -> str:
+def _wrote(row: ModelResult) -> str:
     speed = row.sample_tokens_per_second
     asked = f"What it wrote, continuing {one_line(row.prompt)!r}" if row.prompt else "What it wrote"
     return f"{asked}{'' if speed is None else f', at {plain(speed)} tokens per second'}:"
@@ -285,7 +292,7 @@ def _said(value: Any) -> str:
 
 
 def to_html(
-    rows: Sequence[Row], protocol: Mapping[str, Any], title: str, tolerance: float, picture: str, left: str
+    rows: Sequence[ModelResult], protocol: Mapping[str, Any], title: str, tolerance: float, picture: str, left: str
 ) -> str:
     """One file: style inside, no script, light and dark, for screens of any width and for paper.
 
@@ -318,7 +325,7 @@ def _html(text: str) -> str:
     return escape(one_line(text))
 
 
-def _html_row(row: Row, rows: Mapping[str, Row]) -> str:
+def _html_row(row: ModelResult, rows: Mapping[str, ModelResult]) -> str:
     entries = []
     for c in cells(row, rows):
         sign = f"{SIGNS[c.outcome]} " if c.outcome is not None else ""
@@ -328,7 +335,7 @@ def _html_row(row: Row, rows: Mapping[str, Row]) -> str:
     return f'<tr><th scope="row">{head}</th>{"".join(entries)}</tr>'
 
 
-def _html_model(row: Row, rows: Mapping[str, Row]) -> str:
+def _html_model(row: ModelResult, rows: Mapping[str, ModelResult]) -> str:
     marks = "".join(
         f'<span class="chip {CLASSES[f.outcome]}">{SIGNS[f.outcome]} {_html(f.words)}</span>' for f in chips(row, rows)
     )
@@ -346,16 +353,16 @@ def _html_model(row: Row, rows: Mapping[str, Row]) -> str:
 
 
 ALT = {
-    "pareto.png": "Quality against size on disk and against tokens per second; the numbers are in the table below.",
+    "pareto.png": "EvalSpec against size on disk and against tokens per second; the numbers are in the table below.",
     "layers.png": "Heads, FFN units, width, zeros and bits of every layer and model; the numbers are in report.json.",
 }
 
 
-def _picture(rows: Sequence[Row], wide: Path) -> str:
+def _picture(rows: Sequence[ModelResult], wide: Path) -> str:
     """A `<picture>` holding four images: wide and narrow, light and dark; paper gets the wide light one."""
-    if wide.name == "layers.png" and not layers.shown(rows):
+    if wide.name == "layers.png" and not layer_plot.shown(rows):
         return ""
-    draw = pareto.draw if wide.name == "pareto.png" else layers.draw
+    draw = pareto_plot.draw if wide.name == "pareto.png" else layer_plot.draw
     narrow, dark = "(max-width: 46rem)", "(prefers-color-scheme: dark)"
     tags = []
     with tempfile.TemporaryDirectory() as place:

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxlm.core import lookup
-from jaxlm.evaluate.held_out import Estimate, HeldOut, combine
-from jaxlm.evaluate.row import Row, by_name, compare
+from jaxlm.evaluate.comparison import ModelResult, by_name, compare
+from jaxlm.evaluate.per_example import Estimate, PerExampleResults, combine
 from jaxlm.evaluate.timing import Ratio
-from jaxlm.evaluate.words import spread, times
+from jaxlm.report.formatting import spread, times
 
 Value = Estimate | Ratio | float
 
 
-class Claim(NamedTuple):
+class Criterion(NamedTuple):
     """One line of a table: what, how much, how much was wanted, and whether that was reached; `None` where it cannot be
     said."""
 
@@ -22,23 +22,23 @@ class Claim(NamedTuple):
     reached: bool | None
 
 
-def at_least(what: str, value: Value, bar: float, unit: str = "") -> Claim:
+def at_least(what: str, value: Value, bar: float, unit: str = "") -> Criterion:
     """A claim that a value is large enough.
 
     >>> at_least("agreement", Estimate(0.994, 0.003), 0.99, "%")
-    Claim(what='agreement', measured='99.4 ± 0.3%', wanted='≥ 99%', reached=True)
+    Criterion(what='agreement', measured='99.4 ± 0.3%', wanted='≥ 99%', reached=True)
     """
-    return Claim(what, written(value, unit), f"≥ {_bar(bar, unit)}", _middle(value) >= bar)
+    return Criterion(what, written(value, unit), f"≥ {_bar(bar, unit)}", _middle(value) >= bar)
 
 
-def at_most(what: str, value: Value, bar: float, unit: str = "") -> Claim:
+def at_most(what: str, value: Value, bar: float, unit: str = "") -> Criterion:
     """A claim that a value is small enough."""
-    return Claim(what, written(value, unit), f"≤ {_bar(bar, unit)}", _middle(value) <= bar)
+    return Criterion(what, written(value, unit), f"≤ {_bar(bar, unit)}", _middle(value) <= bar)
 
 
-def positive(what: str, value: Estimate, unit: str = "") -> Claim:
+def positive(what: str, value: Estimate, unit: str = "") -> Criterion:
     """A claim that a difference lies above zero with its whole interval."""
-    return Claim(what, written(value, unit), "interval above 0", value.value > (value.error or 0.0))
+    return Criterion(what, written(value, unit), "interval above 0", value.value > (value.error or 0.0))
 
 
 def written(value: Value, unit: str) -> str:
@@ -66,13 +66,13 @@ def _middle(value: Value) -> float:
 class Evidence:
     """The models of a report by name, and what one may ask of them."""
 
-    def __init__(self, rows: Sequence[Row]):
+    def __init__(self, rows: Sequence[ModelResult]):
         self.rows = by_name(rows)
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> ModelResult:
         return lookup(self.rows, name, "model in the report:")
 
-    def held_out(self, name: str) -> HeldOut:
+    def held_out(self, name: str) -> PerExampleResults:
         found = self.row(name).held_out
         if found is None:
             raise ValueError(f"the quality of {name} was not measured")
@@ -105,7 +105,7 @@ class Evidence:
         models = (self.held_out(each) for each in (name, control, of))
         return combine(lambda a, b, c: (a - b) / (c - b), *models)
 
-    def won_back(self, what: str, name: str, control: str, of: str, bar: float) -> Claim:
+    def won_back(self, what: str, name: str, control: str, of: str, bar: float) -> Criterion:
         """A claim that enough of what the control lost is won back.
 
         Where the control's interval reaches what it is compared with, no loss is shown, and no share of it can be.
@@ -114,7 +114,7 @@ class Evidence:
         if lost.value + (lost.error or 0.0) < 0:
             return at_least(what, self.recovered(name, control, of), bar, "%")
         measured = f"no loss shown: {written(lost, 'points')} without, {written(left, 'points')} with"
-        return Claim(what, measured, f"≥ {_bar(bar, '%')}", None)
+        return Criterion(what, measured, f"≥ {_bar(bar, '%')}", None)
 
     def speed(self, name: str, over: str) -> Ratio:
         """Times as fast in batches."""

@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from jaxlm.evaluate.held_out import HeldOut
-from jaxlm.evaluate.row import Row, against_reference, by_name, compare, dominates
+from jaxlm.evaluate.comparison import ModelResult, against_reference, by_name, compare, dominates
+from jaxlm.evaluate.per_example import PerExampleResults
 from jaxlm.evaluate.timing import Timing
 
 
@@ -20,8 +20,8 @@ def test_a_paired_difference_is_far_more_certain_than_either_value(make):
 def test_speed_is_compared_per_token_and_round_by_round():
     load = np.array([1.0, 4.0, 2.0])
     fields = {"description": "", "parameters": 1, "parameters_non_embedding": 1, "bytes_on_disk": 1}
-    a = Row("a", batch=Timing(tuple(load)), batch_tokens=100, **fields)
-    b = Row("b", batch=Timing(tuple(load)), batch_tokens=200, **fields)
+    a = ModelResult("a", batch=Timing(tuple(load)), batch_tokens=100, **fields)
+    b = ModelResult("b", batch=Timing(tuple(load)), batch_tokens=200, **fields)
     assert compare(b, a).speed == pytest.approx((2.0, 2.0, 2.0))
     assert b.tokens_per_second == pytest.approx((100.0, 200 / 3, 200 / 1.5))
 
@@ -63,7 +63,7 @@ def test_rows_must_fit_together(rows, make):
         dataclasses.replace(rows[0], batch_tokens=None)
     with pytest.raises(ValueError, match="at least one byte"):
         make.row("empty", 0)
-    other = HeldOut("causal", {"nats": (1.0,), "tokens": (1,), "bytes": (1,)})
+    other = PerExampleResults("causal", {"nats": (1.0,), "tokens": (1,), "bytes": (1,)})
     with pytest.raises(ValueError, match="'student' and 'teacher' were measured on different held-out data"):
         compare(rows[1], dataclasses.replace(rows[0], held_out=other))
     assert against_reference(rows[0], by_name(rows)) is None

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxlm.evaluate.labels import arrange, candidates
+from jaxlm.report.label_placement import arrange, candidates
 
 PANEL = (0.0, 0.0, 400.0, 300.0)
 

@@ -1,6 +1,6 @@
 """What is measured of one model, and how two models compare.
 
-A Row carries raw measurements: seconds round by round, predictions piece by piece. Ratios, intervals and verdicts are
+A ModelResult carries raw measurements: seconds round by round, predictions piece by piece. Ratios, intervals and verdicts are
 computed from them here, paired with the same rounds and pieces of the other model, so that no table can contradict
 another.
 """
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxlm.evaluate.held_out import Estimate, HeldOut, difference
+from jaxlm.evaluate.per_example import Estimate, PerExampleResults, difference
 from jaxlm.evaluate.timing import Ratio, Timing, ratio
-from jaxlm.tasks import Measure
+from jaxlm.tasks import Metric
 
 BEYOND = 0.02
 """A size or speed that differs by less than this fraction is called equal, however steady the clock was."""
@@ -40,7 +40,7 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelResult:
     """One model of a report. What was not measured is `None` and is reported as such.
 
     Attributes:
@@ -78,7 +78,7 @@ class Row:
     single: Timing | None = None
     compile_seconds: float | None = None
     peak_bytes: int | None = None
-    held_out: HeldOut | None = None
+    held_out: PerExampleResults | None = None
     layers: tuple[Layer, ...] = ()
     train_tokens: int | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Row:
             )
 
     @property
-    def measure(self) -> Measure | None:
+    def measure(self) -> Metric | None:
         """What its quality is measured in."""
         return None if self.held_out is None else self.held_out.measures[0]
 
@@ -168,7 +168,7 @@ def _better(change: Estimate, higher: bool) -> int:
     return 1 if (change.value > 0) == higher else -1
 
 
-def compare(row: Row, other: Row) -> Comparison:
+def compare(row: ModelResult, other: ModelResult) -> Comparison:
     """`row` against `other`, round by round and piece by piece."""
     return Comparison(
         size=other.bytes_on_disk / row.bytes_on_disk,
@@ -180,14 +180,14 @@ def compare(row: Row, other: Row) -> Comparison:
     )
 
 
-def _speed(row: Row, other: Row) -> Ratio | None:
+def _speed(row: ModelResult, other: ModelResult) -> Ratio | None:
     if row.batch is None or other.batch is None or row.batch_tokens is None or other.batch_tokens is None:
         return None
     tokens = row.batch_tokens / other.batch_tokens
     return Ratio(*(tokens * r for r in ratio(other.batch, row.batch)))
 
 
-def _quality(row: Row, other: Row) -> Estimate | None:
+def _quality(row: ModelResult, other: ModelResult) -> Estimate | None:
     if row.held_out is None or other.held_out is None:
         return None
     try:
@@ -196,7 +196,7 @@ def _quality(row: Row, other: Row) -> Estimate | None:
         raise ValueError(f"{row.name!r} and {other.name!r} were {error}") from None
 
 
-def by_name(rows: Sequence[Row]) -> dict[str, Row]:
+def by_name(rows: Sequence[ModelResult]) -> dict[str, ModelResult]:
     """Rows by name, in order; ValueError for a name used twice, KeyError for a comparison with a missing row."""
     found = {row.name: row for row in rows}
     if not rows:
@@ -213,12 +213,12 @@ def by_name(rows: Sequence[Row]) -> dict[str, Row]:
     return found
 
 
-def against_reference(row: Row, rows: Mapping[str, Row]) -> Comparison | None:
+def against_reference(row: ModelResult, rows: Mapping[str, ModelResult]) -> Comparison | None:
     """The comparison with its reference, `None` for the reference itself."""
     return None if row.reference is None else compare(row, rows[row.reference])
 
 
-def dominates(a: Row, b: Row) -> bool:
+def dominates(a: ModelResult, b: ModelResult) -> bool:
     """Whether `a` is no worse than `b` in size, speed and quality, as far as can be told, and better in one of them."""
     outcomes = compare(a, b).outcomes()
     counted = [outcomes[key] for key in ("size", "speed", "quality")]

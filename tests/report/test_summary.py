@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from jaxlm.evaluate import verdict as module
-from jaxlm.evaluate.row import by_name
-from jaxlm.evaluate.verdict import chips, described, near_enough, picks, sentence, verdict, won_nothing
-from jaxlm.tasks.measure import accuracy, bits_per_byte, pearson
+from jaxlm.evaluate.comparison import by_name
+from jaxlm.report import summary as module
+from jaxlm.report.summary import chips, described, near_enough, picks, sentence, verdict, won_nothing
+from jaxlm.tasks.metrics import accuracy, bits_per_byte, pearson
 
 
 def test_the_sentence_says_what_was_won_and_where_nothing_was(rows):

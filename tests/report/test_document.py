@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from jaxlm.evaluate.report import PROTOCOL, read, table, to_html, to_json, to_markdown, write
+from jaxlm.report.document import PROTOCOL, read, table, to_html, to_json, to_markdown, write
 
 PICTURE = '<img alt="" src="data:">'
 
@@ -48,7 +48,7 @@ def test_all_files_are_written_and_the_page_stands_alone(awkward, protocol, tmp_
         "pareto.png",
         "layers.png",
     }
-    assert "![Quality, size and speed](pareto.png)" in (path.parent / "report.md").read_text()
+    assert "![EvalSpec, size and speed](pareto.png)" in (path.parent / "report.md").read_text()
     page = Page(path.read_text())
     addresses = [value for _, a in page.tags for key, value in a.items() if key in ("src", "srcset", "href")]
     assert len(addresses) == 8

@@ -5,13 +5,13 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from jaxlm.evaluate.held_out import HeldOut, difference, left_out
+from jaxlm.evaluate.per_example import PerExampleResults, difference, left_out
 from jaxlm.tasks import TASKS
-from jaxlm.tasks.measure import accuracy, correlation, entity_f1, loss, macro_f1, matthews, pearson, perplexity
+from jaxlm.tasks.metrics import accuracy, correlation, entity_f1, loss, macro_f1, matthews, pearson, perplexity
 
 
 def text(nats, tokens, sizes):
-    return HeldOut("causal", {"nats": nats, "tokens": tokens, "bytes": sizes})
+    return PerExampleResults("causal", {"nats": nats, "tokens": tokens, "bytes": sizes})
 
 
 def test_bits_per_byte_and_perplexity_divide_sums_once():
@@ -39,14 +39,14 @@ def tagged(rng, sentences=400):
     right = np.minimum(true, predicted) * (rng.random(sentences) < 0.8)
     columns = {"entities_right": right, "entities_predicted": predicted, "entities_true": true}
     columns |= {"right": right + 3, "words": right + 5}
-    return HeldOut("token", {name: tuple(map(int, c)) for name, c in columns.items()})
+    return PerExampleResults("token", {name: tuple(map(int, c)) for name, c in columns.items()})
 
 
 def rated(rng, examples=300):
     true = rng.normal(size=examples)
     predicted = true + rng.normal(size=examples)
     columns = {"true": true, "predicted": predicted, "teacher": predicted + 0.1 * rng.normal(size=examples)}
-    return HeldOut("regression", {name: tuple(c) for name, c in columns.items()})
+    return PerExampleResults("regression", {name: tuple(c) for name, c in columns.items()})
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_measures_of_classes_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     true, predicted = rng.integers(0, 4, 90), rng.integers(0, 5, 90)
     columns = {"true": tuple(map(int, true)), "predicted": tuple(map(int, predicted))}
-    held_out = HeldOut("sequence", columns, classes=6)
+    held_out = PerExampleResults("sequence", columns, classes=6)
     values = {measure.name: held_out.estimate(measure).value for measure in held_out.measures}
     assert values == pytest.approx(
         {
@@ -86,7 +86,7 @@ def test_correlations_are_those_of_scipy():
     columns = held_out.columns
     assert held_out.quality.value == pytest.approx(pearsonr(columns["true"], columns["predicted"])[0])
     assert held_out.agreement.value == pytest.approx(pearsonr(columns["teacher"], columns["predicted"])[0])
-    same = HeldOut("regression", {"true": (1.0, 2.0, 3.0), "predicted": (5.0, 5.0, 5.0)})
+    same = PerExampleResults("regression", {"true": (1.0, 2.0, 3.0), "predicted": (5.0, 5.0, 5.0)})
     assert math.isnan(same.quality.value) and TASKS["regression"].quality.agreement is correlation
 
 
@@ -94,7 +94,7 @@ def test_leaving_out_is_the_measure_of_the_rest(make):
     held_out = make.answers(0.8)
     rest = {name: column[1:] for name, column in held_out.columns.items()}
     without = left_out(matthews, held_out.sums(matthews))[0]
-    assert without == pytest.approx(HeldOut("sequence", rest, classes=2).estimate(matthews).value)
+    assert without == pytest.approx(PerExampleResults("sequence", rest, classes=2).estimate(matthews).value)
 
 
 def test_a_paired_difference_is_that_of_the_same_examples(make):
@@ -110,7 +110,7 @@ def test_a_paired_difference_is_that_of_the_same_examples(make):
 def test_two_tokenizers_of_one_text_are_compared_without_pairs(make):
     a = make.held_out(1.6)
     halves = {name: tuple(np.repeat(np.array(column) / 2, 2)) for name, column in a.columns.items()}
-    b = HeldOut("causal", halves)
+    b = PerExampleResults("causal", halves)
     change = difference(a, b)
     assert change.value == pytest.approx(0) and change.error == pytest.approx(
         math.hypot(a.quality.error, b.quality.error)
@@ -126,13 +126,13 @@ def test_what_does_not_fit_is_refused(make):
     with pytest.raises(ValueError, match="same pieces"):
         text((1.0, 2.0), (1,), (1,))
     with pytest.raises(ValueError, match="at least one"):
-        HeldOut("sequence", {})
+        PerExampleResults("sequence", {})
     with pytest.raises(ValueError, match="without tokens"):
         text((1.0,), (0,), (0,))
     with pytest.raises(ValueError, match="did you mean 'causal'"):
-        HeldOut("casual", {"nats": (1.0,)})
+        PerExampleResults("casual", {"nats": (1.0,)})
     a = make.answers(0.9)
-    other = HeldOut("sequence", {**a.columns, "true": tuple(1 - t for t in a.columns["true"])}, classes=2)
+    other = PerExampleResults("sequence", {**a.columns, "true": tuple(1 - t for t in a.columns["true"])}, classes=2)
     with pytest.raises(ValueError, match="different held-out data: the pieces of sequence and sequence differ in true"):
         difference(a, other)
     with pytest.raises(ValueError, match="different held-out data"):

@@ -2,10 +2,10 @@ import math
 
 import pytest
 
-from jaxlm.evaluate.held_out import Estimate
+from jaxlm.evaluate.per_example import Estimate
 from jaxlm.evaluate.timing import Ratio
-from jaxlm.evaluate.words import estimate, one_line, plain, printable, scaled, spread, times
-from jaxlm.tasks.measure import accuracy
+from jaxlm.report.formatting import estimate, one_line, plain, printable, scaled, spread, times
+from jaxlm.tasks.metrics import accuracy
 
 
 @pytest.mark.parametrize(

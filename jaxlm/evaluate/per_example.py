@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.core import lookup
-from jaxlm.tasks import TASKS, Measure
+from jaxlm.tasks import TASKS, Metric
 
 
 class Estimate(NamedTuple):
@@ -19,7 +19,7 @@ class Estimate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class PerExampleResults:
     """What a model did on held-out data, in pieces (examples, sentences, batches of running text).
 
     Attributes:
@@ -27,7 +27,7 @@ class HeldOut:
       columns: one number a piece by name (`nats` and `bytes`, `true` and `predicted`, …), see the task's `quality`.
       classes: of a classification.
 
-    >>> text = HeldOut("causal", {"nats": (693.147, 1386.294), "tokens": (250, 500), "bytes": (1000, 2000)})
+    >>> text = PerExampleResults("causal", {"nats": (693.147, 1386.294), "tokens": (250, 500), "bytes": (1000, 2000)})
     >>> [round(text.estimate(measure).value, 3) for measure in text.measures]
     [1.0, 16.0]
     """
@@ -46,7 +46,7 @@ class HeldOut:
                 raise ValueError(f"held-out data without {name} measures nothing")
 
     @property
-    def measures(self) -> tuple[Measure, ...]:
+    def measures(self) -> tuple[Metric, ...]:
         """The quality, and what stands beside it."""
         return TASKS[self.task].quality.measures
 
@@ -65,17 +65,17 @@ class HeldOut:
         known = {"compared", "teacher"} & self.columns.keys()
         return self.estimate(TASKS[self.task].quality.agreement) if known else None
 
-    def sums(self, measure: Measure) -> np.ndarray:
+    def sums(self, measure: Metric) -> np.ndarray:
         """float64 `[pieces, k]`: what each piece adds to a measure."""
         return measure.sums({name: np.asarray(column) for name, column in self.columns.items()}, self.classes)
 
-    def estimate(self, measure: Measure) -> Estimate:
+    def estimate(self, measure: Metric) -> Estimate:
         """A measure over all pieces."""
         sums = self.sums(measure)
         return _estimate(float(measure.value(sums.sum(axis=0))), left_out(measure, sums))
 
 
-def left_out(measure: Measure, sums: np.ndarray) -> np.ndarray:
+def left_out(measure: Metric, sums: np.ndarray) -> np.ndarray:
     """The measure without each of the pieces in turn: `[pieces]`."""
     with np.errstate(invalid="ignore", divide="ignore"):  # of a single piece nothing is left
         return measure.value(sums.sum(axis=0) - sums)
@@ -94,7 +94,7 @@ def _estimate(value: float, without: np.ndarray) -> Estimate:
     return Estimate(value, 2 * float(np.sqrt((pieces - 1) / pieces * np.square(without - without.mean()).sum())))
 
 
-def difference(a: HeldOut, b: HeldOut, measure: Measure | None = None) -> Estimate:
+def difference(a: PerExampleResults, b: PerExampleResults, measure: Metric | None = None) -> Estimate:
     """A measure (by default the quality) of `a` minus that of `b`, paired by piece.
 
     Running text that two tokenizers cut differently has no common pieces: both errors are then added as if the models
@@ -119,14 +119,14 @@ def difference(a: HeldOut, b: HeldOut, measure: Measure | None = None) -> Estima
     return Estimate(change, math.hypot(here.error or 0, there.error or 0) if known else None)
 
 
-def _same(a: HeldOut, b: HeldOut, name: str) -> bool:
+def _same(a: PerExampleResults, b: PerExampleResults, name: str) -> bool:
     """Whether two models read the same: equal piece by piece, or as many bytes of text."""
     if a.columns[name] == b.columns[name]:
         return True
     return name == "bytes" and math.isclose(sum(a.columns[name]), sum(b.columns[name]), rel_tol=0.01)
 
 
-def combine(function: Callable[..., Any], *held_out: HeldOut, measure: Measure | None = None) -> Estimate:
+def combine(function: Callable[..., Any], *held_out: PerExampleResults, measure: Metric | None = None) -> Estimate:
     """A function of several models' measures, with the error of leaving the same piece out of all of them.
 
     What is asked of compression is often a ratio: the share of a teacher's score, the part of a loss that was won back.

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxlm.evaluate.held_out import Estimate
-from jaxlm.evaluate.row import Comparison, Row, against_reference, by_name, compare, dominates
+from jaxlm.evaluate.comparison import Comparison, ModelResult, against_reference, by_name, compare, dominates
+from jaxlm.evaluate.per_example import Estimate
 from jaxlm.evaluate.timing import Ratio
-from jaxlm.evaluate.words import estimate, one_line, scaled, spread, times
-from jaxlm.tasks import Measure
+from jaxlm.report.formatting import estimate, one_line, scaled, spread, times
+from jaxlm.tasks import Metric
 
 WORDS = {
     "size": {1: "smaller", 0: "no smaller", -1: "larger"},
@@ -26,7 +26,7 @@ MANY = 10
 """Models of which a paragraph cannot tell everything."""
 
 
-def quality_words(measure: Measure | None) -> dict[int, str]:
+def quality_words(measure: Metric | None) -> dict[int, str]:
     """What a better, an equal and a worse model is called."""
     better, equal, worse = measure.words if measure else ("better", "as good", "worse")
     return {1: better, 0: equal, -1: worse}
@@ -39,7 +39,7 @@ class Finding(NamedTuple):
     outcome: int | None
 
 
-def findings(comparison: Comparison, measure: Measure | None) -> list[Finding]:
+def findings(comparison: Comparison, measure: Metric | None) -> list[Finding]:
     """Size, speed and quality in a few words each; batches and batch 1 apart where they differ."""
     outcome = comparison.outcomes()
     speed, latency = outcome["speed"], outcome["latency"]
@@ -56,13 +56,13 @@ def findings(comparison: Comparison, measure: Measure | None) -> list[Finding]:
     return found
 
 
-def chips(row: Row, rows: Mapping[str, Row]) -> list[Finding]:
+def chips(row: ModelResult, rows: Mapping[str, ModelResult]) -> list[Finding]:
     """The findings against the row's reference; none for the reference itself."""
     comparison = against_reference(row, rows)
     return [] if comparison is None else findings(comparison, row.measure)
 
 
-def described(row: Row, rows: Mapping[str, Row]) -> list[str]:
+def described(row: ModelResult, rows: Mapping[str, ModelResult]) -> list[str]:
     """The sentences of one model: against its reference, then against those it stands beside."""
     if row.reference is not None:
         lost = won_nothing(row, rows[row.reference])
@@ -72,13 +72,13 @@ def described(row: Row, rows: Mapping[str, Row]) -> list[str]:
     return [first, *(sentence(row, rows[name]) for name in row.beside)]
 
 
-def won_nothing(row: Row, other: Row) -> str:
+def won_nothing(row: ModelResult, other: ModelResult) -> str:
     """The line that says plainly where nothing was won against another model; "" where all was."""
     lost = [ASPECTS[aspect] for aspect, won in compare(row, other).outcomes().items() if won in (0, -1)]
     return f"Nothing won in {_and(lost)}." if lost else ""
 
 
-def sentence(row: Row, other: Row) -> str:
+def sentence(row: ModelResult, other: ModelResult) -> str:
     """What `row` won against `other`, and where it won nothing, with the numbers."""
     comparison = compare(row, other)
     outcome = comparison.outcomes()
@@ -92,7 +92,7 @@ def sentence(row: Row, other: Row) -> str:
     return f"Against {one_line(other.name)} it is {gained}: {', '.join(numbers)}."
 
 
-def gist(found: Sequence[Finding], measure: Measure | None = None) -> str:
+def gist(found: Sequence[Finding], measure: Metric | None = None) -> str:
     """Findings as one phrase.
 
     >>> gist([Finding("smaller", 1), Finding("no faster", 0), Finding("worse at text", -1)])
@@ -115,7 +115,7 @@ def _and(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _size(row: Row, other: Row, ratio: float) -> str:
+def _size(row: ModelResult, other: ModelResult, ratio: float) -> str:
     here, there = scaled(row.bytes_on_disk, "B"), scaled(other.bytes_on_disk, "B")
     if here == there:
         return here
@@ -130,7 +130,7 @@ def _speed(r: Ratio | None, outcome: int | None, where: str) -> str:
     return f"{only}{times(r.median)} as fast {where} ({spread(r)}{noise})"
 
 
-def _quality(change: Estimate | None, outcome: int | None, measure: Measure | None) -> str:
+def _quality(change: Estimate | None, outcome: int | None, measure: Metric | None) -> str:
     if change is None or measure is None:
         return "quality not measured"
     if not math.isfinite(change.value):
@@ -141,7 +141,7 @@ def _quality(change: Estimate | None, outcome: int | None, measure: Measure | No
     return f"{size} {_direction(change.value, measure)} {measure.unit}"
 
 
-def _direction(change: float, measure: Measure) -> str:
+def _direction(change: float, measure: Metric) -> str:
     if change > 0:
         return "more"
     return "fewer" if measure.unit.startswith(("bits", "nats")) else "less"
@@ -155,7 +155,7 @@ class Pick(NamedTuple):
     numbers: str
 
 
-def picks(rows: Sequence[Row], tolerance: float) -> list[Pick]:
+def picks(rows: Sequence[ModelResult], tolerance: float) -> list[Pick]:
     """The best model; the smallest and the fastest within the tolerance of the reference's quality (`near_enough`).
 
     A model is picked for its size or speed only where it beats the reference beyond noise, and never when another model
@@ -181,32 +181,32 @@ def picks(rows: Sequence[Row], tolerance: float) -> list[Pick]:
     return found
 
 
-def near_enough(value: float, reference: float, measure: Measure, tolerance: float) -> bool:
+def near_enough(value: float, reference: float, measure: Metric, tolerance: float) -> bool:
     """Whether a quality is at most the fraction `tolerance` of the reference's worse than that."""
     return (reference - value if measure.higher else value - reference) <= tolerance * abs(reference)
 
 
-def _amount(row: Row, measure: Measure) -> str:
+def _amount(row: ModelResult, measure: Metric) -> str:
     """`2.193 ± 0.012 bits per byte`, `91.3 ± 1.3% accuracy`."""
     return f"{estimate(row.quality, measure)} {measure.unit}"
 
 
-def _reference(rows: Sequence[Row]) -> Row:
+def _reference(rows: Sequence[ModelResult]) -> ModelResult:
     """The row that most rows are compared with."""
     named = [row.reference for row in rows if row.reference]
     return by_name(rows)[max(named, key=named.count)] if named else rows[0]
 
 
-def _winners(rows: Sequence[Row], reference: Row, aspect: str) -> list[Row]:
+def _winners(rows: Sequence[ModelResult], reference: ModelResult, aspect: str) -> list[ModelResult]:
     return [row for row in rows if row is not reference and compare(row, reference).outcomes()[aspect] == 1]
 
 
-def _value(row: Row) -> float:
+def _value(row: ModelResult) -> float:
     """Its quality, NaN where that was not measured."""
     return math.nan if row.quality is None else row.quality.value
 
 
-def _change(row: Row, reference: Row) -> str:
+def _change(row: ModelResult, reference: ModelResult) -> str:
     """Its quality beside the reference's: `2.4% more bits per byte`, `98.7% of the accuracy`."""
     assert reference.measure is not None
     share = 100 * _value(row) / _value(reference)
@@ -215,7 +215,7 @@ def _change(row: Row, reference: Row) -> str:
     return f"{abs(share - 100):.1f}% {_direction(share - 100, reference.measure)} {reference.measure.unit}"
 
 
-def verdict(rows: Sequence[Row], tolerance: float) -> str:
+def verdict(rows: Sequence[ModelResult], tolerance: float) -> str:
     """The paragraph at the top: which model to ship for what, and which not at all.
 
     Of more than `MANY` models it only names those that another one beats; every model has its own lines further down.
@@ -247,7 +247,7 @@ def verdict(rows: Sequence[Row], tolerance: float) -> str:
     return " ".join(text)
 
 
-def _advice(rows: Sequence[Row], found: Mapping[str, Pick], tolerance: float) -> list[str]:
+def _advice(rows: Sequence[ModelResult], found: Mapping[str, Pick], tolerance: float) -> list[str]:
     reference = _reference(rows)
     measure = reference.measure
     assert measure is not None
@@ -267,7 +267,7 @@ def _advice(rows: Sequence[Row], found: Mapping[str, Pick], tolerance: float) ->
     return [f"{condition}: {advice}.", f"{measure.best}: {one_line(best.name)} ({best.numbers})."]
 
 
-def _nothing(rows: Sequence[Row], aspect: str) -> str:
+def _nothing(rows: Sequence[ModelResult], aspect: str) -> str:
     """That no model is within the tolerance, and the least bad of those that did win the aspect."""
     reference, word = _reference(rows), WORDS[aspect][1]
     assert reference.measure is not None
@@ -278,7 +278,7 @@ def _nothing(rows: Sequence[Row], aspect: str) -> str:
     return f"nothing is {word} (the closest is {one_line(row.name)}, {_change(row, reference)})"
 
 
-def _beaten(row: Row, by: Row) -> str:
+def _beaten(row: ModelResult, by: ModelResult) -> str:
     outcome, quality = compare(by, row).outcomes(), quality_words(row.measure)
     equal = [word for key, word in (EQUAL | {"quality": quality[0]}).items() if outcome[key] == 0]
     wins = [words[1] for key, words in (WORDS | {"quality": quality}).items() if outcome[key] == 1]

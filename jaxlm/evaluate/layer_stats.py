@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.core import Tree, flatten, materialize
+from jaxlm.evaluate.comparison import Layer
 from jaxlm.evaluate.cost import bytes_by_tensor
-from jaxlm.evaluate.row import Layer
 from jaxlm.models.config import ModelConfig
 
 

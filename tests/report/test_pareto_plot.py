@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxlm.evaluate import pareto
-from jaxlm.evaluate.pareto import COLORS, draw, front, knee
+from jaxlm.report import pareto_plot
+from jaxlm.report.pareto_plot import COLORS, draw, front, knee
 
 
 def test_the_front_is_what_no_point_beats():
@@ -51,7 +51,7 @@ def test_of_many_models_the_front_and_the_reference_are_named(make, tmp_path, mo
     many = [make.row(f"m{i}", 5 + i, 0.3, 1.6 + 0.01 * i) for i in range(20)]
     named = []
     monkeypatch.setattr(
-        pareto, "_label", lambda axes, points, chosen, theme: named.append([points[i].name for i in chosen])
+        pareto_plot, "_label", lambda axes, points, chosen, theme: named.append([points[i].name for i in chosen])
     )
     draw(many[:5], tmp_path / "few.png")
     assert [len(names) for names in named] == [5, 5]

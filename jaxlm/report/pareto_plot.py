@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.evaluate.labels import Box, arrange, candidates, nearest
-from jaxlm.evaluate.row import Comparison, Row, against_reference, by_name
-from jaxlm.evaluate.words import one_line, scaled, times
-from jaxlm.tasks import Measure
+from jaxlm.evaluate.comparison import Comparison, ModelResult, against_reference, by_name
+from jaxlm.report.formatting import one_line, scaled, times
+from jaxlm.report.label_placement import Box, arrange, candidates, nearest
+from jaxlm.tasks import Metric
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito (2008): told apart with every kind of colour vision. Shapes differ as well."""
@@ -91,7 +91,7 @@ def knee(points: Sequence[tuple[float, float]]) -> int | None:
     return int(below.argmax()) if below.max() > 0 else None
 
 
-def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: bool = False) -> None:
+def draw(rows: Sequence[ModelResult], path: str | Path, *, dark: bool = False, stacked: bool = False) -> None:
     """Draws both panels into a PNG. Models without a finite quality are named below them instead.
 
     Args:
@@ -145,7 +145,7 @@ def _legend(absent: Sequence[str], ringed: bool, many: bool) -> str:
     ) + (f"Not drawn, without quality: {', '.join(absent)}." if absent else "")
 
 
-def _points(rows: Sequence[Row], brief: bool) -> tuple[list[Point], list[Point], list[str]]:
+def _points(rows: Sequence[ModelResult], brief: bool) -> tuple[list[Point], list[Point], list[str]]:
     """Points of the size panel, of the speed panel, and the names of models that cannot be placed."""
     named = by_name(rows)
     sizes, speeds, absent = [], [], []
@@ -182,7 +182,7 @@ def _points(rows: Sequence[Row], brief: bool) -> tuple[list[Point], list[Point],
     return sizes, speeds, absent
 
 
-def _measure(rows: Sequence[Row]) -> Measure | None:
+def _measure(rows: Sequence[ModelResult]) -> Metric | None:
     """What quality is measured in, `None` where it was not."""
     return next((row.measure for row in rows if row.measure is not None), None)
 
@@ -205,13 +205,13 @@ def _short(name: str) -> str:
 
 
 def _panel(
-    axes: Any, points: Sequence[Point], theme: Theme, measure: Measure | None, smaller_is_better: bool
+    axes: Any, points: Sequence[Point], theme: Theme, measure: Metric | None, smaller_is_better: bool
 ) -> list[int]:
     """Draws axes, front and points; returns the points on the front."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     what, unit = ("size on disk", "B") if smaller_is_better else ("tokens per second, measured", "")
-    title = "Quality against size" if smaller_is_better else "Quality against speed"
+    title = "EvalSpec against size" if smaller_is_better else "EvalSpec against speed"
     axes.set_title(title, loc="left", color=theme.ink, fontsize=12, fontweight="bold", pad=10)
     axes.set_xlabel(what, fontsize=9.5, color=theme.faint)
     axes.set_ylabel(_what(measure), fontsize=9.5, color=theme.faint)
@@ -240,7 +240,7 @@ def _panel(
     return on_front
 
 
-def _what(measure: Measure | None) -> str:
+def _what(measure: Metric | None) -> str:
     if measure is None:
         return "quality on held-out data"
     return f"{measure.unit}{' in %' * measure.percent} on held-out {'text' if 'text' in measure.words[0] else 'data'}"

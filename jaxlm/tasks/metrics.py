@@ -14,7 +14,7 @@ Columns = Mapping[str, np.ndarray]
 """What was seen of every piece, one number each: `nats`, `tokens`, `true`, `predicted`, …"""
 
 
-class Measure(NamedTuple):
+class Metric(NamedTuple):
     """A figure of merit.
 
     Attributes:
@@ -130,7 +130,7 @@ def _perplexity(sums: np.ndarray) -> np.ndarray:
 
 TEXT = ("better at text", "as good at text", "worse at text")
 
-bits_per_byte = Measure(
+bits_per_byte = Metric(
     "bits_per_byte",
     "Bits per byte",
     "bits per byte",
@@ -140,7 +140,7 @@ bits_per_byte = Measure(
     words=TEXT,
     best="Best text",
 )
-loss = Measure(
+loss = Metric(
     "loss",
     "Nats per token",
     "nats per token",
@@ -150,10 +150,10 @@ loss = Measure(
     words=TEXT,
     best="Best text",
 )
-perplexity = Measure(
+perplexity = Metric(
     "perplexity", "Perplexity", "perplexity", columns_of("nats", "tokens"), _perplexity, higher=False, words=TEXT
 )
-accuracy = Measure(
+accuracy = Metric(
     "accuracy",
     "Accuracy",
     "accuracy",
@@ -163,9 +163,9 @@ accuracy = Measure(
     words=("more accurate", "as accurate", "less accurate"),
     best="Most accurate",
 )
-macro_f1 = Measure("f1", "Macro F1", "macro F1", _by_class, _macro_f1, percent=True)
-matthews = Measure("mcc", "Matthews correlation", "Matthews correlation", _by_class, _matthews)
-entity_f1 = Measure(
+macro_f1 = Metric("f1", "Macro F1", "macro F1", _by_class, _macro_f1, percent=True)
+matthews = Metric("mcc", "Matthews correlation", "Matthews correlation", _by_class, _matthews)
+entity_f1 = Metric(
     "entity_f1",
     "Entity F1",
     "entity F1",
@@ -175,10 +175,10 @@ entity_f1 = Measure(
     words=("better at entities", "as good at entities", "worse at entities"),
     best="Best at entities",
 )
-word_accuracy = Measure(
+word_accuracy = Metric(
     "word_accuracy", "Accuracy of words", "accuracy of words", columns_of("right", "words"), _fraction, percent=True
 )
-pearson = Measure(
+pearson = Metric(
     "pearson",
     "Pearson correlation",
     "correlation",
@@ -187,7 +187,7 @@ pearson = Measure(
     words=("better at rating", "as good at rating", "worse at rating"),
     best="Best ratings",
 )
-agreement = Measure(
+agreement = Metric(
     "agreement", "Agrees with teacher", "agreement", columns_of("agreed", "compared"), _fraction, percent=True
 )
-correlation = Measure("agreement", "Correlates with teacher", "correlation", moments("teacher", "predicted"), _pearson)
+correlation = Metric("agreement", "Correlates with teacher", "correlation", moments("teacher", "predicted"), _pearson)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.evaluate.pareto import DARK, LIGHT, Theme
-from jaxlm.evaluate.row import Layer, Row
-from jaxlm.evaluate.words import one_line
+from jaxlm.evaluate.comparison import Layer, ModelResult
+from jaxlm.report.formatting import one_line
+from jaxlm.report.pareto_plot import DARK, LIGHT, Theme
 
 LONGEST_NAME = 18
 MOST_NUMBERED = 12
@@ -34,7 +34,7 @@ PANELS = (
 )
 
 
-def shown(rows: Sequence[Row]) -> list[Panel]:
+def shown(rows: Sequence[ModelResult]) -> list[Panel]:
     """The panels in which some layer differs from another, or models in their number of layers.
 
     Where no two heads share a group, groups are heads and have no panel of their own.
@@ -52,7 +52,7 @@ def shown(rows: Sequence[Row]) -> list[Panel]:
     return different or (list(PANELS[:1]) if len(depths) > 1 else [])
 
 
-def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: bool = False) -> None:
+def draw(rows: Sequence[ModelResult], path: str | Path, *, dark: bool = False, stacked: bool = False) -> None:
     """Draws one panel a quantity into a PNG: a row a model, a column a layer, darker where more is left.
 
     Args:
@@ -85,7 +85,7 @@ def draw(rows: Sequence[Row], path: str | Path, *, dark: bool = False, stacked: 
     picture.quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
 
 
-def _panel(axes: Any, panel: Panel, rows: Sequence[Row], names: list[str], theme: Theme) -> None:
+def _panel(axes: Any, panel: Panel, rows: Sequence[ModelResult], names: list[str], theme: Theme) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     table = np.full((len(rows), len(names)), np.nan)

@@ -3,9 +3,9 @@
 import math
 import unicodedata
 
-from jaxlm.evaluate.held_out import Estimate
+from jaxlm.evaluate.per_example import Estimate
 from jaxlm.evaluate.timing import Ratio
-from jaxlm.tasks import Measure
+from jaxlm.tasks import Metric
 
 NOT_MEASURED = "—"
 
@@ -60,7 +60,7 @@ def spread(r: Ratio) -> str:
     return f"{times(r.low)[:-1]}–{times(r.high)[:-1]}"
 
 
-def estimate(e: Estimate | None, measure: Measure | None = None, signed: bool = False) -> str:
+def estimate(e: Estimate | None, measure: Metric | None = None, signed: bool = False) -> str:
     """A value with its interval: `2.193 ± 0.012`, or of a measure in percent `87.3 ± 0.6%`.
 
     `signed` is for differences: `+0.120 ± 0.011`, and in points `+1.2 ± 0.6 points`.
