@@ -5,6 +5,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+pytest_plugins = ["made_up_results"]  # under fixtures/: measurements that tests of evaluate/ and report/ share
 ROOT = Path(__file__).resolve().parents[1]
 # Environment variables and not jax.config, so that programs which tests start share the cache.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

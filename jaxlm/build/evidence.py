@@ -21,7 +21,7 @@ DATA, ENCODER = "DATA", "ENCODER"
 
 
 def recipes(folder: Path) -> dict[str, Path]:
-    """The runs, in order of name: files with `get_config()`, and `claims(evidence)` on its document."""
+    """The runs, in order of name: files with `get_config()`, and `claims(evidence)` on its report."""
     return {path.stem: path for path in sorted(folder.glob("*.py"))}
 
 
@@ -96,17 +96,17 @@ def rewritten(text: str, name: str, content: str) -> str:
 
 
 def run(
-    folder: Path, workdir: Path, document: Path, data: str, encoder: str, only_tables: bool = False
+    folder: Path, workdir: Path, results: Path, data: str, encoder: str, only_tables: bool = False
 ) -> list[Criterion]:
-    """Runs what is not finished, and rewrites the document's tables after every recipe.
+    """Runs what is not finished, and rewrites the tables of a document after every recipe.
 
     Args:
-      folder: of the recipes; workdir: of their pipelines, one folder each; document: with a place for each.
+      folder: of the recipes; workdir: of their pipelines, one folder each; results: the document with the tables.
       data: folder of public data; encoder: directory of the pretrained encoder.
       only_tables: nothing is run; tables follow from the reports that are there.
 
     Returns:
-      every claim of every document.
+      every claim of every report.
     """
     found: list[Criterion] = []
     for name, path in recipes(folder).items():
@@ -119,6 +119,6 @@ def run(
             rows = pipeline.run(located(recipe.get_config(), data, encoder), workdir / name)
         claims = recipe.claims(Evidence(rows))
         content = f"{verdicts(claims)}\n\n{table(rows)}"
-        document.write_text(rewritten(document.read_text(encoding="utf-8"), name, content), encoding="utf-8")
+        results.write_text(rewritten(results.read_text(encoding="utf-8"), name, content), encoding="utf-8")
         found += claims
     return found

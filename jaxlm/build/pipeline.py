@@ -125,7 +125,7 @@ def run(config: ConfigDict, workdir: Path) -> list[ModelResult]:
     """Runs every stage of `config.stages` in order, then measures and reports.
 
     Returns:
-      the rows of the document, which lies in `workdir/report.html`, `.md`, `.json` and `pareto.png`.
+      the rows of the report, which lies in `workdir/report.html`, `.md`, `.json` and `pareto.png`.
     """
     check_stages(config)
     console, workdir = Console(stderr=True), workdir.resolve()
@@ -171,7 +171,7 @@ def candidate(name: str, stages: Mapping[str, Finished]) -> Candidate:
 def measured_rows(
     config: ConfigDict, workdir: Path, stages: Sequence[Finished], inputs: str, console: Console
 ) -> list[ModelResult]:
-    """Compares the models of all stages and writes the document, unless the one there is of these very models."""
+    """Compares the models of all stages and writes the report, unless the one there is of these very models."""
     record = workdir / "report.inputs.json"
     if record.exists() and json.loads(record.read_text())["sha256"] == inputs:
         return document.read(workdir / "report.json")
@@ -185,7 +185,7 @@ def measured_rows(
 def write_report(
     config: ConfigDict, workdir: Path, candidates: Sequence[Candidate], console: Console
 ) -> list[ModelResult]:
-    """Measures models beside each other as `config.report` says, and writes the document."""
+    """Measures models beside each other as `config.report` says, and writes the report."""
     settings = ReportSettings(**config.report)
     trial = Trial(config.task, DataSettings(**config.data), settings)
     rows = compare_models(candidates, trial, console.print)

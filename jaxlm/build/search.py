@@ -244,7 +244,7 @@ def measured(space: Space, models: Sequence[Candidate]) -> list[ModelResult]:
 
 
 def score(row: ModelResult, reference: ModelResult, cost: str) -> tuple[float, float]:
-    """EvalSpec, more being better, and the cost."""
+    """Quality, more being better, and the cost."""
     comparison = compare(row, reference)
     assert row.quality is not None and row.measure is not None
     if not math.isfinite(row.quality.value):

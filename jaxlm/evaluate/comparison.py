@@ -1,8 +1,8 @@
 """What is measured of one model, and how two models compare.
 
-A ModelResult carries raw measurements: seconds round by round, predictions piece by piece. Ratios, intervals and verdicts are
-computed from them here, paired with the same rounds and pieces of the other model, so that no table can contradict
-another.
+A ModelResult carries raw measurements: seconds round by round, predictions piece by piece. Ratios, intervals and
+outcomes are computed from them here, paired with the same rounds and pieces of the other model, so that no table can
+contradict another.
 """
 
 import difflib

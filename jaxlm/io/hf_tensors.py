@@ -12,7 +12,7 @@ from jaxlm.core import Parameter, flatten, nearest
 from jaxlm.io.safetensors import Tensor, is_float
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.family import Family, ModelResult, architecture_of
+from jaxlm.models.family import Family, Row, architecture_of
 from jaxlm.models.transformer import model_spec
 
 BARE = ("none", "pooled")
@@ -34,14 +34,14 @@ class Found(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def rows(config: ModelConfig) -> tuple[ModelResult, ...]:
+def rows(config: ModelConfig) -> tuple[Row, ...]:
     """The rows of a model, numbers filled in, in the order of the family's table.
 
     Raises:
       KeyError: when the table misses a parameter of the network: a mistake in the family.
     """
     spec = flatten(model_spec(config))
-    found: list[ModelResult] = []
+    found: list[Row] = []
     for row in FAMILIES[config.family].names(config):
         numbers = range(max(config.num_layers, config.num_decoder_layers)) if "{i}" in row.hf else range(1)
         found += [own for own in map(row.at, numbers) if all(path in spec for path in own.paths)]
@@ -61,7 +61,7 @@ def to_transformers(config: ModelConfig, leaves: Mapping[str, Tensor]) -> dict[s
         name = row.hf.removeprefix(f"{family.base}.") if bare else row.hf
         parts = [leaves[path] for path in row.paths]
 
-        def read(dtype: Any = None, row: ModelResult = row, parts: list[Tensor] = parts) -> np.ndarray:
+        def read(dtype: Any = None, row: Row = row, parts: list[Tensor] = parts) -> np.ndarray:
             return row.join([part.read(dtype) for part in parts])
 
         tensors[name] = Tensor(row.shape([part.shape for part in parts]), parts[0].dtype, read, parts[0].place)
@@ -124,7 +124,7 @@ def from_transformers(config: ModelConfig, stored: Mapping[str, Tensor], where: 
     return Found(config, leaves, leftover)
 
 
-def _parts(row: ModelResult, tensor: Tensor, parameters: list[Parameter]) -> dict[str, Tensor]:
+def _parts(row: Row, tensor: Tensor, parameters: list[Parameter]) -> dict[str, Tensor]:
     widths = [p.shape[-1] for p in parameters]
 
     def reader(index: int):

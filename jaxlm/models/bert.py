@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.family import Family, Keys, ModelResult, linear, norm, read, refuse, table, write
+from jaxlm.models.family import Family, Keys, Row, linear, norm, read, refuse, table, write
 
 KEYS: Keys = {
     "vocab_size": ("vocab_size", 30522),
@@ -77,7 +77,7 @@ def roberta_to_hf(config: ModelConfig) -> dict[str, Any]:
     return write(config, ROBERTA_KEYS) | {"max_position_embeddings": config.max_positions + config.position_offset}
 
 
-def _body(base: str) -> list[ModelResult]:
+def _body(base: str) -> list[Row]:
     hf, own = f"{base}.encoder.layer.{{i}}", "layers_{i}"
     return [
         table(f"{base}.embeddings.word_embeddings", "embed/tokens"),
@@ -95,15 +95,15 @@ def _body(base: str) -> list[ModelResult]:
     ]
 
 
-def _masked_head(config: ModelConfig, hf: str, transform: str, normalization: str) -> list[ModelResult]:
+def _masked_head(config: ModelConfig, hf: str, transform: str, normalization: str) -> list[Row]:
     """An untied output has a bias of its own; transformers then keeps the tied one's too, and does not use it."""
     rows = [*linear(f"{hf}.{transform}", "head/transform"), *norm(f"{hf}.{normalization}", "head/norm")]
     if config.tie_embeddings:
-        return [*rows, ModelResult(f"{hf}.bias", ("head/output/bias",))]
-    return [*rows, *linear(f"{hf}.decoder", "head/output"), ModelResult(f"{hf}.bias", ("head/output/bias",), copy=True)]
+        return [*rows, Row(f"{hf}.bias", ("head/output/bias",))]
+    return [*rows, *linear(f"{hf}.decoder", "head/output"), Row(f"{hf}.bias", ("head/output/bias",), copy=True)]
 
 
-def names(config: ModelConfig) -> list[ModelResult]:
+def names(config: ModelConfig) -> list[Row]:
     rows = [*_body("bert"), *linear("bert.pooler.dense", "head/pooler")]
     if config.head == "masked":
         rows += _masked_head(config, "cls.predictions", "transform.dense", "transform.LayerNorm")
@@ -111,7 +111,7 @@ def names(config: ModelConfig) -> list[ModelResult]:
     return [*rows, *linear("classifier", "head/output")]
 
 
-def roberta_names(config: ModelConfig) -> list[ModelResult]:
+def roberta_names(config: ModelConfig) -> list[Row]:
     """The classifier of sequences has a tanh layer of its own in the place of BERT's pooler."""
     rows = _body("roberta")
     if config.head == "masked":

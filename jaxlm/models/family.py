@@ -15,7 +15,7 @@ class NotExpressible(ValueError):
     """transformers has no configuration for this model; the message says which field is in the way."""
 
 
-class ModelResult(NamedTuple):
+class Row(NamedTuple):
     """One tensor of a transformers checkpoint, and the arrays it holds.
 
     The arrays are laid side by side along their last dimension (GPT-2 keeps query, key and value in one matrix), and
@@ -34,7 +34,7 @@ class ModelResult(NamedTuple):
     transpose: bool = False
     copy: bool = False
 
-    def at(self, number: int) -> "ModelResult":
+    def at(self, number: int) -> "Row":
         """The row of one layer."""
         paths = tuple(path.replace("{i}", str(number)) for path in self.paths)
         return self._replace(hf=self.hf.replace("{i}", str(number)), paths=paths)
@@ -42,7 +42,7 @@ class ModelResult(NamedTuple):
     def join(self, parts: list[np.ndarray]) -> np.ndarray:
         """The stored tensor.
 
-        >>> ModelResult("w", ("a", "b")).join([np.zeros((2, 1)), np.zeros((2, 3))]).shape
+        >>> Row("w", ("a", "b")).join([np.zeros((2, 1)), np.zeros((2, 3))]).shape
         (2, 4)
         """
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
@@ -51,7 +51,7 @@ class ModelResult(NamedTuple):
     def part(self, whole: np.ndarray, index: int, widths: list[int]) -> np.ndarray:
         """Array number `index` of the stored tensor, given the last dimensions of all; a view.
 
-        >>> ModelResult("w", ("a", "b")).part(np.zeros((2, 4)), 1, [1, 3]).shape
+        >>> Row("w", ("a", "b")).part(np.zeros((2, 4)), 1, [1, 3]).shape
         (2, 3)
         """
         start = sum(widths[:index])
@@ -86,7 +86,7 @@ class Family(NamedTuple):
     base: str
     from_hf: Callable[[Mapping[str, Any]], dict[str, Any]]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
-    names: Callable[[ModelConfig], list[ModelResult]]
+    names: Callable[[ModelConfig], list[Row]]
     aliases: Mapping[str, str] = {}
     ignored: str = r".*position_ids"
     derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {}
@@ -96,21 +96,21 @@ class Family(NamedTuple):
 # Rows ---------------------------------------------------------------------------------------------------------------
 
 
-def linear(hf: str, path: str) -> Iterator[ModelResult]:
+def linear(hf: str, path: str) -> Iterator[Row]:
     """torch's Linear: `weight [out, in]` and, where the model has one, `bias`."""
-    yield ModelResult(f"{hf}.weight", (f"{path}/kernel",), transpose=True)
-    yield ModelResult(f"{hf}.bias", (f"{path}/bias",))
+    yield Row(f"{hf}.weight", (f"{path}/kernel",), transpose=True)
+    yield Row(f"{hf}.bias", (f"{path}/bias",))
 
 
-def table(hf: str, path: str) -> ModelResult:
+def table(hf: str, path: str) -> Row:
     """An embedding."""
-    return ModelResult(f"{hf}.weight", (f"{path}/embedding",))
+    return Row(f"{hf}.weight", (f"{path}/embedding",))
 
 
-def norm(hf: str, path: str) -> Iterator[ModelResult]:
+def norm(hf: str, path: str) -> Iterator[Row]:
     """LayerNorm, or without a bias RMSNorm."""
-    yield ModelResult(f"{hf}.weight", (f"{path}/scale",))
-    yield ModelResult(f"{hf}.bias", (f"{path}/bias",))
+    yield Row(f"{hf}.weight", (f"{path}/scale",))
+    yield Row(f"{hf}.bias", (f"{path}/bias",))
 
 
 # Configurations -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.family import Family, Keys, ModelResult, linear, norm, read, refuse, table, write
+from jaxlm.models.family import Family, Keys, Row, linear, norm, read, refuse, table, write
 
 KEYS: Keys = {
     "vocab_size": ("vocab_size", 50257),
@@ -38,14 +38,14 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     return write(config, KEYS) | {"embd_pdrop": config.dropout}
 
 
-def names(config: ModelConfig) -> list[ModelResult]:
+def names(config: ModelConfig) -> list[Row]:
     """GPT-2's Conv1D keeps kernels as `[in, out]`, and query, key and value in one."""
     hf, own = "transformer.h.{i}", "layers_{i}"
 
-    def conv(name: str, *paths: str) -> list[ModelResult]:
+    def conv(name: str, *paths: str) -> list[Row]:
         return [
-            ModelResult(f"{hf}.{name}.weight", tuple(f"{own}/{path}/kernel" for path in paths)),
-            ModelResult(f"{hf}.{name}.bias", tuple(f"{own}/{path}/bias" for path in paths)),
+            Row(f"{hf}.{name}.weight", tuple(f"{own}/{path}/kernel" for path in paths)),
+            Row(f"{hf}.{name}.bias", tuple(f"{own}/{path}/bias" for path in paths)),
         ]
 
     return [

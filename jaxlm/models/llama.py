@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxlm.core import checked, nearest
 from jaxlm.models.config import ModelConfig, check_field
-from jaxlm.models.family import Family, Keys, ModelResult, NotExpressible, linear, norm, read, refuse, table, write
+from jaxlm.models.family import Family, Keys, NotExpressible, Row, linear, norm, read, refuse, table, write
 from jaxlm.nn.layer import Rotary
 
 KEYS: Keys = {
@@ -197,7 +197,7 @@ def _layer_types(layers: int, first: int) -> list[str]:
     return ["full_attention"] * first + ["sliding_attention"] * (layers - first)
 
 
-def names(config: ModelConfig) -> list[ModelResult]:
+def names(config: ModelConfig) -> list[Row]:
     hf, own = "model.layers.{i}", "layers_{i}"
     return [
         table("model.embed_tokens", "embed/tokens"),

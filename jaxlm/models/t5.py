@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxlm.core import checked, lookup
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.family import ACTIVATIONS, Family, Keys, ModelResult, NotExpressible, linear, norm, read, table, write
+from jaxlm.models.family import ACTIVATIONS, Family, Keys, NotExpressible, Row, linear, norm, read, table, write
 
 KEYS: Keys = {
     "vocab_size": ("vocab_size", 32128),
@@ -60,12 +60,12 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def names(config: ModelConfig) -> list[ModelResult]:
-    def attention(hf: str, own: str) -> Iterator[ModelResult]:
+def names(config: ModelConfig) -> list[Row]:
+    def attention(hf: str, own: str) -> Iterator[Row]:
         for letter, name in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output")):
             yield from linear(f"{hf}.{letter}", f"{own}/{name}")
 
-    def stack(side: str, own: str) -> Iterator[ModelResult]:
+    def stack(side: str, own: str) -> Iterator[Row]:
         block, layer = f"{side}.block.{{i}}.layer", f"{own}layers_{{i}}"
         yield table(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{own}relative_positions")
         yield from norm(f"{block}.0.layer_norm", f"{layer}/attention_norm")

@@ -209,7 +209,7 @@ def trip_count(
 ) -> int | None:
     """How often a while loop runs, or `None`.
 
-    BatchPredictions from `known_trip_count` where the compiler left it, else from a condition `counter < constant`, for a counter
+    Read from `known_trip_count` where the compiler left it, else from a condition `counter < constant`, for a counter
     that steps by one, as that of a scan does; where the start cannot be seen it is taken to be 0.
     """
     known = re.search(r'known_trip_count[^\d}]*?"?n"?\D*?(\d+)', loop.attributes)

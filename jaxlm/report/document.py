@@ -1,7 +1,7 @@
 """The report: which model to ship, with every number and how it was measured.
 
 `write` leaves `report.json` (everything, raw rounds included), `report.md`, `report.html` (one file, no network),
-`pareto_plot.png` and `layer_plot.png`. `table` is the short form for the console.
+`pareto.png` and `layers.png`. `table` is the short form for the console.
 """
 
 import base64
@@ -121,7 +121,7 @@ def _quality_cells(row: ModelResult, rows: Mapping[str, ModelResult], outcome: i
     """Every measure of the task, the first with its difference from the reference, and the agreement."""
     task = next((r.held_out for r in rows.values() if r.held_out is not None), None)
     if task is None:
-        return [Cell("EvalSpec", NOT_MEASURED)]
+        return [Cell("Quality", NOT_MEASURED)]
     found, against = [], against_reference(row, rows)
     for i, measure in enumerate(task.measures):
         value = estimate(row.held_out.estimate(measure), measure) if row.held_out else NOT_MEASURED
@@ -243,10 +243,10 @@ def to_markdown(rows: Sequence[ModelResult], protocol: Mapping[str, Any], title:
         "",
         _md(verdict(rows, tolerance)),
         "",
-        "![EvalSpec, size and speed](pareto_plot.png)",
+        "![Quality, size and speed](pareto.png)",
         "",
     ]
-    lines += ["![What is left of every layer](layer_plot.png)", ""] if layer_plot.shown(rows) else []
+    lines += ["![What is left of every layer](layers.png)", ""] if layer_plot.shown(rows) else []
     lines += ["| Model | " + " | ".join(labels) + " |", "| :-- |" + " --: |" * len(labels)]
     for row in rows:
         entries = [_md(c.value) + (f"<br><sub>{_md(c.note)}</sub>" if c.note else "") for c in cells(row, named)]
@@ -353,7 +353,7 @@ def _html_model(row: ModelResult, rows: Mapping[str, ModelResult]) -> str:
 
 
 ALT = {
-    "pareto.png": "EvalSpec against size on disk and against tokens per second; the numbers are in the table below.",
+    "pareto.png": "Quality against size on disk and against tokens per second; the numbers are in the table below.",
     "layers.png": "Heads, FFN units, width, zeros and bits of every layer and model; the numbers are in report.json.",
 }
 

@@ -211,7 +211,7 @@ def _panel(
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     what, unit = ("size on disk", "B") if smaller_is_better else ("tokens per second, measured", "")
-    title = "EvalSpec against size" if smaller_is_better else "EvalSpec against speed"
+    title = "Quality against size" if smaller_is_better else "Quality against speed"
     axes.set_title(title, loc="left", color=theme.ink, fontsize=12, fontweight="bold", pad=10)
     axes.set_xlabel(what, fontsize=9.5, color=theme.faint)
     axes.set_ylabel(_what(measure), fontsize=9.5, color=theme.faint)

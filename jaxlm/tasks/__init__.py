@@ -18,4 +18,4 @@ TASKS: dict[str, Task] = {
     "token": token,
 }
 
-__all__ = ["TASKS", "Metric", "Prepared", "EvalSpec", "BatchPredictions", "Score", "Task"]
+__all__ = ["TASKS", "BatchPredictions", "EvalSpec", "Metric", "Prepared", "Score", "Task"]

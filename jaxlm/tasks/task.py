@@ -102,7 +102,7 @@ class EvalSpec(NamedTuple):
 
     Attributes:
       measures: the first is the quality that models are compared by, the others stand beside it.
-      pieces: `BatchPredictions -> {column: one number a piece}` of a batch; with a teacher also what the agreement adds up.
+      pieces: `BatchPredictions -> {column: one number a piece}`; with a teacher also what the agreement adds up.
       same: the column that is equal for all models that read the same data.
       read: `(outputs, batch) -> {name: array [rows, ...]}`, `predicted` among them, inside the compiled forward pass.
       agreement: measure of equal predictions.

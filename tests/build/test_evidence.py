@@ -82,19 +82,19 @@ def test_the_document_has_a_place_for_every_recipe(name):
 
 
 def test_tables_follow_from_the_reports_that_are_there(tmp_path):
-    document = tmp_path / "results.md"
-    document.write_text("before\n" + "".join(f"<!-- evidence: {n} -->\nold\n<!-- end: {n} -->\n" for n in RECIPES))
+    results = tmp_path / "results.md"
+    results.write_text("before\n" + "".join(f"<!-- evidence: {n} -->\nold\n<!-- end: {n} -->\n" for n in RECIPES))
     rows = rows_of(evidence.read(RECIPES["sst2"]).get_config())
     (tmp_path / "runs" / "sst2").mkdir(parents=True)
     said = dict.fromkeys(document.PROTOCOL, "made up")
     (tmp_path / "runs" / "sst2" / "report.json").write_text(document.to_json(rows, said, "T", 0.05))
-    claims = evidence.run(ROOT / "configs/evidence", tmp_path / "runs", document, "", "", only_tables=True)
-    text = document.read_text()
+    claims = evidence.run(ROOT / "configs/evidence", tmp_path / "runs", results, "", "", only_tables=True)
+    text = results.read_text()
     assert "| three layers: distilled minus undistilled | " in text and "| **no** |" in text
     assert "| student | 995 (795 non-embedding) | 3.95 kB (" in text and text.count("old") == len(RECIPES) - 1
     assert len(claims) == text.count("| yes |") + text.count("| **no** |")
-    assert evidence.run(ROOT / "configs/evidence", tmp_path / "runs", document, "", "", only_tables=True) == claims
-    assert document.read_text() == text
+    assert evidence.run(ROOT / "configs/evidence", tmp_path / "runs", results, "", "", only_tables=True) == claims
+    assert results.read_text() == text
 
 
 def test_claims_are_judged_by_their_middle_and_gains_by_their_interval():

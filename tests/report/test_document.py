@@ -48,7 +48,7 @@ def test_all_files_are_written_and_the_page_stands_alone(awkward, protocol, tmp_
         "pareto.png",
         "layers.png",
     }
-    assert "![EvalSpec, size and speed](pareto.png)" in (path.parent / "report.md").read_text()
+    assert "![Quality, size and speed](pareto.png)" in (path.parent / "report.md").read_text()
     page = Page(path.read_text())
     addresses = [value for _, a in page.tags for key, value in a.items() if key in ("src", "srcset", "href")]
     assert len(addresses) == 8

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxlm.data.sources import conll, csv_tsv, jsonl, python_library, text, tfds
 from jaxlm.data.sources.locations import nearest, split_place
-from jaxlm.data.sources.source import BadRow, BadRowError, ModelResult, Options, Reader, Record, Source, Unusable
+from jaxlm.data.sources.source import BadRow, BadRowError, Options, Reader, Record, Row, Source, Unusable
 
 READERS: dict[str, Reader] = {
     "conll": conll.rows,
@@ -63,4 +63,4 @@ def read(
     return source
 
 
-__all__ = ["READERS", "BadRow", "BadRowError", "Record", "ModelResult", "Source", "Unusable", "read"]
+__all__ = ["READERS", "BadRow", "BadRowError", "Record", "Row", "Source", "Unusable", "read"]

@@ -7,7 +7,7 @@ from itertools import chain
 
 from jaxlm.data.sources.csv_tsv import REST
 from jaxlm.data.sources.locations import Slice, find_files
-from jaxlm.data.sources.source import ModelResult, Options, Stream, lines, sliced
+from jaxlm.data.sources.source import Options, Row, Stream, lines, sliced
 
 _BLANKS = re.compile(r"[ \t]+")  # not str.split: a no-break space is part of a token
 _TAB = re.compile(r" *\t *")
@@ -85,7 +85,7 @@ def _split(line: str) -> list[str]:
     return (_TAB if "\t" in line else _BLANKS).split(line)
 
 
-def _sentences(file: str, names: tuple[str, ...] | None) -> Iterator[ModelResult]:
+def _sentences(file: str, names: tuple[str, ...] | None) -> Iterator[Row]:
     layout = _layout(file, -1 if names is None else names.index("tags"))
     sentence: list[list[str]] = []
     start, bad = 0, None
@@ -95,7 +95,7 @@ def _sentences(file: str, names: tuple[str, ...] | None) -> Iterator[ModelResult
             if bad:
                 yield bad
             elif sentence:
-                yield ModelResult(file, start, _record(sentence, names, layout))
+                yield Row(file, start, _record(sentence, names, layout))
             sentence, bad = [], None
             continue
         if layout.numbered and names is None:
@@ -111,18 +111,18 @@ def _sentences(file: str, names: tuple[str, ...] | None) -> Iterator[ModelResult
         bad = bad or _bad(file, number, sentence, names)
 
 
-def _bad(file: str, number: int, sentence: list[list[str]], names: tuple[str, ...] | None) -> ModelResult | None:
+def _bad(file: str, number: int, sentence: list[list[str]], names: tuple[str, ...] | None) -> Row | None:
     """What is wrong with the last line of a sentence."""
     columns, first = sentence[-1], sentence[0]
     if names is not None:
         wanted = len(names) - (names[-1] == REST)
         if len(columns) < wanted or (len(columns) > wanted and names[-1] != REST):
             named = ", ".join(names[:wanted])
-            return ModelResult(file, number, None, f"{len(columns)} columns, expected {wanted} ({named})")
+            return Row(file, number, None, f"{len(columns)} columns, expected {wanted} ({named})")
     elif len(columns) < 2:
-        return ModelResult(file, number, None, f"no tag behind the token {columns[0]!r}")
+        return Row(file, number, None, f"no tag behind the token {columns[0]!r}")
     elif len(columns) != len(first):
-        return ModelResult(file, number, None, f"{len(columns)} columns, the sentence's first line has {len(first)}")
+        return Row(file, number, None, f"{len(columns)} columns, the sentence's first line has {len(first)}")
     return None
 
 

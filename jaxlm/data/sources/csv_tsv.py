@@ -9,7 +9,7 @@ import csv
 from collections.abc import Iterator
 
 from jaxlm.data.sources.locations import Slice, find_files
-from jaxlm.data.sources.source import ModelResult, Options, Stream, lines, sliced, whole_lines
+from jaxlm.data.sources.source import Options, Row, Stream, lines, sliced, whole_lines
 
 REST = "..."  # as the last column name: further fields of a row are ignored
 
@@ -49,12 +49,12 @@ def _tsv_fields(file: str) -> Iterator[tuple[int, list[str] | str]]:
 def _rows(place: str, part: Slice, options: Options, fields_of) -> Stream:
     files = find_files(place)
 
-    def stream() -> Iterator[ModelResult]:
+    def stream() -> Iterator[Row]:
         for file in files:
             names = options.names
             for number, fields in fields_of(file):
                 if isinstance(fields, str):
-                    yield ModelResult(file, number, None, fields)
+                    yield Row(file, number, None, fields)
                 elif names is None:
                     names = tuple(fields)
                     if len(set(names)) < len(names):
@@ -68,9 +68,9 @@ def _rows(place: str, part: Slice, options: Options, fields_of) -> Stream:
     return sliced(stream, part)
 
 
-def _row(file: str, number: int, fields: list[str], names: tuple[str, ...]) -> ModelResult:
+def _row(file: str, number: int, fields: list[str], names: tuple[str, ...]) -> Row:
     open_ended = names[-1] == REST
     names = names[:-1] if open_ended else names
     if len(fields) < len(names) or (len(fields) > len(names) and not open_ended):
-        return ModelResult(file, number, None, f"{len(fields)} fields, expected {len(names)} ({', '.join(names)})")
-    return ModelResult(file, number, dict(zip(names, fields, strict=False)))
+        return Row(file, number, None, f"{len(fields)} fields, expected {len(names)} ({', '.join(names)})")
+    return Row(file, number, dict(zip(names, fields, strict=False)))

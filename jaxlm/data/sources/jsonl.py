@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxlm.data.sources.locations import Slice, find_files
-from jaxlm.data.sources.source import ModelResult, Options, Stream, lines, sliced
+from jaxlm.data.sources.source import Options, Row, Stream, lines, sliced
 
 
 def rows(place: str, part: Slice, options: Options) -> Stream:
@@ -15,7 +15,7 @@ def rows(place: str, part: Slice, options: Options) -> Stream:
     return sliced(lambda: (row for file in files for row in _rows(file)), part)
 
 
-def _rows(file: str) -> Iterator[ModelResult]:
+def _rows(file: str) -> Iterator[Row]:
     for number, line in enumerate(lines(file), start=1):
         if not line.strip():
             continue
@@ -24,22 +24,22 @@ def _rows(file: str) -> Iterator[ModelResult]:
             half = "\\u" in line and _is_half_a_character(value)
         except json.JSONDecodeError as error:
             hint = " (one JSON array over many lines? write one object a line)" if line.strip() in "[{" else ""
-            yield ModelResult(file, number, None, f"not JSON: {error.msg} at column {error.colno}{hint}")
+            yield Row(file, number, None, f"not JSON: {error.msg} at column {error.colno}{hint}")
             continue
         except RecursionError:
-            yield ModelResult(file, number, None, "JSON that is nested too deeply to be read")
+            yield Row(file, number, None, "JSON that is nested too deeply to be read")
             continue
         except ValueError:  # Python reads integers of at most so many digits
-            yield ModelResult(file, number, None, f"an integer of more than {sys.get_int_max_str_digits()} digits")
+            yield Row(file, number, None, f"an integer of more than {sys.get_int_max_str_digits()} digits")
             continue
         if not isinstance(value, dict):
-            yield ModelResult(file, number, None, f"a JSON {type(value).__name__}, not an object")
+            yield Row(file, number, None, f"a JSON {type(value).__name__}, not an object")
         elif isinstance(value, _Ambiguous):
-            yield ModelResult(file, number, None, f"the key {value.key!r} stands twice in the object")
+            yield Row(file, number, None, f"the key {value.key!r} stands twice in the object")
         elif half:
-            yield ModelResult(file, number, None, "a lone surrogate (half of a \\ud83d\\ude00 pair), which is no text")
+            yield Row(file, number, None, "a lone surrogate (half of a \\ud83d\\ude00 pair), which is no text")
         else:
-            yield ModelResult(file, number, value)
+            yield Row(file, number, value)
 
 
 class _Ambiguous(dict):

@@ -7,7 +7,7 @@ import tokenize
 from collections.abc import Iterator
 
 from jaxlm.data.sources.locations import Slice
-from jaxlm.data.sources.source import ModelResult, Options, Stream, sliced
+from jaxlm.data.sources.source import Options, Row, Stream, sliced
 
 # Tests repeat themselves, and the rest is not the library's own text.
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
@@ -50,9 +50,9 @@ def _modules(root: str) -> Iterator[tuple[str, str]]:
                 yield name.removesuffix(".__init__"), path
 
 
-def _row(name: str, file: str) -> ModelResult:
+def _row(name: str, file: str) -> Row:
     try:
         with tokenize.open(file) as handle:  # honours a coding line
-            return ModelResult(file, 1, {"text": handle.read(), "name": name})
+            return Row(file, 1, {"text": handle.read(), "name": name})
     except (SyntaxError, UnicodeDecodeError) as error:
-        return ModelResult(file, 1, None, f"not readable as Python source: {error}")
+        return Row(file, 1, None, f"not readable as Python source: {error}")

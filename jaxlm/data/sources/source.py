@@ -13,7 +13,7 @@ Record = dict[str, Any]
 T = TypeVar("T")
 
 
-class ModelResult(NamedTuple):
+class Row(NamedTuple):
     """One row with its origin; ``record`` is None where the row is bad, and ``reason`` says why."""
 
     file: str
@@ -53,7 +53,7 @@ class Options:
     documents: str = "file"
 
 
-Stream = Callable[[], Iterator[ModelResult]]  # called again for every pass
+Stream = Callable[[], Iterator[Row]]  # called again for every pass
 Reader = Callable[[str, Slice, Options], Stream]
 
 
@@ -80,7 +80,7 @@ class Source:
     def __iter__(self) -> Iterator[Record]:
         return (row.record for row in self.located() if row.record is not None)
 
-    def located(self) -> Iterator[ModelResult]:
+    def located(self) -> Iterator[Row]:
         """Good rows together with their file and line, for a reader that may ``reject`` some of them."""
         self._rows, self._bad = None, []
         rows = 0
@@ -130,14 +130,14 @@ class Source:
         bad = f": all {len(self._bad)} are bad, the first at {self._bad[0]}" if self._bad else ""
         return ValueError(f"{self.place!r} ({self.format}) holds no usable row{bad}")
 
-    def reject(self, row: ModelResult, reason: str) -> None:
+    def reject(self, row: Row, reason: str) -> None:
         """Marks a row as bad: raises BadRowError under "stop", else counts it. For rows that only a task can judge."""
         bad = BadRow(row.file, row.line, reason)
         if self._stop:
             raise BadRowError(bad)
         self._bad.append(bad)
 
-    def _select(self, row: ModelResult) -> ModelResult:
+    def _select(self, row: Row) -> Row:
         assert self._rename is not None and row.record is not None
         missing = [name for name in self._rename.values() if name not in row.record]
         if missing:
@@ -171,7 +171,7 @@ def sliced(stream: Stream, part: Slice) -> Stream:
 
     count = functools.cache(lambda: sum(1 for _ in stream()))
 
-    def rows() -> Iterator[ModelResult]:
+    def rows() -> Iterator[Row]:
         if part.needs_count:
             return itertools.islice(stream(), *part.bounds(count()))
         return itertools.islice(stream(), int(part.start or 0), None if part.stop is None else int(part.stop))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from jaxlm.data.sources.locations import Slice, find_files, nearest
-from jaxlm.data.sources.source import ModelResult, Options, Stream, lines, not_utf8, open_bytes, sliced, whole_lines
+from jaxlm.data.sources.source import Options, Row, Stream, lines, not_utf8, open_bytes, sliced, whole_lines
 
 DOCUMENTS = ("file", "line", "paragraph")
 
@@ -34,7 +34,7 @@ def _whole(file: str) -> str:
         raise not_utf8(file, content.count(b"\n", 0, error.start) + 1, error) from None
 
 
-def _cut(files: list[str], part: Slice) -> Iterator[ModelResult]:
+def _cut(files: list[str], part: Slice) -> Iterator[Row]:
     sizes = [0] * len(files) if part.whole else [len(_whole(file)) for file in files]
     start, stop = part.bounds(sum(sizes))
     before = 0
@@ -44,17 +44,17 @@ def _cut(files: list[str], part: Slice) -> Iterator[ModelResult]:
             first = max(start - before, 0)
             taken = text if part.whole else text[first : stop - before]
             if taken:
-                yield ModelResult(file, text.count("\n", 0, first) + 1, {"text": taken})
+                yield Row(file, text.count("\n", 0, first) + 1, {"text": taken})
         before += size
 
 
-def _lines(file: str) -> Iterator[ModelResult]:
+def _lines(file: str) -> Iterator[Row]:
     for number, line in enumerate(lines(file), start=1):
         if line.strip():
-            yield ModelResult(file, number, {"text": line})
+            yield Row(file, number, {"text": line})
 
 
-def _paragraphs(file: str) -> Iterator[ModelResult]:
+def _paragraphs(file: str) -> Iterator[Row]:
     start, paragraph = 1, ""
     for number, line in enumerate(chain(whole_lines(file), [""]), start=1):
         if line.strip(" \t\r\n"):  # a form feed is text
@@ -63,5 +63,5 @@ def _paragraphs(file: str) -> Iterator[ModelResult]:
         text = paragraph.lstrip()
         if text:
             skipped = paragraph.count("\n", 0, len(paragraph) - len(text))
-            yield ModelResult(file, start + skipped, {"text": text.rstrip()})
+            yield Row(file, start + skipped, {"text": text.rstrip()})
         start, paragraph = number + 1, ""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxlm.data.sources.locations import Slice, nearest
-from jaxlm.data.sources.source import ModelResult, Options, Stream
+from jaxlm.data.sources.source import Options, Row, Stream
 
 READABLE = ("array_record", "parquet")  # tfrecord needs TensorFlow
 
@@ -28,14 +28,14 @@ def rows(place: str, part: Slice, options: Options) -> Stream:
     features = builder.info.features
     start, stop = part.bounds(len(examples), rounding=round)
 
-    def stream() -> Iterator[ModelResult]:
+    def stream() -> Iterator[Row]:
         for index in range(start, stop):
             try:
                 record = {key: _plain(features[key], value) for key, value in examples[index].items()}
             except UnicodeDecodeError as error:
-                yield ModelResult(f"{name}:{split}", index + 1, None, f"bytes that are not UTF-8: {error.reason}")
+                yield Row(f"{name}:{split}", index + 1, None, f"bytes that are not UTF-8: {error.reason}")
                 continue
-            yield ModelResult(f"{name}:{split}", index + 1, record)
+            yield Row(f"{name}:{split}", index + 1, record)
 
     return stream
 
