@@ -24,7 +24,7 @@ test-full: $(VENV)/.installed-dev reference  ## the tests, with every pair of me
 	JAXLM_FULL=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 evidence: $(VENV)/.installed  ## the measurements of docs/results.md: 90 minutes on 2 cores, finished ones are skipped
-	$(RUN) experiments/evidence.py --data=$(DATA) --encoder=$(ENCODER) --workdir=runs/evidence
+	$(RUN) experiments/reproduce.py --data=$(DATA) --encoder=$(ENCODER) --workdir=runs/evidence
 
 bench: $(VENV)/.installed-dev reference  ## jaxlm beside torch + transformers, in turn on the same cores
 	$(RUN) bench/run.py

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from step import timed
 from turns import machine
 
-from jaxlm.build.command import large_pages
+from jaxlm.runner.cli import large_pages
 
 
 class Taken(NamedTuple):
@@ -35,9 +35,9 @@ def take(layers: int, length: int, tokens: int, width: int, steps: int) -> Taken
     import jax
     import jax.numpy as jnp
 
-    from jaxlm.build.config import default_config
-    from jaxlm.build.outline import outline
     from jaxlm.parallel import make_mesh
+    from jaxlm.runner.config import default_config
+    from jaxlm.runner.dry_run import outline
     from jaxlm.train.step import dropout_key
 
     config = default_config()

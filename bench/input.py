@@ -117,8 +117,8 @@ def trained(task: str, corpus: Path, tokenizer: Path) -> dict[str, float]:
     """Trains the task's tokenizer on a corpus and saves it."""
     import transformers  # noqa: F401  (a tokenizer is wrapped in its class)
 
-    from jaxlm.build.data import tokenizer_for
     from jaxlm.data.settings import DataSettings
+    from jaxlm.runner.data import tokenizer_for
     from jaxlm.tasks import TASKS
 
     settings = DataSettings(format="jsonl", train=str(corpus), tokenizer=TOKENIZERS[task])

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from turns import KINDS, SIDES, ModelResult, in_turn, kind, machine, peak_bytes, program, resident_bytes, table
 
-from jaxlm.build.command import large_pages
+from jaxlm.runner.cli import large_pages
 
 LAYERS, WIDTH, HEADS, FFN, VOCAB = 6, 384, 12, 1536, 30522
 
@@ -93,12 +93,12 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     import jax
     import numpy as np
 
-    from jaxlm.build.blueprint import blueprint
     from jaxlm.core import Adapted, Method, arrays
     from jaxlm.methods.quantize.round_to_nearest import quantize
     from jaxlm.models import model_config
     from jaxlm.models.network import Network
     from jaxlm.parallel import make_mesh, make_rules, shard_tree
+    from jaxlm.runner.sharded_step import blueprint
     from jaxlm.tasks import TASKS
     from jaxlm.train.aot_compile import compiled
     from jaxlm.train.settings import TrainSettings

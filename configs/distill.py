@@ -8,7 +8,7 @@ The teacher is a directory that configs/finetune/sequence.py left, of six layers
 Result on SST-2, one seed: test accuracy 87.9 with three layers (the teacher, of six, 88.9).
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 
 def get_config(teacher: str = "runs/sequence/model"):

@@ -9,7 +9,7 @@ and 7,000 sentences.
 Result on SST-2, one seed: test accuracy 88.3 (the whole model 88.9), 72.0 MB instead of 90.9.
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 
 def get_config(model: str = "runs/sequence/model"):

@@ -11,7 +11,7 @@ Measured: in two steps 1.960 bits per byte, at once 1.953, the whole 1.975, 2.9 
 was trained as briefly as this one has enough to spare, and steps win nothing.
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 TEACHER = {"steps": 550, "checkpoint_every": 100}
 RECOVER = {"steps": 150, "learning_rate": 1e-3, "checkpoint_every": 50}

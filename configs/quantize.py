@@ -9,7 +9,7 @@ The model is a directory that configs/finetune/sequence.py left. Without any tra
 Result on SST-2, one seed: test accuracy 88.5 (in floats 88.9), 23.6 MB instead of 90.9.
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 
 def get_config(model: str = "runs/sequence/model"):

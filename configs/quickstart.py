@@ -8,7 +8,7 @@ Result, against the teacher's 1.975 bits per byte, 8.01 MB and 59.8 thousand tok
 the teacher, still at 1.973, and 1.84 times as fast.
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 TEACHER = {"steps": 550, "checkpoint_every": 100}
 STUDENT = {"steps": 200, "checkpoint_every": 50}

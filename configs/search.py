@@ -9,7 +9,7 @@ and 7,000 sentences.
 Not measured yet.
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 
 def get_config(model: str = "runs/sequence/model"):

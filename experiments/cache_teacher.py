@@ -10,7 +10,7 @@ Training with the same data finds the directory and does not ask again; where th
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.build.command import run
+from jaxlm.runner.cli import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
 flags.mark_flags_as_required(["config"])
@@ -19,8 +19,8 @@ flags.mark_flags_as_required(["config"])
 def main() -> None:
     import jax
 
-    from jaxlm.build.program import start
-    from jaxlm.build.teachers import cache_teachers
+    from jaxlm.runner.start import start
+    from jaxlm.runner.teachers import cache_teachers
 
     start()
     for cache in cache_teachers(CONFIG.value):

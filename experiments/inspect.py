@@ -20,7 +20,7 @@ else:
     from absl import flags
     from ml_collections import config_flags
 
-    from jaxlm.build.command import run
+    from jaxlm.runner.cli import run
 
     CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
     DEVICES = flags.DEFINE_integer("devices", 0, "Pretend to have so many devices; 0: those that are here.")
@@ -37,9 +37,9 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from jaxlm.build.outline import outline
     from jaxlm.core import arrays, describe
     from jaxlm.parallel import make_mesh
+    from jaxlm.runner.dry_run import outline
     from jaxlm.train.optimizer import decays
     from jaxlm.train.settings import TrainSettings
 

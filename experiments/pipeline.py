@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.build.command import run
+from jaxlm.runner.cli import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config() and stages.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where stages and report live.")
@@ -19,8 +19,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-    from jaxlm.build import pipeline
-    from jaxlm.build.program import start
+    from jaxlm.runner import pipeline
+    from jaxlm.runner.start import start
 
     start()
     pipeline.run(CONFIG.value, Path(WORKDIR.value))

@@ -18,7 +18,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.build.command import run
+from jaxlm.runner.cli import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Generation and shape of the slice: v5e:4x4, v5p:4x4x8, v6e:4x4.")
@@ -26,8 +26,8 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def main() -> None:
-    from jaxlm.build.outline import lower_step
     from jaxlm.parallel.plan import plan
+    from jaxlm.runner.dry_run import lower_step
 
     try:
         found = plan(lambda mesh: lower_step(CONFIG.value, mesh), TOPOLOGY.value, CONFIG.value.mesh)

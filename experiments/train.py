@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.build.command import run
+from jaxlm.runner.cli import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.")
@@ -22,8 +22,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
     import jax
 
-    from jaxlm.build import stage
-    from jaxlm.build.program import start
+    from jaxlm.runner import stage
+    from jaxlm.runner.start import start
 
     start()
     result = stage.run(CONFIG.value, Path(WORKDIR.value))

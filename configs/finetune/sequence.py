@@ -8,7 +8,7 @@ Result on SST-2, all-MiniLM-L6-v2, two epochs (--config.train.epochs=2): test ac
 torch + transformers 88.4 ± 1.0 (docs/results.md).
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 
 def get_config():

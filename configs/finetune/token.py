@@ -9,7 +9,7 @@ Result on WNUT-17, all-MiniLM-L6-v2: entity F1 42.2 ± 0.5 on test, mean of thre
 settings 40.2 ± 1.9 (docs/results.md).
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 
 def get_config():

@@ -10,7 +10,7 @@ base: 110M parameters, the original's sizes. Any text: --config.data.format=json
 With --config.task=next_sentence a second head learns whether two passages follow each other, as in the original.
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 SIZES = {
     "tiny": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "max_positions": 128},

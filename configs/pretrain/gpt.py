@@ -12,7 +12,7 @@ small: 110M parameters, the original's sizes with a vocabulary of 32,000. Any te
     --config.mesh.fsdp=8 --config.mesh.tensor=2); not trained by us, but compiled for them (docs/results.md).
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 SIZES = {
     "characters": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "max_positions": 64},

@@ -10,7 +10,7 @@ tiny: 2.4M parameters, grouped queries, on the text of Python's standard library
 7b-lora: the same body, frozen, with LoRA on every product of its layers; set --config.model.init to a model directory.
 """
 
-from jaxlm.build.config import default_config
+from jaxlm.runner.config import default_config
 
 TARGETS = r"layers_\d+/.*/kernel"
 SIZES = {

@@ -19,11 +19,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxlm.build import registry, stage
-from jaxlm.build.config import default_config, plain
-from jaxlm.build.lessons import distillation
-from jaxlm.build.pipeline import stage_config
-from jaxlm.build.setting import fresh_config
 from jaxlm.core import arrays, chain, with_arrays
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
@@ -32,6 +27,11 @@ from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
 from jaxlm.parallel import make_mesh, make_rules, pad_vocab, shardings, ways
+from jaxlm.runner import registry, stage
+from jaxlm.runner.config import default_config, plain
+from jaxlm.runner.distillation import distillation
+from jaxlm.runner.pipeline import stage_config
+from jaxlm.runner.run_setup import fresh_config
 from jaxlm.tasks import TASKS
 from jaxlm.train.settings import TrainSettings
 

@@ -20,9 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.build import registry
-from jaxlm.build.blueprint import blueprint
-from jaxlm.build.lessons import distillation
 from jaxlm.core import Adapted, Gate, Method, arrays, chain, flatten, map_leaves, materialize
 from jaxlm.methods.calibration import Calibration
 from jaxlm.methods.distill.teacher import Teacher
@@ -30,6 +27,9 @@ from jaxlm.models import model_config
 from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import make_mesh, make_rules
+from jaxlm.runner import registry
+from jaxlm.runner.distillation import distillation
+from jaxlm.runner.sharded_step import blueprint
 from jaxlm.tasks import TASKS
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState, dropout_key

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.build import registry
-from jaxlm.build.lessons import distillation
 from jaxlm.core import (
     Context,
     Loss,
@@ -38,6 +36,8 @@ from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
+from jaxlm.runner import registry
+from jaxlm.runner.distillation import distillation
 from jaxlm.train.gradient import accumulate, gradient
 from jaxlm.train.optimizer import optimizer
 from jaxlm.train.settings import TrainSettings

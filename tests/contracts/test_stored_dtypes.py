@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.build import registry
-from jaxlm.build.blueprint import blueprint
 from jaxlm.core import Adapted, Weight, arrays, canonical_path, chain, describe, flatten, unflatten
 from jaxlm.io.pretrained import LM
 from jaxlm.methods.peft.lora import lora
@@ -21,6 +19,8 @@ from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import make_mesh, make_rules, shard_tree
+from jaxlm.runner import registry
+from jaxlm.runner.sharded_step import blueprint
 from jaxlm.tasks import TASKS
 from jaxlm.train.aot_compile import compiled
 from jaxlm.train.settings import TrainSettings

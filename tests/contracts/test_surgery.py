@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.build import registry
 from jaxlm.core import arrays, describe, flatten, unflatten
 from jaxlm.io.pretrained import LM
 from jaxlm.methods.calibration import KERNELS, Calibration
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
+from jaxlm.runner import registry
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}

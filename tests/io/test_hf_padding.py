@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.build import registry
 from jaxlm.core import Gate, flatten, map_leaves
 from jaxlm.io.model_directory import PADDED
 from jaxlm.methods.prune.structured.gates import open_gates, prune
 from jaxlm.methods.prune.structured.shrink import shrink
 from jaxlm.methods.quantize.round_to_nearest import quantize
 from jaxlm.models.network import Network
+from jaxlm.runner import registry
 
 PRUNED = {
     "bert": {"heads": (0.5, 0.25), "ffn": (0.5, 0.25)},

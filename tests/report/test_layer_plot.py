@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 
 import jaxlm
-from jaxlm.build import registry
 from jaxlm.core import Masked, map_leaves
 from jaxlm.evaluate.layer_stats import anatomy
 from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
 from jaxlm.report.layer_plot import draw, shown
+from jaxlm.runner import registry
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from scipy.special import log_softmax
 
 import jaxlm
-from jaxlm.build import setting, stage
-from jaxlm.build.config import default_config
 from jaxlm.parallel import make_mesh
+from jaxlm.runner import run_setup, stage
+from jaxlm.runner.config import default_config
 
 WORDS = ("cat", "sat", "mat", "dog", "ran", "hill", "we", "saw", "red", "bird", "sing", "tree", "water", "Anna", "Rome")
 FAMILY = {"causal": "gpt2", "seq2seq": "t5", "denoising": "t5"}
@@ -61,16 +61,16 @@ def recipe(task: str, files: Path) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def done(files, tmp_path_factory):
-    """`done(task)`: the setting, the model and the result of its run of two steps."""
+    """`done(task)`: the run_setup, the model and the result of its run of two steps."""
     runs: dict = {}
 
     def get(task: str):
         if task not in runs:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(setting, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
+                patch.setattr(run_setup, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
                 config, workdir = recipe(task, files), tmp_path_factory.mktemp(task)
                 result = stage.run(config, workdir)
-                runs[task] = setting.set_up(config), jaxlm.load(workdir / "model"), result
+                runs[task] = run_setup.set_up(config), jaxlm.load(workdir / "model"), result
         return runs[task]
 
     return get
@@ -206,10 +206,10 @@ def test_every_example_counts_once_on_eight_devices(done, files):
     made, lm, result = done("sequence")
     config = recipe("sequence", files)
     config.train.batch_size = 8
-    many = setting.set_up(config)
+    many = run_setup.set_up(config)
     assert many.mesh.size == 8
-    evaluate = setting.split_evaluator(many, made.model, "eval")
-    score = evaluate(setting.on_mesh(many, made.model, made.model.run_view(lm.params), lm.axes))
+    evaluate = run_setup.split_evaluator(many, made.model, "eval")
+    score = evaluate(run_setup.on_mesh(many, made.model, made.model.run_view(lm.params), lm.axes))
     assert score.metrics == pytest.approx(result["metrics"]["eval"], rel=1e-5)
     assert "11" in score.report.splitlines()[-1].split()
 
@@ -219,9 +219,9 @@ def test_unknown_labels_of_an_evaluation_are_bad_rows(files, tmp_path):
     config = recipe("sequence", files)
     config.data.eval = str(tmp_path / "eval.jsonl")
     with pytest.raises(ValueError, match=r"eval\.jsonl:1: label 'q' is not among the classes \(a, b, z\)"):
-        setting.set_up(config)
+        run_setup.set_up(config)
     config.data.bad_rows = "skip"
     said: list[str] = []
-    made = setting.set_up(config, say=said.append)
+    made = run_setup.set_up(config, say=said.append)
     assert len(made.splits["eval"].examples) == 1
     assert any("label 'q'" in line for line in said)

@@ -101,7 +101,7 @@ def test_only_what_is_tapped_leaves_the_scan():
     deep = Network(
         MODELS["bert"].config.replace(num_layers=6, num_heads=(4,) * 6, num_kv_heads=(4,) * 6, ffn_size=(12,) * 6)
     )
-    from jaxlm.build.blueprint import tap_breaks
+    from jaxlm.runner.sharded_step import tap_breaks
 
     lesson = lesson_of(MODELS["bert"], 0, hidden=0.0, attention=0.0)
     taps = lesson.plan(6).taps(side=0)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.build import registry
 from jaxlm.core import Factored, flatten, materialize, unflatten
 from jaxlm.evaluate.cost import parameters
 from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
 from jaxlm.parallel import pad_vocab
+from jaxlm.runner import registry
 
 TABLE = "embed/tokens/embedding"
 BATCH = {"input_ids": np.random.default_rng(0).integers(0, 37, (2, 6))}

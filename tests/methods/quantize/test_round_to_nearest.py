@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.build import registry
 from jaxlm.core import LSQ, Quantized, Scheme, arrays, flatten, map_leaves, materialize
 from jaxlm.evaluate.cost import bytes_by_dtype, bytes_on_disk
 from jaxlm.methods.prune.structured.gates import open_gates
@@ -18,6 +17,7 @@ from jaxlm.methods.quantize.formats import stored_bytes
 from jaxlm.methods.quantize.mixed_precision import Choice, allocate
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
+from jaxlm.runner import registry
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 48}
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.build import registry
 from jaxlm.core import FakeQuant, LowRank, Masked, Quantized, Scored
 from jaxlm.io.checkpoint import Checkpoints
 from jaxlm.methods.prune.schedule import cubic, overdue
 from jaxlm.methods.prune.unstructured.masking import Plan, layer_paths
+from jaxlm.runner import registry
 from jaxlm.train.checkpointing import flatten, unflatten
 
 

@@ -1,0 +1,124 @@
+"""Evidence: every pipeline under configs/evidence, and the tables of a document that follow from their reports."""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxlm.evaluate.comparison import ModelResult, by_name
+from jaxlm.report import document
+from jaxlm.report.acceptance import Criterion, Evidence
+from jaxlm.report.document import cells
+from jaxlm.runner import pipeline
+from jaxlm.runner.config import plain
+
+DATA, ENCODER = "DATA", "ENCODER"
+"""What recipes of evidence write for the folder of public data and for the directory of the pretrained encoder."""
+
+
+def recipes(folder: Path) -> dict[str, Path]:
+    """The runs, in order of name: files with `get_config()`, and `claims(evidence)` on its report."""
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def read(path: Path) -> ModuleType:
+    """A recipe as a module."""
+    spec = importlib.util.spec_from_file_location(f"evidence_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def located(config: ConfigDict, data: str, encoder: str) -> ConfigDict:
+    """The config with the folder of data and the encoder in the place of their names."""
+
+    def put(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: put(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return tuple(put(item) for item in value)
+        if value == ENCODER:
+            return encoder
+        return data + value[len(DATA) :] if isinstance(value, str) and value.startswith(f"{DATA}/") else value
+
+    found = config.copy_and_resolve_references()
+    for name, value in plain(config.data).items():
+        if isinstance(value, str):
+            found.data[name] = put(value)
+    found.model.init, found.stages = put(config.model.init), put(plain(config.stages))
+    return found
+
+
+def table(rows: Sequence[ModelResult]) -> str:
+    """Every model in short, in Markdown: the report's columns, each with what it is against the reference."""
+    named = by_name(rows)
+    shown = ("Parameters", "Size on disk", "Tokens/s in batches", "Latency at batch 1")
+    labels = [cell.label for cell in cells(rows[0], named)]
+    quality = [labels[labels.index("Latency at batch 1") + 1], labels[labels.index("Peak memory") - 1]]
+    lines = [f"| model | {' | '.join((*shown, *quality))} |", "|---|" + "---|" * (len(shown) + len(quality))]
+    for row in rows:
+        found = {cell.label: cell for cell in cells(row, named)}
+        entries = [
+            found[label].value + (f" ({found[label].note})" if found[label].note else "")
+            for label in (*shown, *quality)
+        ]
+        lines.append(f"| {row.name} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
+def verdicts(claims: Sequence[Criterion]) -> str:
+    """What was wanted and what was measured, in Markdown."""
+    lines = ["| what | measured | wanted | reached |", "|---|---|---|---|"]
+    said = {True: "yes", False: "**no**", None: "open"}
+    lines += [f"| {c.what} | {c.measured} | {c.wanted} | {said[c.reached]} |" for c in claims]
+    return "\n".join(lines)
+
+
+def rewritten(text: str, name: str, content: str) -> str:
+    """A document with new content between `<!-- evidence: name -->` and `<!-- end: name -->`.
+
+    Raises:
+      ValueError: where the markers are not there.
+
+    >>> rewritten("a\\n<!-- evidence: x -->\\nold\\n<!-- end: x -->\\nb", "x", "new").splitlines()
+    ['a', '<!-- evidence: x -->', 'new', '<!-- end: x -->', 'b']
+    """
+    first, last = f"<!-- evidence: {name} -->", f"<!-- end: {name} -->"
+    pattern = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"the document has no place for {name}: lines with {first} and {last}")
+    return pattern.sub(lambda _: f"{first}\n{content}\n{last}", text, count=1)
+
+
+def run(
+    folder: Path, workdir: Path, results: Path, data: str, encoder: str, only_tables: bool = False
+) -> list[Criterion]:
+    """Runs what is not finished, and rewrites the tables of a document after every recipe.
+
+    Args:
+      folder: of the recipes; workdir: of their pipelines, one folder each; results: the document with the tables.
+      data: folder of public data; encoder: directory of the pretrained encoder.
+      only_tables: nothing is run; tables follow from the reports that are there.
+
+    Returns:
+      every claim of every report.
+    """
+    found: list[Criterion] = []
+    for name, path in recipes(folder).items():
+        recipe = read(path)
+        if only_tables:
+            if not (workdir / name / "report.json").exists():
+                continue
+            rows = document.read(workdir / name / "report.json")
+        else:
+            rows = pipeline.run(located(recipe.get_config(), data, encoder), workdir / name)
+        claims = recipe.claims(Evidence(rows))
+        content = f"{verdicts(claims)}\n\n{table(rows)}"
+        results.write_text(rewritten(results.read_text(encoding="utf-8"), name, content), encoding="utf-8")
+        found += claims
+    return found

@@ -1,0 +1,78 @@
+"""Eight devices give what one gives, whatever the mesh, and whatever mesh a run goes on with."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.core import arrays
+from jaxlm.runner import stage, trainer
+from jaxlm.runner.run_setup import set_up
+from jaxlm.train.checkpointing import Progress
+from jaxlm.train.metric_writer import MetricWriter, read_lines
+
+FSDP_TENSOR = {"data": 1, "fsdp": 2, "tensor": 4}
+
+
+def losses(workdir) -> dict:
+    return {(line["step"], line["split"]): line["loss"] for line in read_lines(workdir / "metrics.jsonl")}
+
+
+@pytest.fixture
+def on(recipe, devices):
+    """`on(mesh, workdir, **train)`: runs on a mesh, one device without; the directory."""
+
+    def run(mesh, workdir, **train):
+        config = recipe(**train)
+        if mesh:
+            config.mesh.update(mesh)
+        devices(8 if mesh else 1)
+        stage.run(config, workdir)
+        return workdir
+
+    return run
+
+
+def test_losses_and_gradients_equal_those_of_one_device(on, tmp_path):
+    # Plain gradient descent at rate 1: parameters differ after two steps by what their gradients differ.
+    descent = {"optimizer": "sgd", "b1": 0.0, "clip": 0.0, "learning_rate": 1.0, "schedule": "constant", "steps": 2}
+    options = descent | {"log_every": 1, "eval_every": 1, "grad_accum": 2}
+    one, many = (on(m, tmp_path / name, **options) for m, name in ((None, "one"), (FSDP_TENSOR, "many")))
+    assert losses(many) == pytest.approx(losses(one), abs=1e-5)
+    before, after = (arrays(jaxlm.load(workdir / "model").params) for workdir in (one, many))
+    vocabulary = json.loads((many / "model/config.json").read_text())["vocab_size"]
+    assert vocabulary % 4  # so it was padded, and stripped
+    assert {n: a.shape for n, a in after.items()} == {n: a.shape for n, a in before.items()}
+    for name, array in before.items():
+        np.testing.assert_allclose(after[name], array, rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_a_run_goes_on_on_another_mesh(on, tmp_path, cut_at):
+    whole = on(None, tmp_path / "whole")
+    cut_at(6)
+    with pytest.raises(ConnectionAbortedError):
+        on(FSDP_TENSOR, tmp_path / "moved")
+    cut_at(None)
+    moved = on(None, tmp_path / "moved")
+    assert losses(moved) == pytest.approx(losses(whole), abs=1e-5)
+    result, moved_result = (json.loads((d / "result.json").read_text())["metrics"] for d in (whole, moved))
+    assert moved_result["eval"] == pytest.approx(result["eval"], rel=1e-5)
+
+
+def test_checkpoints_hold_no_padding(on, recipe, tmp_path, devices):
+    """A state of eight devices on one device, and of one on eight: array by array the same numbers."""
+    devices(8)
+    config = recipe()
+    config.mesh.update(FSDP_TENSOR)
+    many = trainer.assemble(set_up(config), tmp_path, MetricWriter(tmp_path, "run"))
+    run, state = many.run, many.state
+    table = state.params["embed"]["tokens"]["embedding"]
+    assert table.shape[0] % 4 == 0 and run.stores.shapes.params["embed"]["tokens"]["embedding"].shape[0] % 4
+    run.stores.save(3, state, Progress(steps=3))
+    again, progress = run.stores.resume(state, run.shardings)
+    assert progress == Progress(steps=3)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert jax.tree.map(lambda a: a.sharding, again) == jax.tree.map(lambda a: a.sharding, state)
+    run.stores.close()
