@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence test test-full bench bench-smoke plan-env python reference clean
+.PHONY: help demo reproduce test test-full bench bench-smoke plan-env python reference clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,8 +23,8 @@ test: $(VENV)/.installed-dev reference  ## lint, formatting, types and tests
 test-full: $(VENV)/.installed-dev reference  ## the tests, with every pair of methods and 10,000 damaged model files and not samples of them
 	JAXLM_FULL=1 $(RUN) -m pytest -n 2 --dist worksteal
 
-evidence: $(VENV)/.installed  ## the measurements of docs/results.md: 90 minutes on 2 cores, finished ones are skipped
-	$(RUN) experiments/reproduce.py --data=$(DATA) --encoder=$(ENCODER) --workdir=runs/evidence
+reproduce: $(VENV)/.installed  ## the measurements of docs/results.md: 90 minutes on 2 cores, finished ones are skipped
+	$(RUN) experiments/reproduce.py --data=$(DATA) --encoder=$(ENCODER) --workdir=runs/reproduce
 
 bench: $(VENV)/.installed-dev reference  ## jaxlm beside torch + transformers, in turn on the same cores
 	$(RUN) bench/run.py

@@ -1,22 +1,22 @@
-"""Evidence on a language model: a well-trained GPT over characters, its weights made sparse and rounded in every way.
+"""Results on a language model: a well-trained GPT over characters, its weights made sparse and rounded in every way.
 
-    python experiments/pipeline.py --config=configs/reproduce/gpt.py --workdir=runs/evidence/gpt \\
+    python experiments/pipeline.py --config=configs/reproduce/gpt.py --workdir=runs/reproduce/gpt \\
         --config.data.train='DATA/tinyshakespeare/input.txt[:90%]' \\
         --config.data.eval='DATA/tinyshakespeare/input.txt[90%:]'
 
-`make evidence` runs this and its neighbours. Methods that read text are calibrated on the training part. Hardware: two
+`make reproduce` runs this and its neighbours. Methods that read text are calibrated on the training part. Hardware: two
 CPU cores.
 Measured with its neighbours (docs/results.md).
 """
 
-from jaxlm.report.acceptance import Criterion, Evidence, at_least, at_most, positive
+from jaxlm.report.acceptance import Criterion, Results, at_least, at_most, positive
 from jaxlm.runner.config import default_config
 
 KERNELS = r".*layers_\d+/.*/kernel"
 AFTER = {"after": "dense", "reference": "dense"}
 SHORT = {"steps": 600, "learning_rate": 2e-4}
 PRUNING = {"sparsity": 0.8, "begin": 0, "end": 400, "every": 20}
-TABLE = "runs/evidence/latency.json"
+TABLE = "runs/reproduce/latency.json"
 HALF = {"name": "prune", "ffn": 0.5}
 SMALL = {"name": "prune", "heads": 0.5, "ffn": 0.5}
 LEARN = {"name": "distill", "teacher": "dense", "alpha": 0.7, "temperature": 2.0, "hidden": 1.0}
@@ -176,18 +176,18 @@ def get_config():
     return config
 
 
-def claims(found: Evidence) -> list[Criterion]:
+def criteria(results: Results) -> list[Criterion]:
     lower = "lower in bits per byte than"
     return [
-        at_most("int8 weights: perplexity, more", found.rise("int8-weights", "dense", "perplexity"), 0.01, "%"),
-        at_most("int8 weights and inputs: perplexity, more", found.rise("int8", "dense", "perplexity"), 0.01, "%"),
-        at_most("int8: file, of the float32 file", found.bytes("int8", "dense"), 0.30, "%"),
-        positive(f"50%: Wanda {lower} magnitude", found.gain("wanda", "magnitude")),
-        positive(f"50%: SparseGPT {lower} magnitude", found.gain("sparsegpt", "magnitude")),
-        positive(f"2:4: SparseGPT {lower} magnitude", found.gain("sparsegpt-2-4", "magnitude-2-4")),
-        positive(f"2:4: SparseGPT {lower} Wanda", found.gain("sparsegpt-2-4", "wanda-2-4")),
-        positive(f"4 bits: GPTQ {lower} nearest", found.gain("gptq", "int4")),
-        positive(f"3 bits: GPTQ {lower} nearest", found.gain("gptq-int3", "int3")),
-        at_least("4 bits: training wins back of the loss", found.recovered("qat", "int4", "longer"), 0.5, "%"),
-        at_least("gates for half of the layers' time: times as fast", found.speed("gates-timed", "dense"), 1.6, "×"),
+        at_most("int8 weights: perplexity, more", results.rise("int8-weights", "dense", "perplexity"), 0.01, "%"),
+        at_most("int8 weights and inputs: perplexity, more", results.rise("int8", "dense", "perplexity"), 0.01, "%"),
+        at_most("int8: file, of the float32 file", results.bytes("int8", "dense"), 0.30, "%"),
+        positive(f"50%: Wanda {lower} magnitude", results.gain("wanda", "magnitude")),
+        positive(f"50%: SparseGPT {lower} magnitude", results.gain("sparsegpt", "magnitude")),
+        positive(f"2:4: SparseGPT {lower} magnitude", results.gain("sparsegpt-2-4", "magnitude-2-4")),
+        positive(f"2:4: SparseGPT {lower} Wanda", results.gain("sparsegpt-2-4", "wanda-2-4")),
+        positive(f"4 bits: GPTQ {lower} nearest", results.gain("gptq", "int4")),
+        positive(f"3 bits: GPTQ {lower} nearest", results.gain("gptq-int3", "int3")),
+        at_least("4 bits: share of the drop that training recovers", results.recovered("qat", "int4", "longer"), 0.5, "%"),
+        at_least("gates for half of the layers' time: times as fast", results.speed("gates-timed", "dense"), 1.6, "×"),
     ]

@@ -1,15 +1,15 @@
-"""Evidence on WNUT-17: a fine-tuned encoder that finds entities, its smaller students, and the whole chain.
+"""Results on WNUT-17: a fine-tuned encoder that finds entities, its smaller students, and the whole chain.
 
-    python experiments/pipeline.py --config=configs/reproduce/wnut.py --workdir=runs/evidence/wnut \\
+    python experiments/pipeline.py --config=configs/reproduce/wnut.py --workdir=runs/reproduce/wnut \\
         --config.model.init=ENCODER --config.data.train=DATA/wnut17/wnut17train.conll \\
         --config.data.eval=DATA/wnut17/emerging.dev.conll --config.data.test=DATA/wnut17/emerging.test.annotated
 
-`make evidence` runs this and its neighbours. ENCODER is the directory of all-MiniLM-L6-v2, 6 layers and 22.7 million
+`make reproduce` runs this and its neighbours. ENCODER is the directory of all-MiniLM-L6-v2, 6 layers and 22.7 million
 parameters; the stage student-more names sentences of STS-B under DATA too. Hardware: two CPU cores.
 Measured with its neighbours (docs/results.md).
 """
 
-from jaxlm.report.acceptance import Criterion, Evidence, at_least, at_most, positive
+from jaxlm.report.acceptance import Criterion, Results, at_least, at_most, positive
 from jaxlm.runner.config import default_config
 
 LEARN = {"name": "distill", "teacher": "teacher", "alpha": 0.7, "temperature": 2.0, "hidden": 1.0}
@@ -114,19 +114,19 @@ def get_config():
     return config
 
 
-def claims(found: Evidence) -> list[Criterion]:
+def criteria(results: Results) -> list[Criterion]:
     return [
-        found.won_back(
-            "half of heads and FFN: distillation wins back of what is lost without",
+        results.recovers(
+            "half of heads and FFN: share of the drop that distillation recovers",
             "half",
             "half-alone",
             "teacher",
             0.5,
         ),
-        positive("three layers: distilled minus undistilled", found.gain("student", "student-alone"), "points"),
-        at_least("three layers: share of the teacher's score", found.share("student", "teacher"), 0.96, "%"),
-        at_most("three layers: non-embedding parameters", found.parameters("student", "teacher"), 0.505, "%"),
-        at_least("chain: times smaller", 1 / found.bytes("chain", "teacher"), 3.0, "×"),
-        at_least("chain: times as fast", found.speed("chain", "teacher"), 2.5, "×"),
-        at_least("chain: share of the teacher's score", found.share("chain", "teacher"), 0.97, "%"),
+        positive("three layers: distilled minus undistilled", results.gain("student", "student-alone"), "points"),
+        at_least("three layers: share of the teacher's score", results.share("student", "teacher"), 0.96, "%"),
+        at_most("three layers: non-embedding parameters", results.parameters("student", "teacher"), 0.505, "%"),
+        at_least("chain: times smaller", 1 / results.bytes("chain", "teacher"), 3.0, "×"),
+        at_least("chain: times as fast", results.speed("chain", "teacher"), 2.5, "×"),
+        at_least("chain: share of the teacher's score", results.share("chain", "teacher"), 0.97, "%"),
     ]

@@ -1,4 +1,4 @@
-"""Claims: what was asked of compression, what was measured, and whether that is enough."""
+"""Acceptance criteria: what was asked of compression, what was measured, and whether that is enough."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,31 +13,30 @@ Value = Estimate | Ratio | float
 
 
 class Criterion(NamedTuple):
-    """One line of a table: what, how much, how much was wanted, and whether that was reached; `None` where it cannot be
-    said."""
+    """One line of a table: what, how much, the target, and whether it was passed; `None` where it cannot be said."""
 
     what: str
     measured: str
-    wanted: str
-    reached: bool | None
+    target: str
+    passed: bool | None
 
 
 def at_least(what: str, value: Value, bar: float, unit: str = "") -> Criterion:
-    """A claim that a value is large enough.
+    """A criterion that a value is large enough.
 
     >>> at_least("agreement", Estimate(0.994, 0.003), 0.99, "%")
-    Criterion(what='agreement', measured='99.4 ± 0.3%', wanted='≥ 99%', reached=True)
+    Criterion(what='agreement', measured='99.4 ± 0.3%', target='≥ 99%', passed=True)
     """
     return Criterion(what, written(value, unit), f"≥ {_bar(bar, unit)}", _middle(value) >= bar)
 
 
 def at_most(what: str, value: Value, bar: float, unit: str = "") -> Criterion:
-    """A claim that a value is small enough."""
+    """A criterion that a value is small enough."""
     return Criterion(what, written(value, unit), f"≤ {_bar(bar, unit)}", _middle(value) <= bar)
 
 
 def positive(what: str, value: Estimate, unit: str = "") -> Criterion:
-    """A claim that a difference lies above zero with its whole interval."""
+    """A criterion that a difference lies above zero with its whole interval."""
     return Criterion(what, written(value, unit), "interval above 0", value.value > (value.error or 0.0))
 
 
@@ -63,7 +62,7 @@ def _middle(value: Value) -> float:
     return value.median if isinstance(value, Ratio) else value.value
 
 
-class Evidence:
+class Results:
     """The models of a report by name, and what one may ask of them."""
 
     def __init__(self, rows: Sequence[ModelResult]):
@@ -101,12 +100,12 @@ class Evidence:
         return combine(lambda a, b: a / b - 1, self.held_out(name), self.held_out(over), measure=chosen)
 
     def recovered(self, name: str, control: str, of: str) -> Estimate:
-        """`(q - q_control) / (q_of - q_control)`: how much of what the control lost is won back."""
+        """`(q - q_control) / (q_of - q_control)`: how much of what the control lost is recovered."""
         models = (self.held_out(each) for each in (name, control, of))
         return combine(lambda a, b, c: (a - b) / (c - b), *models)
 
-    def won_back(self, what: str, name: str, control: str, of: str, bar: float) -> Criterion:
-        """A claim that enough of what the control lost is won back.
+    def recovers(self, what: str, name: str, control: str, of: str, bar: float) -> Criterion:
+        """A criterion that enough of what the control lost is recovered.
 
         Where the control's interval reaches what it is compared with, no loss is shown, and no share of it can be.
         """

@@ -1,4 +1,4 @@
-"""Evidence: every pipeline under configs/evidence, and the tables of a document that follow from their reports."""
+"""Reproduction: every pipeline under configs/reproduce, and the tables of a document that follow from their reports."""
 
 import importlib.util
 import re
@@ -11,23 +11,23 @@ from ml_collections import ConfigDict
 
 from jaxlm.evaluate.comparison import ModelResult, by_name
 from jaxlm.report import document
-from jaxlm.report.acceptance import Criterion, Evidence
+from jaxlm.report.acceptance import Criterion, Results
 from jaxlm.report.document import cells
 from jaxlm.runner import pipeline
 from jaxlm.runner.config import plain
 
 DATA, ENCODER = "DATA", "ENCODER"
-"""What recipes of evidence write for the folder of public data and for the directory of the pretrained encoder."""
+"""What these recipes write for the folder of public data and for the directory of the pretrained encoder."""
 
 
 def recipes(folder: Path) -> dict[str, Path]:
-    """The runs, in order of name: files with `get_config()`, and `claims(evidence)` on its report."""
+    """The runs, in order of name: files with `get_config()`, and `criteria(results)` on its report."""
     return {path.stem: path for path in sorted(folder.glob("*.py"))}
 
 
 def read(path: Path) -> ModuleType:
     """A recipe as a module."""
-    spec = importlib.util.spec_from_file_location(f"evidence_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"reproduce_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -71,24 +71,24 @@ def table(rows: Sequence[ModelResult]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(claims: Sequence[Criterion]) -> str:
-    """What was wanted and what was measured, in Markdown."""
-    lines = ["| what | measured | wanted | reached |", "|---|---|---|---|"]
+def criteria_table(criteria: Sequence[Criterion]) -> str:
+    """What was measured, and the targets, in Markdown."""
+    lines = ["| what | measured | target | passed |", "|---|---|---|---|"]
     said = {True: "yes", False: "**no**", None: "open"}
-    lines += [f"| {c.what} | {c.measured} | {c.wanted} | {said[c.reached]} |" for c in claims]
+    lines += [f"| {c.what} | {c.measured} | {c.target} | {said[c.passed]} |" for c in criteria]
     return "\n".join(lines)
 
 
 def rewritten(text: str, name: str, content: str) -> str:
-    """A document with new content between `<!-- evidence: name -->` and `<!-- end: name -->`.
+    """A document with new content between `<!-- reproduce: name -->` and `<!-- end: name -->`.
 
     Raises:
       ValueError: where the markers are not there.
 
-    >>> rewritten("a\\n<!-- evidence: x -->\\nold\\n<!-- end: x -->\\nb", "x", "new").splitlines()
-    ['a', '<!-- evidence: x -->', 'new', '<!-- end: x -->', 'b']
+    >>> rewritten("a\\n<!-- reproduce: x -->\\nold\\n<!-- end: x -->\\nb", "x", "new").splitlines()
+    ['a', '<!-- reproduce: x -->', 'new', '<!-- end: x -->', 'b']
     """
-    first, last = f"<!-- evidence: {name} -->", f"<!-- end: {name} -->"
+    first, last = f"<!-- reproduce: {name} -->", f"<!-- end: {name} -->"
     pattern = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"the document has no place for {name}: lines with {first} and {last}")
@@ -106,7 +106,7 @@ def run(
       only_tables: nothing is run; tables follow from the reports that are there.
 
     Returns:
-      every claim of every report.
+      every criterion of every report.
     """
     found: list[Criterion] = []
     for name, path in recipes(folder).items():
@@ -117,8 +117,8 @@ def run(
             rows = document.read(workdir / name / "report.json")
         else:
             rows = pipeline.run(located(recipe.get_config(), data, encoder), workdir / name)
-        claims = recipe.claims(Evidence(rows))
-        content = f"{verdicts(claims)}\n\n{table(rows)}"
+        criteria = recipe.criteria(Results(rows))
+        content = f"{criteria_table(criteria)}\n\n{table(rows)}"
         results.write_text(rewritten(results.read_text(encoding="utf-8"), name, content), encoding="utf-8")
-        found += claims
+        found += criteria
     return found

@@ -275,13 +275,13 @@ def cut_off(workdir: Path) -> None:
     shutil.rmtree(workdir / "checkpoints" / "2")
 
 
-# The many stages of evidence are of the kinds that the other recipes have one of each; `make test-full` runs them all.
+# The many stages under reproduce/ are of kinds that the other recipes have one of each; `make test-full` runs all.
 @pytest.mark.parametrize(
     "recipe",
     [
         Recipe(path, None)
         for path in dict.fromkeys(r.path for r in recipes())
-        if path.parent.name != "evidence" or os.environ.get("JAXLM_FULL")
+        if path.parent.name != "reproduce" or os.environ.get("JAXLM_FULL")
     ],
     ids=str,
 )
