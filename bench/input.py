@@ -118,7 +118,7 @@ def trained(task: str, corpus: Path, tokenizer: Path) -> dict[str, float]:
     import transformers  # noqa: F401  (a tokenizer is wrapped in its class)
 
     from jaxlm.data.settings import DataSettings
-    from jaxlm.runner.data import tokenizer_for
+    from jaxlm.runner.run_setup import tokenizer_for
     from jaxlm.tasks import TASKS
 
     settings = DataSettings(format="jsonl", train=str(corpus), tokenizer=TOKENIZERS[task])

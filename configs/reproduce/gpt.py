@@ -188,6 +188,6 @@ def criteria(results: Results) -> list[Criterion]:
         positive(f"2:4: SparseGPT {lower} Wanda", results.gain("sparsegpt-2-4", "wanda-2-4")),
         positive(f"4 bits: GPTQ {lower} nearest", results.gain("gptq", "int4")),
         positive(f"3 bits: GPTQ {lower} nearest", results.gain("gptq-int3", "int3")),
-        at_least("4 bits: share of the drop that training recovers", results.recovered("qat", "int4", "longer"), 0.5, "%"),
+        at_least("4 bits: share of the drop that QAT recovers", results.recovered("qat", "int4", "longer"), 0.5, "%"),
         at_least("gates for half of the layers' time: times as fast", results.speed("gates-timed", "dense"), 1.6, "×"),
     ]

@@ -1,5 +1,8 @@
-"""Values as JSON can hold them: Python's own writer would put down a bare NaN, which no other reader takes."""
+"""Values as JSON can hold them (Python's own writer would put down a bare NaN, which no other reader takes), and
+their hash."""
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -22,3 +25,8 @@ def strict(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -6,11 +6,13 @@ Training is deterministic: the same texts give the same vocabulary with the same
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from jaxlm.data.sources import Source
 from jaxlm.data.sources.locations import nearest
 
 if TYPE_CHECKING:
@@ -19,6 +21,23 @@ if TYPE_CHECKING:
 TRAINED = ("bpe", "wordpiece", "character")
 END = "<|endoftext|>"
 _BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Every text of every record, whatever its columns, read anew on every pass: what a tokenizer is trained on."""
+
+    source: Source
+
+    def __iter__(self) -> Iterator[str]:
+        for record in self.source:
+            for name in ("text", "text_pair", "source", "target"):
+                if isinstance(record.get(name), str):  # of a bad row a task says so
+                    yield record[name]
+            words = record.get("tokens")
+            if isinstance(words, list):
+                # as words are encoded, every one after a space
+                yield " " + " ".join(word for word in words if isinstance(word, str))
 
 
 def load_tokenizer(spec: str, texts: Iterable[str] | None = None, *, sentinels: int = 0) -> "PreTrainedTokenizerFast":

@@ -1,1 +1,1 @@
-"""What a model costs and what it is worth: counting, timing, comparing, reporting."""
+"""What a model costs and what it is worth: counting, timing, evaluating, comparing."""

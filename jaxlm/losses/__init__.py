@@ -1,1 +1,1 @@
-"""Losses as sums with weights: cross-entropy, and everything that a student may learn from teachers."""
+"""Losses as sums with weights: cross-entropy, and how far a student is from its teacher."""

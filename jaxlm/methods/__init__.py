@@ -1,1 +1,1 @@
-"""Methods that make a model smaller: masks, structured pruning, quantization."""
+"""Methods, a folder a kind: peers never import each other, each may import core, losses and data."""

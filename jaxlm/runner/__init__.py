@@ -1,1 +1,1 @@
-"""From a config to objects: models, data, methods, and the stages that run them."""
+"""From a config to objects and runs: set-up, stages, pipelines, searches."""

@@ -9,8 +9,8 @@ from jaxlm.data.packing import counted
 from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.methods.calibration import Calibration
 from jaxlm.models.config import ModelConfig
-from jaxlm.runner.data import batches_of, prepare
 from jaxlm.tasks import Task
+from jaxlm.tasks.encode import batches_of, prepare
 
 MASKS = ("attention_mask", "segment_ids", "decoder_attention_mask", "decoder_segment_ids")
 

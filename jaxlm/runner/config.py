@@ -1,8 +1,6 @@
 """The default config, derived from the functions that read it, and its way back to plain values."""
 
 import dataclasses
-import hashlib
-import json
 import types
 import typing
 from collections.abc import Mapping
@@ -115,8 +113,3 @@ def plain(config: Any) -> Any:
 def set_fields(section: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a section that are not `None`."""
     return {key: value for key, value in section.items() if value is not None}
-
-
-def digest(value: Any) -> str:
-    """sha256 of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

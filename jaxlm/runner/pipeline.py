@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxlm.core import lookup
+from jaxlm.core.strict_json import digest
 from jaxlm.data.settings import DataSettings
+from jaxlm.evaluate.benchmark import Candidate, Trial, compare_models, protocol
 from jaxlm.evaluate.comparison import ModelResult
 from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.io.pretrained import load
@@ -19,8 +21,7 @@ from jaxlm.report import document
 from jaxlm.runner import stage
 from jaxlm.runner.artifacts import PLACEMENT, data_contents
 from jaxlm.runner.code_version import code_version
-from jaxlm.runner.comparison import Candidate, Trial, compare_models, protocol
-from jaxlm.runner.config import default_config, digest, overlay, plain
+from jaxlm.runner.config import default_config, overlay, plain
 from jaxlm.runner.distillation import teacher_places, teachers_in
 from jaxlm.tasks import TASKS
 

@@ -5,29 +5,30 @@ import functools
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.core import Axes, Context, Operated, Tree, lookup
-from jaxlm.data.ragged import Ragged
 from jaxlm.data.settings import CalibrationSettings, DataSettings
-from jaxlm.data.tokenizer import padding_id
+from jaxlm.data.tokenizer import Texts, load_tokenizer
+from jaxlm.evaluate.evaluator import evaluator
 from jaxlm.io.carried import for_tokenizer
+from jaxlm.io.model_directory import check_files
 from jaxlm.io.pretrained import LM, load
 from jaxlm.methods.calibration import Calibration
 from jaxlm.models import FAMILIES, model_config
-from jaxlm.models.config import ModelConfig
 from jaxlm.models.network import Network
 from jaxlm.parallel import make_mesh, make_rules, pad_vocab, place, shard_tree, shardings, ways
+from jaxlm.parallel.batches import to_devices
 from jaxlm.runner import registry
 from jaxlm.runner.calibration_data import read_calibration
 from jaxlm.runner.config import plain, set_fields
-from jaxlm.runner.data import Texts, prepare_splits, to_devices, tokenizer_for
-from jaxlm.runner.evaluation import evaluator
 from jaxlm.runner.labels import classes
 from jaxlm.tasks import TASKS, Prepared, Task
+from jaxlm.tasks.encode import check_fit, check_types, prepare_splits
 from jaxlm.train.settings import TrainSettings
 
 
@@ -107,41 +108,20 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
     )
 
 
-def check_fit(config: ModelConfig, tokenizer: Any, data: DataSettings) -> None:
-    """Raises ValueError when rows of tokens would reach beyond the model's tables (a lookup would not notice)."""
-    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size}
-    if beyond:
-        largest = max(beyond)
-        raise ValueError(
-            f"the tokenizer has {len(beyond)} tokens beyond the {config.vocab_size} rows of the model's table, the "
-            f"last {beyond[largest]!r} with the id {largest}: use the model's own tokenizer (config.data.tokenizer), "
-            f"take the tokens out of it, or for a fresh model set a larger config.model.vocab_size"
-        )
-    start = config.decoder_start_token_id
-    if start is not None and start >= config.vocab_size:
-        raise ValueError(f"decoder_start_token_id {start} is beyond the {config.vocab_size} rows of the model's table")
-    if config.position_offset and padding_id(tokenizer) != config.pad_token_id:
-        raise ValueError(
-            f"the tokenizer pads with {padding_id(tokenizer)}, the model counts its positions over tokens that are not "
-            f"{config.pad_token_id}; use the model's own tokenizer, or set its pad_token to that token"
-        )
-    if config.max_positions and data.max_length > config.max_positions:
-        raise ValueError(
-            f"config.data.max_length = {data.max_length}, but the model has {config.max_positions} positions; "
-            f"shorten the rows, or for a fresh model raise config.model.max_positions"
-        )
-
-
-def check_types(config: ModelConfig, splits: Mapping[str, Prepared]) -> None:
-    """Raises ValueError for token types beyond the model's table of them."""
-    for split, prepared in splits.items():
-        types = prepared.examples.columns.get("token_type_ids")
-        largest = int(types.values.max(initial=0)) if isinstance(types, Ragged) else 0
-        if config.type_vocab_size and largest >= config.type_vocab_size:
+def tokenizer_for(settings: DataSettings, task: Task, own: Any) -> Any:
+    """The tokenizer that the config names, or trained on the training split, or the model's `own`."""
+    if not settings.tokenizer:
+        if own is None:
             raise ValueError(
-                f"config.data.{split}: the tokenizer gives pairs the token type {largest}, the model knows "
-                f"{config.type_vocab_size} (type_vocab_size); use the model's own tokenizer"
+                "no tokenizer: set config.data.tokenizer (a directory, a hub id, bpe:SIZE, wordpiece:SIZE, character), "
+                "or config.model.init to a model directory that has one"
             )
+        return own
+    if Path(settings.tokenizer).is_dir():
+        check_files(Path(settings.tokenizer))
+    trained = settings.tokenizer.partition(":")[0] in ("bpe", "wordpiece", "character")
+    texts = Texts(settings.source("train")) if trained else None
+    return load_tokenizer(settings.tokenizer, texts, sentinels=task.sentinels)
 
 
 def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Array, say=print) -> LM:

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from jaxlm.core import lookup, nearest
 from jaxlm.data.settings import DataSettings
+from jaxlm.evaluate.benchmark import Candidate, Trial, compare_models
 from jaxlm.evaluate.comparison import ModelResult, compare
 from jaxlm.evaluate.settings import COSTS, ReportSettings, SearchSettings
 from jaxlm.report import document, pareto_plot
 from jaxlm.runner import registry, stage
-from jaxlm.runner.comparison import Candidate, Trial, compare_models
 from jaxlm.runner.config import default_config, plain
 from jaxlm.runner.pipeline import candidate, check_stages, run_stages, write_report
 

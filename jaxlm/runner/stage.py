@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental.multihost_utils import process_allgather
 
 from jaxlm.core import Axes, Tree, lookup
 from jaxlm.core.cpu import fast_bfloat16, here
@@ -22,6 +21,7 @@ from jaxlm.methods.merge.average import average
 from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import unpad_vocab
+from jaxlm.parallel.batches import gather_to_host
 from jaxlm.runner.artifacts import (
     params_sha256,
     peak_memory,
@@ -160,16 +160,11 @@ def averaged(models: Sequence[Trained]) -> Trained:
 def finished(setting: Setting, ready: TrainerInputs, state: TrainState) -> Trained:
     """The model in a state: canonical view, without vocabulary padding, baked unless the config says not to."""
     method = ready.method
-    params, method_state = on_host((method.eval_params(state.params, state.method), state.method))
+    params, method_state = gather_to_host((method.eval_params(state.params, state.method), state.method))
     params = canonical_view(unpad_vocab(params, ready.axes, setting.model.config.vocab_size))
     if not setting.config["bake"]:
         return Trained(setting.model, params, ready.axes)
     return Trained(*method.bake(setting.model, params, ready.axes, method_state))
-
-
-def on_host(tree: Any) -> Any:
-    """Arrays whole on this process, where they lie on the devices of several."""
-    return jax.tree.map(lambda a: a if a.is_fully_addressable else process_allgather(a, tiled=True), tree)
 
 
 def measure(setting: Setting, trained: Trained, workdir: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxlm.core import Method, Tree, call
+from jaxlm.core.strict_json import digest
 from jaxlm.data.loader import Batches
 from jaxlm.generate.decoding import check_sampling, generate
 from jaxlm.io.pretrained import LM, end_ids, load
@@ -19,14 +20,13 @@ from jaxlm.methods.distill.on_policy import on_policy
 from jaxlm.methods.distill.teacher import CachedTeacher, Lesson, Teacher
 from jaxlm.methods.distill.teacher_cache import Cache, CacheSettings, Layout, write_cache
 from jaxlm.models.network import Network
+from jaxlm.parallel.batches import gather_to_host, to_devices
 from jaxlm.runner import registry
 from jaxlm.runner.artifacts import params_sha256
-from jaxlm.runner.config import digest
-from jaxlm.runner.data import batches_of, to_devices
 from jaxlm.runner.distillation import distillation, has_teachers
-from jaxlm.runner.evaluation import everywhere
 from jaxlm.runner.run_setup import Setting, on_mesh, operate, set_up
 from jaxlm.runner.sharded_step import tap_breaks
+from jaxlm.tasks.encode import batches_of
 
 
 class DistillationLosses(NamedTuple):
@@ -172,7 +172,7 @@ class TeacherPool:
             return top_answers(logits[..., : layout.classes], layout.top_k, layout.temperatures)
 
         def answer(batch: dict[str, Any]) -> dict[str, Any]:
-            return {name: everywhere(value) for name, value in ask(params, to_device(batch)[1]).items()}
+            return gather_to_host(ask(params, to_device(batch)[1]))
 
         self.say(f"{place}: asking the teacher for its {layout.top_k} best answers, in {self.steps} steps")
         made_for = {

@@ -15,8 +15,8 @@ from jaxlm.core import (
 from jaxlm.data.prefetch import prefetch
 from jaxlm.io.checkpoint import Checkpoints
 from jaxlm.parallel import shard_tree, unpad_vocab
+from jaxlm.parallel.batches import batch_shapes, to_devices
 from jaxlm.runner import registry
-from jaxlm.runner.data import batch_shapes, to_devices
 from jaxlm.runner.run_setup import Setting, split_evaluator
 from jaxlm.runner.sharded_step import ShardedStep, blueprint
 from jaxlm.runner.teachers import losses_of, training_batches

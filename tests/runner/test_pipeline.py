@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.evaluate.benchmark import Answers
 from jaxlm.runner import registry
-from jaxlm.runner.comparison import Answers
 from jaxlm.runner.config import default_config, overlay
 from jaxlm.runner.pipeline import fingerprint, run, stage_config
 

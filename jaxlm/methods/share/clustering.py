@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import Axes, Clustered, Masked, Tree, Weight, flatten, map_leaves, matches
-from jaxlm.methods.prune.unstructured.masking import KERNELS
+from jaxlm.methods.calibration import KERNELS
 
 MOST = 256
 ROUNDS = 100

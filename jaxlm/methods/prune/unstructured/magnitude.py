@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import Axes, Masked, Method, Tree, materialize
-from jaxlm.methods.prune.unstructured.masking import KERNELS, Plan, Share, by_score, prune_at_once, pruning
+from jaxlm.methods.calibration import KERNELS
+from jaxlm.methods.prune.unstructured.masking import Plan, Share, by_score, prune_at_once, pruning
 
 
 def size(leaf: Masked) -> jax.Array:

@@ -42,7 +42,6 @@ from jaxlm.methods.prune.unstructured.patterns import (
     parse_pattern,
 )
 
-KERNELS = r".*layers_\d+/.*/kernel"
 Share = float | Sequence[tuple[str, float]] | None
 
 

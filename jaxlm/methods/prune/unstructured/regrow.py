@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import Masked, Method
+from jaxlm.methods.calibration import KERNELS
 from jaxlm.methods.prune.schedule import cubic
-from jaxlm.methods.prune.unstructured.masking import KERNELS, Candidate, Plan, Share, by_layer, pruning
+from jaxlm.methods.prune.unstructured.masking import Candidate, Plan, Share, by_layer, pruning
 from jaxlm.methods.prune.unstructured.patterns import arrange, dropped, ranks, restore
 
 

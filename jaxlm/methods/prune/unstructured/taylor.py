@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import Method
-from jaxlm.methods.prune.unstructured.masking import KERNELS, Plan, Share, by_score, pruning
+from jaxlm.methods.calibration import KERNELS
+from jaxlm.methods.prune.unstructured.masking import Plan, Share, by_score, pruning
 
 
 def taylor(

@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxlm.core import Context, Term, Tree
 from jaxlm.data.settings import DataSettings
 from jaxlm.models.network import Network
-from jaxlm.runner.data import batches_of
+from jaxlm.parallel.batches import gather_to_host
 from jaxlm.tasks import Prepared, Score, Task
+from jaxlm.tasks.encode import batches_of
 from jaxlm.tasks.task import stacked
 
 
@@ -56,7 +56,7 @@ def evaluator(
             terms.append(measured)
             real = slice(None) if rows is None else rows >= 0
             for name, value in predicted.items():
-                predictions.setdefault(name, []).append(everywhere(value)[real])
+                predictions.setdefault(name, []).append(np.asarray(gather_to_host(value))[real])
         arrays = {name: stacked(parts) for name, parts in predictions.items()}
         return task.score(_sums(jax.device_get(terms)), arrays, model.config.labels, prepared.facts)
 
@@ -70,10 +70,3 @@ def _sums(terms: list[dict[str, Term]]) -> dict[str, Term]:
         return np.sum([getattr(part[name], field) for part in terms], dtype=np.float64)
 
     return {name: Term(add(name, "sum"), add(name, "weight"), term.coefficient) for name, term in terms[0].items()}
-
-
-def everywhere(value: jax.Array) -> np.ndarray:
-    """All rows, those on other hosts too."""
-    if value.is_fully_addressable:
-        return np.asarray(value)
-    return np.asarray(multihost_utils.process_allgather(value, tiled=True))

@@ -28,9 +28,9 @@ from jaxlm.evaluate.timing import Timing, interleaved, machine, versions
 from jaxlm.generate.decoding import generate
 from jaxlm.io.pretrained import LM, load
 from jaxlm.models.network import Network
-from jaxlm.runner.data import batches_of, prepare, token_count
-from jaxlm.runner.run_setup import check_fit
+from jaxlm.parallel.batches import token_count
 from jaxlm.tasks import TASKS, BatchPredictions, Prepared, Task
+from jaxlm.tasks.encode import batches_of, check_fit, prepare
 
 READ_BY_MODELS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
 """What a timed forward pass gets of a batch; packed rows are timed as full rows of one text."""

@@ -6,11 +6,11 @@ import pytest
 
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.evaluate.benchmark import NEW_TOKENS, Loaded, Trial, prompt_ids, write_sample
 from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.io.pretrained import LM
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
-from jaxlm.runner.comparison import NEW_TOKENS, Loaded, Trial, prompt_ids, write_sample
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 

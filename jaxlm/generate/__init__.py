@@ -1,0 +1,1 @@
+"""Generation: decoding with a cache, and how a token is chosen."""

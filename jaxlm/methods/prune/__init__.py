@@ -1,0 +1,1 @@
+"""Pruning: single weights, whole structures, rows of the vocabulary."""

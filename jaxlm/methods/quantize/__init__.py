@@ -1,0 +1,1 @@
+"""Quantization: number formats, rounding after training and in training."""

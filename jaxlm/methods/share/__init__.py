@@ -1,0 +1,1 @@
+"""Sharing: one set of values or of layers for several places."""
