@@ -99,20 +99,20 @@ class Loaded(NamedTuple):
         return Network(self.lm.config)
 
 
-def compare_models(candidates: Sequence[Candidate], trial: Trial, say: Callable[[str], None]) -> list[ModelResult]:
+def compare_models(candidates: Sequence[Candidate], trial: Trial, info: Callable[[str], None]) -> list[ModelResult]:
     """One ModelResult a candidate. Agreement is measured with the first of them."""
     models: dict[str, Loaded] = {}
     for candidate in candidates:
         lm = load(candidate.directory)
         check_comparable(candidate, lm, trial, next(iter(models.values()), None))
         models[candidate.name] = Loaded(lm, Network(lm.config).run_view(lm.params), trial.batches(lm))
-    say("measuring quality")
+    info("measuring quality")
     held_out: dict[str, PerExampleResults] = {}
     teacher: Answers | None = None
     for name, loaded in models.items():
         held_out[name], answers = read_held_out(loaded, trial, teacher)
         teacher = teacher or answers
-    say("measuring speed, all models in turn")
+    info("measuring speed, all models in turn")
     speeds = time_models(models, trial)
     rows = []
     for candidate in candidates:

@@ -34,7 +34,7 @@ class Classes:
     trains: bool
     init: str
 
-    def resolve(self, say: Callable[[str], None]) -> Names:
+    def resolve(self, info: Callable[[str], None]) -> Names:
         """The classes in the order of the head's outputs; where they are not `own`, the head is fresh, which is said.
 
         A model's own classes win: their order is that of its outputs. Only training may give it others, and then only
@@ -47,7 +47,7 @@ class Classes:
         if not self.own:
             return self.asked or self.taught or self.seen()
         if unnamed(self.own):
-            return self._of_numbers(say)
+            return self._of_numbers(info)
         other = self._other()
         if not other or other == self.own:
             return self.own
@@ -56,7 +56,7 @@ class Classes:
                 f"config.data.labels gives the classes of {self.init} in another order: its outputs are "
                 f"{', '.join(self.own)}; leave config.data.labels out"
             )
-        return self._fresh(other, say)
+        return self._fresh(other, info)
 
     def _other(self) -> Names:
         """The classes that someone wants instead of the model's own; none where the data have no further ones."""
@@ -65,7 +65,7 @@ class Classes:
         seen = self.seen() if self.trains else ()
         return seen if set(seen) - set(self.own) else ()
 
-    def _of_numbers(self, say: Callable[[str], None]) -> Names:
+    def _of_numbers(self, info: Callable[[str], None]) -> Names:
         """The classes of a head whose outputs have numbers for names, `LABEL_0`, `LABEL_1`, …"""
         names = self.asked or self.taught
         numbers = {*self.own, *map(str, range(len(self.own)))}
@@ -75,20 +75,20 @@ class Classes:
         if not names or names == self.own:
             return self.own
         if len(names) != len(self.own):
-            return self._fresh(names, say)
+            return self._fresh(names, info)
         if not self.asked:
             if not self.trains or self.taught:
                 raise ValueError(
                     f"the classes of {self.init} have no names ({', '.join(self.own[:3])}, …): say with "
                     f"config.data.labels which of {', '.join(names)} each of them is"
                 )
-            say(
+            info(
                 f"{self.init}: its classes have no names; they are taken for {', '.join(names)}, in this order. If "
                 "that is not what it learned, set config.data.labels"
             )
         return names
 
-    def _fresh(self, names: Names, say: Callable[[str], None]) -> Names:
+    def _fresh(self, names: Names, info: Callable[[str], None]) -> Names:
         if not self.trains or (self.taught and not names == self.asked == self.taught):
             whose = "the teacher" if self.taught and not self.asked else "config.data.labels"
             raise ValueError(
@@ -96,14 +96,14 @@ class Classes:
                 "evaluated, compressed and distilled with its own classes; choose the model that has these, or begin "
                 "from one without a head"
             )
-        say(
+        info(
             f"{self.init}: its classes are {', '.join(self.own)}, those to learn {', '.join(names)}: its head is left "
             "out, and a fresh one begins"
         )
         return names
 
 
-def classes(config: Any, task: Task, data: DataSettings, say: Callable[[str], None]) -> Names:
+def classes(config: Any, task: Task, data: DataSettings, info: Callable[[str], None]) -> Names:
     """The classes of a run, `()` for a task without any.
 
     Raises:
@@ -127,7 +127,7 @@ def classes(config: Any, task: Task, data: DataSettings, say: Callable[[str], No
         seen=lambda: seen_classes(config, task, data),
         trains=bool(config.train.steps or config.train.epochs),
         init=config.model.init,
-    ).resolve(say)
+    ).resolve(info)
 
 
 def stored_classes(place: str, task: Task) -> Names:

@@ -79,15 +79,15 @@ def key_of(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say=print) -> Setting:
+def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), info=print) -> Setting:
     """Reads model and data of a config; `splits` are encoded where the config names a place for them."""
     data, training = DataSettings(**config.data), TrainSettings(**config.train)
     task = lookup(TASKS, config.task, "task")
     key = key_of(config.seed, "init")
-    labels = classes(config, task, data, say)
+    labels = classes(config, task, data, info)
     lm = None
     if config.model.init:
-        lm = starting_model(config, task, labels, key, say)
+        lm = starting_model(config, task, labels, key, info)
         tokenizer = tokenizer_for(data, task, lm.tokenizer)
         model, params = Network(lm.config), lm.params
         carried = for_tokenizer(lm.carried, lm.tokenizer, tokenizer)
@@ -99,7 +99,7 @@ def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), say
     check_fit(model.config, tokenizer, data)
     mesh, axes = make_mesh(config.mesh), model.axes() if lm is None else lm.axes
     named = tuple(s for s in splits if getattr(data, s))
-    prepared = prepare_splits(named, config.task, tokenizer, model.config.labels, data, say)
+    prepared = prepare_splits(named, config.task, tokenizer, model.config.labels, data, info)
     check_types(model.config, prepared)
     rules = make_rules(config.sharding, axes, mesh)
     source = lm.tokenizer_source if lm is not None and tokenizer is lm.tokenizer else tokenizer
@@ -124,7 +124,7 @@ def tokenizer_for(settings: DataSettings, task: Task, own: Any) -> Any:
     return load_tokenizer(settings.tokenizer, texts, sentinels=task.sentinels)
 
 
-def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Array, say=print) -> LM:
+def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Array, info=print) -> LM:
     """The model of `config.model.init` with the task's head; leaves that it lacks are initialised and named.
 
     Raises:
@@ -136,9 +136,9 @@ def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Ar
     if task.structure.get("next_sentence") and not lm.config.next_sentence:
         raise ValueError(f"{init} has no next-sentence head; train it with config.task = 'masked'")
     if lm.fresh:
-        say(f"{init}: initialised {', '.join(lm.fresh)}")
+        info(f"{init}: initialised {', '.join(lm.fresh)}")
     if lm.dropped:
-        say(f"{init}: left out {', '.join(lm.dropped)}")
+        info(f"{init}: left out {', '.join(lm.dropped)}")
     if config.model.family not in (None, lm.config.family):
         raise ValueError(f"config.model.family is {config.model.family!r}, but {init} is a {lm.config.family}")
     fields = {n: v for n, v in set_fields(config.model).items() if n not in ("init", "family")}

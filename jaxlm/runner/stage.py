@@ -59,19 +59,19 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
     if (workdir / "result.json").exists():
         return json.loads((workdir / "result.json").read_text())
     trains = bool(config.train.steps or config.train.epochs)
-    with room_on_disk(workdir), MetricWriter(workdir, name) as journal:
-        setting = operate(set_up(config, ("train", "eval", "test") if trains else ("eval", "test"), say=journal.say))
+    with room_on_disk(workdir), MetricWriter(workdir, name) as writer:
+        setting = operate(set_up(config, ("train", "eval", "test") if trains else ("eval", "test"), info=writer.info))
         if trains:
-            trained, facts = learn(setting, workdir, journal, data)
+            trained, facts = learn(setting, workdir, writer, data)
         else:
             remember(setting.config, workdir, data)
             trained, facts = Trained(setting.model, setting.params, setting.axes), told(Progress())
-        if journal.writes:  # before it is measured: whatever becomes of the scores, the model is there
+        if writer.writes:  # before it is measured: whatever becomes of the scores, the model is there
             save(carrier(setting, trained), workdir / "model", **layout)
         measured = measure(setting, trained, workdir)
         result = facts | measured | {"metrics": facts["metrics"] | measured["metrics"]}
         result = strict(result | peak_memory() | {"seconds": round(time.perf_counter() - started, 3)})
-        if journal.writes:
+        if writer.writes:
             write_json(workdir / "result.json", result)
     return result
 
@@ -95,15 +95,15 @@ class Trained(NamedTuple):
 
 
 def learn(
-    setting: Setting, workdir: Path, journal: MetricWriter, data: Mapping[str, Any]
+    setting: Setting, workdir: Path, writer: MetricWriter, data: Mapping[str, Any]
 ) -> tuple[Trained, dict[str, Any]]:
     """The trained model, and what training took."""
     if setting.training.dtype == "bfloat16" and jax.default_backend() == "cpu" and not fast_bfloat16():
-        journal.say(
+        writer.info(
             f"config.train.dtype = bfloat16: this CPU ({here() or 'of unknown kind'}) has no instructions for it, so "
             "float32 is faster here"
         )
-    ready = assemble(setting, workdir, journal)
+    ready = assemble(setting, workdir, writer)
     remember(setting.config, workdir, data)  # not before: a config that does not work leaves nothing behind
     with contextlib.closing(ready.run.stores):
         state, progress = train(ready.run, ready.state)
@@ -127,10 +127,10 @@ def told(progress: Progress) -> dict[str, Any]:
 def finish(setting: Setting, ready: TrainerInputs, state: TrainState) -> Trained:
     """The trained model in the canonical view: without vocabulary padding, baked, averaged."""
     run = ready.run
-    if run.stores.trail is None:
+    if run.stores.recent is None:
         return finished(setting, ready, state)
-    steps = run.stores.trail.steps()[-run.settings.average_last :]
-    states = [run.stores.restore_model(run.stores.trail, step, state, run.shardings) for step in steps]
+    steps = run.stores.recent.steps()[-run.settings.average_last :]
+    states = [run.stores.restore_model(run.stores.recent, step, state, run.shardings) for step in steps]
     try:
         found = averaged([finished(setting, ready, each) for each in states])
     except ValueError as codes:
@@ -139,9 +139,9 @@ def finish(setting: Setting, ready: TrainerInputs, state: TrainState) -> Trained
             mean = state.replace(params=average([each.params for each in states]))
             found = finished(setting, ready, mean)
         except ValueError:
-            run.journal.say(f"steps {', '.join(map(str, steps))} have no average, the last of them is kept: {codes}")
+            run.writer.info(f"steps {', '.join(map(str, steps))} have no average, the last of them is kept: {codes}")
             return finished(setting, ready, states[-1])
-    run.journal.say(f"averaged steps {', '.join(map(str, steps))}")
+    run.writer.info(f"averaged steps {', '.join(map(str, steps))}")
     return found
 
 

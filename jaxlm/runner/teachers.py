@@ -61,13 +61,15 @@ def cache_teachers(config: Any) -> list[dict[str, Any]]:
     return found["teacher_caches"]
 
 
-def losses_of(setting: Setting, batches: Batches, steps: int, say: Callable[[str], None] = print) -> DistillationLosses:
+def losses_of(
+    setting: Setting, batches: Batches, steps: int, info: Callable[[str], None] = print
+) -> DistillationLosses:
     """The losses of a run of `steps` over `batches`.
 
     A teacher with a `cache` is asked once, by the first run that finds none, about all that the run will see; then, and
     in every later run, its answers come with the batches and it is in no memory.
     """
-    school = TeacherPool(setting, batches, steps, say)
+    school = TeacherPool(setting, batches, steps, info)
     methods = []
     entries = setting.config["losses"]
     if setting.data.unlabelled and not any(map(has_teachers, entries)):
@@ -91,8 +93,8 @@ class TeacherPool:
       caches: what is on disk of each of them.
     """
 
-    def __init__(self, setting: Setting, batches: Batches, steps: int, say: Callable[[str], None]):
-        self.setting, self.batches, self.steps, self.say = setting, batches, steps, say
+    def __init__(self, setting: Setting, batches: Batches, steps: int, info: Callable[[str], None]):
+        self.setting, self.batches, self.steps, self.info = setting, batches, steps, info
         self.caches: list[dict[str, Any]] = []
         self._asked = batches
         self._models: dict[str, LM] = {}
@@ -174,7 +176,7 @@ class TeacherPool:
         def answer(batch: dict[str, Any]) -> dict[str, Any]:
             return gather_to_host(ask(params, to_device(batch)[1]))
 
-        self.say(f"{place}: asking the teacher for its {layout.top_k} best answers, in {self.steps} steps")
+        self.info(f"{place}: asking the teacher for its {layout.top_k} best answers, in {self.steps} steps")
         made_for = {
             "steps": self.steps,
             "seed": setting.config["seed"],
@@ -184,7 +186,7 @@ class TeacherPool:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"cache {place}")
         facts = Cache(place).facts
-        self.say(f"{place}: {facts['tokens']} answers, {facts['bytes_per_token']:.1f} bytes each")
+        self.info(f"{place}: {facts['tokens']} answers, {facts['bytes_per_token']:.1f} bytes each")
 
     def writing(
         self,

@@ -38,7 +38,7 @@ class TrainerInputs(NamedTuple):
     facts: dict[str, Any]
 
 
-def assemble(setting: Setting, workdir: Path, journal: MetricWriter) -> TrainerInputs:
+def assemble(setting: Setting, workdir: Path, writer: MetricWriter) -> TrainerInputs:
     """Methods, loss, gradient, optimizer and data of `setting`, joined into a Run."""
     training, model = setting.training, setting.model
     check_splits(setting)
@@ -46,7 +46,7 @@ def assemble(setting: Setting, workdir: Path, journal: MetricWriter) -> TrainerI
     if training.profile_steps and training.profile_from > steps:
         raise ValueError(f"config.train.profile_from = {training.profile_from}: the run has only {steps} steps")
     methods = [registry.method(entry) for entry in setting.config["methods"]]
-    losses, batches, facts = losses_of(setting, batches, steps, journal.say)
+    losses, batches, facts = losses_of(setting, batches, steps, writer.info)
     method = chain([*methods, *losses])
     adapted = method.init(setting.key("methods"), model, setting.params, setting.axes)
     plan = blueprint(model, method, adapted, setting.task, training, setting.mesh, setting.rules, steps)
@@ -72,7 +72,7 @@ def assemble(setting: Setting, workdir: Path, journal: MetricWriter) -> TrainerI
         batches=lambda start, stop: prefetch(batches, start, stop, place=to_device),
         evaluate=evaluate,
         stores=stores_in(workdir, training, saved_shapes(plan, adapted, model.config.vocab_size)),
-        journal=journal,
+        writer=writer,
     )
     return TrainerInputs(run, state, method, adapted.axes, facts)
 
@@ -104,5 +104,5 @@ def stores_in(workdir: Path, training: TrainSettings, shapes: TrainState) -> Sto
         shapes,
         latest=Checkpoints(workdir / "checkpoints", keep=training.keep),
         best=Checkpoints(workdir / "best", keep=2),
-        trail=Checkpoints(workdir / "trail", keep=averaged + 1) if averaged > 1 else None,
+        recent=Checkpoints(workdir / "recent", keep=averaged + 1) if averaged > 1 else None,
     )

@@ -23,7 +23,7 @@ def prepare(
     labels: tuple[str, ...],
     settings: DataSettings,
     split: str,
-    say=lambda text: None,
+    info=lambda text: None,
 ) -> Prepared:
     """One split, encoded; remembered for the other stages of a pipeline that read the same."""
     vocabulary = tokenizer.backend_tokenizer.to_str()
@@ -31,17 +31,17 @@ def prepare(
     if key not in _prepared:
         source = settings.source(split)
         found = task.prepare(source, tokenizer, labels, settings)
-        tell_bad(source, split, say)
+        tell_bad(source, split, info)
         for notice in found.notices if split == "train" else ():
-            say(f"{split}: {notice}")
+            info(f"{split}: {notice}")
         if split == "train" and settings.unlabelled:
-            more = unlabelled(name, task, tokenizer, settings, say)
+            more = unlabelled(name, task, tokenizer, settings, info)
             found = found._replace(examples=with_unlabelled(found.examples, more))
         _prepared[key] = found
     return _prepared[key]
 
 
-def unlabelled(name: str, task: Task, tokenizer: Any, settings: DataSettings, say: Callable[[str], None]) -> Examples:
+def unlabelled(name: str, task: Task, tokenizer: Any, settings: DataSettings, info: Callable[[str], None]) -> Examples:
     """The texts of `config.data.unlabelled`, encoded.
 
     Raises:
@@ -55,16 +55,16 @@ def unlabelled(name: str, task: Task, tokenizer: Any, settings: DataSettings, sa
     settings.refuse_evaluated(settings.unlabelled, "config.data.unlabelled")
     source = settings.source("unlabelled")
     found = task.unlabelled(source, tokenizer, settings)
-    tell_bad(source, "unlabelled", say)
+    tell_bad(source, "unlabelled", info)
     return found
 
 
-def tell_bad(source: Source, split: str, say: Callable[[str], None]) -> None:
+def tell_bad(source: Source, split: str, info: Callable[[str], None]) -> None:
     """Says which rows of a split were skipped."""
     for bad in source.bad[:5]:
-        say(f"{split}: skipped {bad}")
+        info(f"{split}: skipped {bad}")
     if len(source.bad) > 5:
-        say(f"{split}: skipped {len(source.bad)} rows in all")
+        info(f"{split}: skipped {len(source.bad)} rows in all")
 
 
 def prepare_splits(
@@ -73,10 +73,10 @@ def prepare_splits(
     tokenizer: Any,
     labels: tuple[str, ...],
     settings: DataSettings,
-    say=lambda text: None,
+    info=lambda text: None,
 ) -> dict[str, Prepared]:
     """Several splits of a task, encoded, whose padded batches have the same lengths and so share compiled programs."""
-    found = {split: prepare(name, TASKS[name], tokenizer, labels, settings, split, say) for split in splits}
+    found = {split: prepare(name, TASKS[name], tokenizer, labels, settings, split, info) for split in splits}
     together = tuple(prepared.examples for prepared in found.values())
     return {split: prepared._replace(fitted_to=together) for split, prepared in found.items()}
 

@@ -1,4 +1,4 @@
-"""What a run saves: its state to resume from, the best model so far, and a trail of models to average."""
+"""What a run saves: its state to resume from, the best model so far, and recent models to average."""
 
 import contextlib
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core import call
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState
 
@@ -26,15 +27,15 @@ class Progress:
     compile_seconds: float = 0.0
     waited_seconds: float = 0.0
     skipped: int = 0
-    assessed: int = 0
+    last_eval_step: int = 0
     best_value: float | None = None
     best_step: int = 0
-    worse: int = 0
+    evals_since_best: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def exhausted(self, settings: TrainSettings) -> bool:
+    def should_stop(self, settings: TrainSettings) -> bool:
         """Whether early stopping has had enough."""
-        return 0 < settings.patience <= self.worse
+        return 0 < settings.patience <= self.evals_since_best
 
 
 class Store(Protocol):
@@ -54,7 +55,7 @@ class Store(Protocol):
 class Stores:
     """The checkpoints of a run.
 
-    `best` and `trail` are written before `latest` and keep one more than they need: a run that is cut off between the
+    `best` and `recent` are written before `latest` and keep one more than they need: a run that is cut off between the
     two, and goes back to the state before, still finds what belongs to it.
 
     Attributes:
@@ -62,23 +63,23 @@ class Stores:
         that another mesh can restore it.
       latest: whole states, to resume from.
       best: the model at the best evaluation.
-      trail: the models of the last regular checkpoints, to average; `None` where nothing is averaged.
+      recent: the models of the last regular checkpoints, to average; `None` where nothing is averaged.
     """
 
     shapes: TrainState
     latest: Store
     best: Store
-    trail: Store | None = None
+    recent: Store | None = None
 
     def resume(self, state: TrainState, shardings: Any) -> tuple[TrainState, Progress] | None:
         """The newest sound state in the shape of `state`, placed as `shardings` say; later checkpoints are removed."""
         found = self.latest.restore(flatten(targets(self.shapes, state, shardings)))
         step, arrays, metadata = found or (0, {}, {"progress": {}})
-        progress = Progress(**metadata["progress"])
+        progress = call(Progress, metadata["progress"], "the progress in the checkpoint")
         self.latest.rewind(step)
         self.best.rewind(progress.best_step)
-        if self.trail is not None:
-            self.trail.rewind(step)
+        if self.recent is not None:
+            self.recent.rewind(step)
         return (padded(unflatten(state, arrays), state, shardings), progress) if found else None
 
     def save(self, number: int, state: TrainState, progress: Progress) -> None:
@@ -86,7 +87,7 @@ class Stores:
         self.latest.save(number, flatten(stripped(state, self.shapes)), {"progress": vars(progress)})
 
     def save_model(self, store: Store, number: int, state: TrainState) -> None:
-        """The model in `state`, into `best` or `trail`; the state it replaces must be on disk before."""
+        """The model in `state`, into `best` or `recent`; the state it replaces must be on disk before."""
         self.latest.wait()
         store.save(number, flatten(stripped(_model(state), _model(self.shapes))), {})
 
@@ -105,7 +106,7 @@ class Stores:
     def close(self) -> None:
         """Finishes what is being written."""
         with contextlib.ExitStack() as stack:
-            for store in filter(None, (self.latest, self.best, self.trail)):
+            for store in filter(None, (self.latest, self.best, self.recent)):
                 stack.callback(store.close)
 
 

@@ -48,7 +48,7 @@ class Run:
       batches: `(start, stop)` to the feed of those steps.
       evaluate: `(state) -> metrics`.
       stores: where checkpoints go.
-      journal: where scalars go.
+      writer: where scalars go.
     """
 
     settings: TrainSettings
@@ -60,7 +60,7 @@ class Run:
     batches: Callable[[int, int], Feed]
     evaluate: Callable[[TrainState], dict[str, float]]
     stores: Stores
-    journal: MetricWriter
+    writer: MetricWriter
 
     def logs(self, number: int) -> bool:
         """Whether scalars are written after this step."""
@@ -70,7 +70,7 @@ class Run:
         """Whether a checkpoint follows this step, whatever happens."""
         return number == self.steps or _is_due(self.settings.checkpoint_every, number)
 
-    def assesses(self, number: int) -> bool:
+    def evaluates(self, number: int) -> bool:
         """Whether an evaluation follows this step."""
         last = number == self.steps and bool(self.settings.select)
         return last or _is_due(self.settings.eval_every, number)
@@ -84,23 +84,23 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
       FloatingPointError: after `max_nonfinite` consecutive updates that were not finite, naming the arrays, or at the
         end where none was.
     """
-    settings, journal = run.settings, run.journal
+    settings, writer = run.settings, run.writer
     resumed = run.stores.resume(state, run.shardings)
     state, progress = resumed or (state, Progress())
     start = int(state.step)
     if resumed:
-        journal.say(f"resumed from step {start}")
-    stopped = start == run.steps or progress.exhausted(settings)
+        writer.info(f"resumed from step {start}")
+    stopped = start == run.steps or progress.should_stop(settings)
 
-    journal.begin(start, run.steps, progress.assessed)
-    if run.assesses(start) and progress.assessed < start:  # it was interrupted between step and evaluation
-        assess(run, state, start, progress)
-        stopped = stopped or progress.exhausted(settings)
+    writer.begin(start, run.steps, progress.last_eval_step)
+    if run.evaluates(start) and progress.last_eval_step < start:  # it was interrupted between step and evaluation
+        evaluate_and_track(run, state, start, progress)
+        stopped = stopped or progress.should_stop(settings)
     with (
         contextlib.closing(run.batches(start, start if stopped else run.steps)) as batches,
         contextlib.closing(compiled(run.step, run.shardings, state, run.constants, run.shapes)) as steps,
         PreemptionFlag() as interruption,
-        Profile(journal.path.parent / "profile", settings.profile_from, settings.profile_steps) as profile,
+        Profile(writer.path.parent / "profile", settings.profile_from, settings.profile_steps) as profile,
     ):
         pending: list[tuple[int, dict[str, Any]]] = []
         tokens, began = 0, time.perf_counter()
@@ -119,10 +119,10 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
             if len(pending) > IN_FLIGHT:
                 done, log = pending[-1 - IN_FLIGHT]
                 jax.block_until_ready(log)
-                journal.advance(done, log, tokens / (time.perf_counter() - began))
+                writer.advance(done, log, tokens / (time.perf_counter() - began))
 
             interrupted = interruption.at(number)
-            if not (interrupted or run.logs(number) or run.saves(number) or run.assesses(number)):
+            if not (interrupted or run.logs(number) or run.saves(number) or run.evaluates(number)):
                 continue
             steps.check()
             logs = jax.device_get([log for _, log in pending])
@@ -134,22 +134,22 @@ def train(run: Run, state: TrainState) -> tuple[TrainState, Progress]:
             progress.skipped += sum(bool(log["nonfinite"]) for log in logs)
             progress.metrics["train"] = summarize(logs)
             pace = {"tokens_per_second": tokens / elapsed, "input_wait": waited / elapsed}
-            journal.write(number, "train", progress.metrics["train"] | pace)
-            report_nonfinite(logs, [n for n, _ in pending], settings, journal)
+            writer.write(number, "train", progress.metrics["train"] | pace)
+            report_nonfinite(logs, [n for n, _ in pending], settings, writer)
             pending, tokens = [], 0
 
             if (
-                run.assesses(number) and not interrupted
+                run.evaluates(number) and not interrupted
             ):  # there may be no time left; the run that resumes makes up for it
-                assess(run, state, number, progress)
-            stopped = number == run.steps or progress.exhausted(settings)
-            if run.stores.trail and run.saves(number):
-                run.stores.save_model(run.stores.trail, number, state)
+                evaluate_and_track(run, state, number, progress)
+            stopped = number == run.steps or progress.should_stop(settings)
+            if run.stores.recent and run.saves(number):
+                run.stores.save_model(run.stores.recent, number, state)
             if run.saves(number) or interrupted or stopped or progress.best_step == number:
                 run.stores.save(number, state, progress)
             if interrupted:
                 run.stores.latest.wait()
-                journal.say(f"interrupted: step {number} is saved, and the same command goes on from there")
+                writer.info(f"interrupted: step {number} is saved, and the same command goes on from there")
                 raise Interrupted(143)
             if stopped:
                 break
@@ -185,7 +185,7 @@ def summarize(logs: list[dict[str, Any]]) -> dict[str, float]:
     return values | {"gradient_norm": float(np.mean([log["gradient_norm"] for log in logs]))}
 
 
-def report_nonfinite(logs: list[dict], numbers: list[int], settings: TrainSettings, journal: MetricWriter) -> None:
+def report_nonfinite(logs: list[dict], numbers: list[int], settings: TrainSettings, writer: MetricWriter) -> None:
     """Names the arrays whose gradient was not finite; ends the run after too many in a row."""
     for number, log in zip(numbers, logs, strict=True):
         count = int(log["nonfinite"])
@@ -193,7 +193,7 @@ def report_nonfinite(logs: list[dict], numbers: list[int], settings: TrainSettin
             continue
         bad = [name for array, finite in log["finite"].items() for name in _not_finite(array, finite)]
         named = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "") or "all arrays together"
-        journal.say(f"step {number}: gradient (or its squares' sum) not finite in {named}; update skipped")
+        writer.info(f"step {number}: gradient (or its squares' sum) not finite in {named}; update skipped")
         if count >= settings.max_nonfinite:
             raise FloatingPointError(
                 f"{count} updates in a row were not finite, the last at step {number} in {named}; lower "
@@ -215,23 +215,23 @@ def _not_finite(name: str, finite: np.ndarray) -> list[str]:
     return [re.sub(SEGMENT, f"layers_{first + i}", name) for i in np.flatnonzero(~np.asarray(finite))]
 
 
-def assess(run: Run, state: TrainState, number: int, progress: Progress) -> None:
+def evaluate_and_track(run: Run, state: TrainState, number: int, progress: Progress) -> None:
     """Evaluates, and keeps the best parameters."""
     metrics, name = run.evaluate(state), run.settings.select
-    progress.assessed = number
+    progress.last_eval_step = number
     if not metrics:
         return
     progress.metrics["eval"] = metrics
-    run.journal.write(number, "eval", metrics)
+    run.writer.write(number, "eval", metrics)
     if not name:
         return
     if name not in metrics:
         raise ValueError(f"config.train.select = {name!r}, but the evaluation gives {', '.join(metrics)}")
     if is_better(name, metrics[name], progress.best_value):
-        progress.best_value, progress.best_step, progress.worse = metrics[name], number, 0
+        progress.best_value, progress.best_step, progress.evals_since_best = metrics[name], number, 0
         run.stores.save_model(run.stores.best, number, state)
     else:
-        progress.worse += 1
+        progress.evals_since_best += 1
 
 
 def is_better(name: str, value: float, best: float | None) -> bool:
@@ -246,5 +246,5 @@ def choose(run: Run, state: TrainState, progress: Progress) -> TrainState:
     if not run.settings.select or progress.best_step in (0, int(state.step)):
         return state
     best = run.stores.restore_model(run.stores.best, progress.best_step, state, run.shardings)
-    run.journal.say(f"kept step {progress.best_step}: {run.settings.select} {progress.best_value:.4f}")
+    run.writer.info(f"kept step {progress.best_step}: {run.settings.select} {progress.best_value:.4f}")
     return best

@@ -64,8 +64,8 @@ class MetricWriter:
             self.file.close()
             self.tensorboard.close()
 
-    def begin(self, step: int, steps: int, assessed: int) -> None:
-        """Opens the files for a run of `steps` steps that goes on after `step`, and was last evaluated at `assessed`.
+    def begin(self, step: int, steps: int, last_eval_step: int) -> None:
+        """Opens the files for a run of `steps` steps that goes on after `step`, last evaluated at `last_eval_step`.
 
         Lines that it is going to write again are dropped.
         """
@@ -76,7 +76,7 @@ class MetricWriter:
         from tensorboardX import SummaryWriter
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        last = {"train": step, "eval": assessed}
+        last = {"train": step, "eval": last_eval_step}
         lines = [line for line in read_lines(self.path) if line["step"] <= last[line["split"]]]
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
@@ -109,9 +109,9 @@ class MetricWriter:
             self._show(step, values["loss"], values["tokens_per_second"])
         if split != "train" or not self.console.is_terminal:
             shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
-            self.say(f"{self.name} {step}/{self.steps} {split}: {shown}")
+            self.info(f"{self.name} {step}/{self.steps} {split}: {shown}")
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A notice to the person at the console."""
         self.console.print(text, highlight=False, markup=False)
 

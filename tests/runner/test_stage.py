@@ -50,7 +50,7 @@ def test_the_model_is_what_was_hashed_and_measured(trained):
     assert params_sha256(lm.params) == result["params_sha256"]
     config = config.copy_and_resolve_references()
     config.model.update(init=str(workdir / "model"), **dict.fromkeys(("num_layers", "num_heads", "dropout")))
-    setting = set_up(config, splits=("eval",), say=pytest.fail)
+    setting = set_up(config, splits=("eval",), info=pytest.fail)
     measured = stage.measure(setting, stage.Trained(setting.model, setting.params, setting.axes), workdir)
     assert measured["metrics"]["eval"] == result["metrics"]["eval"]
 

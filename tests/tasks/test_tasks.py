@@ -222,6 +222,6 @@ def test_unknown_labels_of_an_evaluation_are_bad_rows(files, tmp_path):
         run_setup.set_up(config)
     config.data.bad_rows = "skip"
     said: list[str] = []
-    made = run_setup.set_up(config, say=said.append)
+    made = run_setup.set_up(config, info=said.append)
     assert len(made.splits["eval"].examples) == 1
     assert any("label 'q'" in line for line in said)

@@ -56,7 +56,7 @@ def start(tmp_path):
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         place = lambda rows: (int(rows["x"].size), jax.device_put(rows, device))  # noqa: E731
         batches = Batches(make_batch, 100, kinds)
-        trail = Checkpoints(workdir / "trail", settings.average_last + 1) if settings.average_last > 1 else None
+        recent = Checkpoints(workdir / "recent", settings.average_last + 1) if settings.average_last > 1 else None
         run = Run(
             settings=settings,
             steps=settings.steps,
@@ -73,9 +73,9 @@ def start(tmp_path):
                 jax.eval_shape(lambda: state),
                 Checkpoints(workdir / "checkpoints"),
                 Checkpoints(workdir / "best"),
-                trail,
+                recent,
             ),
-            journal=MetricWriter(workdir, "run"),
+            writer=MetricWriter(workdir, "run"),
         )
         return run, state
 
@@ -83,7 +83,7 @@ def start(tmp_path):
 
 
 def go(run, state):
-    with run.journal:
+    with run.writer:
         try:
             return train(run, state)
         finally:
@@ -209,7 +209,7 @@ def test_select_must_be_a_metric(start):
 def test_a_trail_of_regular_checkpoints(start):
     run, state = start(average_last=2, checkpoint_every=3)
     go(run, state)
-    assert run.stores.trail.steps() == [3, 6, 8]
+    assert run.stores.recent.steps() == [3, 6, 8]
     assert run.stores.latest.steps() == [6, 8]
 
 
@@ -222,7 +222,7 @@ def test_a_full_disk_ends_the_run(start, monkeypatch):
     run, state = start()
 
     def full(*_):
-        raise OSError(28, "No space left on device", str(run.journal.path))
+        raise OSError(28, "No space left on device", str(run.writer.path))
 
     monkeypatch.setattr(run.stores.latest, "save", full)
     with pytest.raises(OSError, match="No space left"):
