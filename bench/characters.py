@@ -19,7 +19,7 @@ from pathlib import Path
 from turns import (
     ROOT,
     SIDES,
-    ModelResult,
+    Comparison,
     evaluations,
     first_reaching,
     in_turn,
@@ -125,7 +125,7 @@ def library_text() -> str:
     return "".join(character for character in whole if character.isascii())[:1_000_000]
 
 
-def measure(options: argparse.Namespace) -> list[ModelResult]:
+def measure(options: argparse.Namespace) -> list[Comparison]:
     """Runs both sides in turn; the first jaxlm run, which compiles, is a row of its own."""
     with tempfile.TemporaryDirectory() as temporary:
         text = options.text.resolve() if options.text else Path(temporary) / "library.txt"
@@ -148,11 +148,11 @@ def measure(options: argparse.Namespace) -> list[ModelResult]:
     memory = {side: [run["peak_bytes"] / 2**20 for run in runs[side]] for side in SIDES}
     what, whole = f"characters, {options.steps} steps", {s: [run["seconds"] for run in runs[s]] for s in SIDES}
     return [
-        ModelResult(f"{what}: final validation loss", "nats", final["jaxlm"], final["torch"]),
-        ModelResult(f"{what}: to a loss of {target:.4f}", "s", reached["jaxlm"], reached["torch"], floor=1.25),
-        ModelResult(f"{what}: the whole run", "s", whole["jaxlm"], whole["torch"]),
-        ModelResult(f"{what}: the whole run, compile cache empty", "s", [cold["seconds"]], whole["torch"][:1]),
-        ModelResult(f"{what}: peak memory", "MiB", memory["jaxlm"], memory["torch"]),
+        Comparison(f"{what}: final validation loss", "nats", final["jaxlm"], final["torch"]),
+        Comparison(f"{what}: to a loss of {target:.4f}", "s", reached["jaxlm"], reached["torch"], floor=1.25),
+        Comparison(f"{what}: the whole run", "s", whole["jaxlm"], whole["torch"]),
+        Comparison(f"{what}: the whole run, compile cache empty", "s", [cold["seconds"]], whole["torch"][:1]),
+        Comparison(f"{what}: peak memory", "MiB", memory["jaxlm"], memory["torch"]),
     ]
 
 

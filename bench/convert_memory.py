@@ -30,10 +30,11 @@ def make(directory: Path, layers: int) -> None:
     import numpy as np
 
     from jaxlm.core import flatten, unflatten
-    from jaxlm.io.model_directory import Stored, write_model
+    from jaxlm.io.lm import LM
+    from jaxlm.io.model_directory import write_model
     from jaxlm.io.safetensors import Tensor
     from jaxlm.models import model_config
-    from jaxlm.models.transformer import model_spec
+    from jaxlm.models.network import Network
 
     config = model_config(
         "llama", vocab_size=32000, hidden_size=2048, ffn_size=5504, num_layers=layers, num_heads=16, num_kv_heads=8
@@ -43,8 +44,8 @@ def make(directory: Path, layers: int) -> None:
     def tensor(shape: tuple[int, ...]) -> Tensor:
         return Tensor(shape, np.dtype(np.float32), lambda dtype=None: rng.standard_normal(shape, np.float32))
 
-    params = {path: tensor(parameter.shape) for path, parameter in flatten(model_spec(config)).items()}
-    write_model(directory, Stored(config, unflatten(params)))
+    params = {path: tensor(parameter.shape) for path, parameter in flatten(Network(config).spec).items()}
+    write_model(directory, LM(config, unflatten(params)))
 
 
 def measure(operation: str, dtype: str | None, source: Path, target: Path) -> dict[str, float]:
@@ -90,13 +91,13 @@ def main() -> int:
         for operation, dtype in OPERATIONS:
             one = [operation, dtype or "", str(directory / "source"), str(directory / "target")]
             done = subprocess.run([sys.executable, __file__, "--one", *one], check=True, capture_output=True, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            allowed = found["model"] + 2 * found["largest"]
-            failed += found["extra"] > allowed
-            numbers = [found["model"], found["largest"], found["extra"], allowed]
+            taken = json.loads(done.stdout.splitlines()[-1])
+            allowed = taken["model"] + 2 * taken["largest"]
+            failed += taken["extra"] > allowed
+            numbers = [taken["model"], taken["largest"], taken["extra"], allowed]
             model, largest, extra, limit = (f"{number / 1e6:.0f}" for number in numbers)
             name = f"{operation} {dtype or ''}"
-            print(f"{name:<24}{model:>10}{largest:>12}{extra:>10}{limit:>12}{found['seconds']:>9.1f}", flush=True)
+            print(f"{name:<24}{model:>10}{largest:>12}{extra:>10}{limit:>12}{taken['seconds']:>9.1f}", flush=True)
     return int(failed > 0)
 
 

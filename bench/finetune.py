@@ -24,7 +24,7 @@ from typing import Any
 from turns import (
     ROOT,
     SIDES,
-    ModelResult,
+    Comparison,
     evaluations,
     first_reaching,
     in_turn,
@@ -178,7 +178,7 @@ def run_jaxlm(options: argparse.Namespace, seed: int, cache: str) -> dict:
     return {"curve": curve, "test": score, "peak_bytes": peak, "seconds": seconds}
 
 
-def measure(options: argparse.Namespace) -> list[ModelResult]:
+def measure(options: argparse.Namespace) -> list[Comparison]:
     """All sides in turn: rows of the table. Scores are given in points lost, so that less is better."""
     options.data, options.model = options.data.resolve(), options.model or encoder()
     with tempfile.TemporaryDirectory() as temporary:
@@ -197,13 +197,13 @@ def measure(options: argparse.Namespace) -> list[ModelResult]:
         lost = [[100 * (1 - run["test"]) for run in side] for side in pair]
         whole = [[run["seconds"] for run in side] for side in pair]
         rows += [
-            ModelResult(f"{what}: the whole run", "s", *whole, name, floors[options.dtype]),
-            ModelResult(f"{what}: to {metric} {target:.4f} on dev", "s", *reached, name),
-            ModelResult(f"{what}: the whole run, compile cache empty", "s", [cold["seconds"]], whole[1][:1], name),
-            ModelResult(f"{what}: test {metric} short of 100", "points", *lost, name),
+            Comparison(f"{what}: the whole run", "s", *whole, name, floors[options.dtype]),
+            Comparison(f"{what}: to {metric} {target:.4f} on dev", "s", *reached, name),
+            Comparison(f"{what}: the whole run, compile cache empty", "s", [cold["seconds"]], whole[1][:1], name),
+            Comparison(f"{what}: test {metric} short of 100", "points", *lost, name),
         ]
     memory = [[run["peak_bytes"] / 2**20 for run in runs[side]] for side in SIDES]
-    return [*rows, ModelResult(f"{what}: peak memory", "MiB", *memory)]
+    return [*rows, Comparison(f"{what}: peak memory", "MiB", *memory)]
 
 
 def encoder() -> Path:

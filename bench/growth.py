@@ -37,7 +37,7 @@ def take(layers: int, length: int, tokens: int, width: int, steps: int) -> Taken
 
     from jaxlm.parallel import make_mesh
     from jaxlm.runner.config import default_config
-    from jaxlm.runner.dry_run import outline
+    from jaxlm.runner.dry_run import dry_run
     from jaxlm.train.step import dropout_key
 
     config = default_config()
@@ -46,13 +46,13 @@ def take(layers: int, length: int, tokens: int, width: int, steps: int) -> Taken
     config.model.max_positions = length
     config.train.update(batch_size=tokens // length)
     jax.clear_caches()
-    run = outline(config, make_mesh({}, jax.devices()[:1]))
-    plan = run.blueprint
+    dry = dry_run(config, make_mesh({}, jax.devices()[:1]))
+    plan = dry.step
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), plan.params)
     state = jax.jit(plan.create, out_shardings=plan.placement)(dropout_key(0), params, {})
-    order = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), run.batch["input_ids"].shape)
+    order = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), dry.batch["input_ids"].shape)
     values = {"input_ids": order, "segment_ids": jnp.ones_like(order), "positions": order, "labels": order}
-    batch = {name: jax.device_put(values[name], shape.sharding) for name, shape in run.batch.items()}
+    batch = {name: jax.device_put(values[name], shape.sharding) for name, shape in dry.batch.items()}
 
     began = time.perf_counter()
     lowered = jax.jit(plan.step, donate_argnums=0, out_shardings=(plan.placement, None)).lower(state, {}, batch)
@@ -115,10 +115,10 @@ def main() -> None:
     depths = [(layers, 128, 1024) for layers in sorted(options.layers)]
     rows = [(4, length, 2 * max(options.lengths)) for length in sorted(options.lengths)]
     take(2, 128, 1024, options.width, 1)  # what is slow only once
-    found: dict[tuple[int, int, int], list[Taken]] = {shape: [] for shape in (*depths, *rows)}
-    for _, shape in product(range(options.rounds), found):
-        found[shape].append(take(*shape, options.width, options.steps))
-    medians = {shape: Taken(*map(statistics.median, zip(*each, strict=True))) for shape, each in found.items()}
+    taken: dict[tuple[int, int, int], list[Taken]] = {shape: [] for shape in (*depths, *rows)}
+    for _, shape in product(range(options.rounds), taken):
+        taken[shape].append(take(*shape, options.width, options.steps))
+    medians = {shape: Taken(*map(statistics.median, zip(*rounds, strict=True))) for shape, rounds in taken.items()}
     print(by_depth({shape[0]: medians[shape] for shape in depths}, 1024))
     print()
     print(by_length({shape[1]: medians[shape] for shape in rows}, 2 * max(options.lengths), options.width, 4))

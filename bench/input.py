@@ -21,7 +21,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from turns import ModelResult, in_turn, machine, memory, program, table
+from turns import Comparison, in_turn, machine, memory, program, table
 
 VOCABULARY, LENGTH, BATCH = 8000, 1024, 32
 CHUNK = 1024
@@ -50,7 +50,7 @@ def repeated(texts: list[str], size: float) -> Iterator[str]:
 # -- beside others, in this process -----------------------------------------------------------------------------------
 
 
-def encoding(texts: list[str], rounds: int) -> list[ModelResult]:
+def encoding(texts: list[str], rounds: int) -> list[Comparison]:
     """The same texts through jaxlm and through the bare library."""
     from jaxlm.data import encode, load_tokenizer
     from jaxlm.data.encoding import chunks
@@ -67,10 +67,10 @@ def encoding(texts: list[str], rounds: int) -> list[ModelResult]:
         "encode_batch": lambda: bare(backend.encode_batch),
         "encode_batch_fast": lambda: bare(backend.encode_batch_fast),
     }
-    found = in_turn({name: partial(seconds, side) for name, side in sides.items()}, rounds, "encoding")
-    own, *others = ([each["seconds"] for each in runs] for runs in found.values())
+    by_side = in_turn({name: partial(seconds, side) for name, side in sides.items()}, rounds, "encoding")
+    jaxlm, *others = ([run["seconds"] for run in runs] for runs in by_side.values())
     what = f"encoding {sum(map(len, texts)) / 1e6:.0f} million characters"
-    return [ModelResult(what, "s", own, other, name) for name, other in zip(list(sides)[1:], others, strict=True)]
+    return [Comparison(what, "s", jaxlm, other, name) for name, other in zip(list(sides)[1:], others, strict=True)]
 
 
 def seconds(function: Any) -> dict[str, float]:
@@ -79,7 +79,7 @@ def seconds(function: Any) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began}
 
 
-def packing(rounds: int, tokens: int = 4_000_000) -> list[ModelResult]:
+def packing(rounds: int, tokens: int = 4_000_000) -> list[Comparison]:
     """Seconds a million tokens, of joined documents and of whole examples; numpy takes one core for it."""
     import numpy as np
 
@@ -97,7 +97,7 @@ def packing(rounds: int, tokens: int = 4_000_000) -> list[ModelResult]:
         "packing documents": packed(ragged(300, LENGTH), BATCH, 0, length=LENGTH),
         "packing whole examples": packed_examples(examples, BATCH, 0, length=128),
     }
-    found = []
+    comparisons = []
     for what, batches in kinds.items():
         batches(0)  # plans the epoch
         taken = []
@@ -106,8 +106,8 @@ def packing(rounds: int, tokens: int = 4_000_000) -> list[ModelResult]:
             for step in range(1 + 20 * number, 21 + 20 * number):
                 count += int((batches(step)["segment_ids"] > 0).sum())
             taken.append((time.perf_counter() - began) * 1e6 / count)
-        found.append(ModelResult(f"{what}, a million tokens", "s", taken, [1.0] * rounds, "to be reached"))
-    return found
+        comparisons.append(Comparison(f"{what}, a million tokens", "s", taken, [1.0] * rounds, "to be reached"))
+    return comparisons
 
 
 # -- growth, each in a process of its own -----------------------------------------------------------------------------
@@ -118,15 +118,15 @@ def trained(task: str, corpus: Path, tokenizer: Path) -> dict[str, float]:
     import transformers  # noqa: F401  (a tokenizer is wrapped in its class)
 
     from jaxlm.data.settings import DataSettings
-    from jaxlm.runner.run_setup import tokenizer_for
+    from jaxlm.runner.run_setup import choose_tokenizer
     from jaxlm.tasks import TASKS
 
     settings = DataSettings(format="jsonl", train=str(corpus), tokenizer=TOKENIZERS[task])
     base, began = memory("VmRSS"), time.perf_counter()
-    made = tokenizer_for(settings, TASKS[task], None)
-    found = {"seconds": time.perf_counter() - began, "memory": memory("VmHWM") - base}
+    made = choose_tokenizer(settings, TASKS[task], None)
+    measured = {"seconds": time.perf_counter() - began, "memory": memory("VmHWM") - base}
     made.save_pretrained(str(tokenizer))
-    return found
+    return measured
 
 
 def prepared(task: str, corpus: Path, tokenizer: Path) -> dict[str, float]:

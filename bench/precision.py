@@ -20,12 +20,12 @@ from turns import machine
 
 def curves(text: Path, options: argparse.Namespace, dtype: str, cache: str) -> list[list[float]]:
     """`[seed][evaluation]` losses."""
-    found = []
+    losses = []
     for seed in range(options.seeds):
         run = run_jaxlm(text, options.steps, options.every, seed, cache, dtype)
-        found.append([loss for _, loss in run["curve"]])
-        print(f"{dtype}, seed {seed}: {found[-1][-1]:.4f}", file=sys.stderr)
-    return found
+        losses.append([loss for _, loss in run["curve"]])
+        print(f"{dtype}, seed {seed}: {losses[-1][-1]:.4f}", file=sys.stderr)
+    return losses
 
 
 def main() -> None:
@@ -44,14 +44,14 @@ def main() -> None:
             text.write_text(library_text(), encoding="utf8")
         wide, narrow = (curves(text, options, dtype, f"{temporary}/cache") for dtype in ("float32", "bfloat16"))
     print("| step | float32 | between seeds | bfloat16 above it |\n|---|---|---|---|")
-    noise = statistics.mean(statistics.stdev(each) for each in zip(*wide, strict=True))
+    noise = statistics.mean(statistics.stdev(losses) for losses in zip(*wide, strict=True))
     apart = False
-    for number, (own, others) in enumerate(zip(zip(*wide, strict=True), zip(*narrow, strict=True), strict=True)):
-        above = [b - a for a, b in zip(own, others, strict=True)]
+    for number, (full, half) in enumerate(zip(zip(*wide, strict=True), zip(*narrow, strict=True), strict=True)):
+        above = [b - a for a, b in zip(full, half, strict=True)]
         mean, apart = statistics.mean(above), apart or statistics.mean(above) > noise
         error = statistics.stdev(above) / len(above) ** 0.5
         step = min((number + 1) * options.every, options.steps)
-        print(f"| {step} | {statistics.mean(own):.4f} | {statistics.stdev(own):.4f} | {mean:+.4f} ± {error:.4f} |")
+        print(f"| {step} | {statistics.mean(full):.4f} | {statistics.stdev(full):.4f} | {mean:+.4f} ± {error:.4f} |")
     sys.exit(int(apart))
 
 

@@ -6,8 +6,8 @@ DIR holds the folders wnut17, sst2 and tinyshakespeare of docs/data.md (default:
 Without it, fine-tuning is left out and the character model reads Python's own library. The default takes about fifteen
 minutes on two idle cores; --full adds bfloat16, both fine-tunings at three epochs and several rounds, and takes hours.
 --smoke takes less than two minutes: the encoder's step and passes in both types, once; it ends with 1 where a ratio is
-below the one that a release must not fall below (the last column). Anything else that runs on the machine spoils the
-numbers; the load is printed with them.
+below its regression threshold (the last column). Anything else that runs on the machine spoils the numbers; the load is
+printed with them.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 import characters
 import finetune
 import step
-from turns import HEADING, ModelResult, line, machine
+from turns import HEADING, Comparison, line, machine
 
 FINE_TUNINGS = (("token", "wnut17"), ("sequence", "sst2"))
 """Tasks, and the folders of their data."""
@@ -33,7 +33,7 @@ def options_of(program, *values: str) -> argparse.Namespace:
     return parser.parse_args(values)
 
 
-def measure(data: Path | None, full: bool) -> Iterator[list[ModelResult]]:
+def measure(data: Path | None, full: bool) -> Iterator[list[Comparison]]:
     """One comparison after the other."""
     yield step.measure(options_of(step, *(["--dtype=both", "--rounds=5"] if full else ["--rounds=2", "--steps=5"])))
     text = [f"--text={data / 'tinyshakespeare' / 'input.txt'}"] if data else []
@@ -47,7 +47,7 @@ def measure(data: Path | None, full: bool) -> Iterator[list[ModelResult]]:
         yield finetune.measure(options)
 
 
-def smoke() -> Iterator[list[ModelResult]]:
+def smoke() -> Iterator[list[Comparison]]:
     """What shows within two minutes that something became slow."""
     yield step.measure(options_of(step, "--family=bert", "--dtype=both", "--rounds=1", "--steps=5"))
 

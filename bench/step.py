@@ -4,9 +4,9 @@
 
 Each measurement is a process of its own; the two sides alternate. Six layers of width 384: an encoder of 23 million
 parameters, and a GPT of the same size. AdamW, dropout on; random tokens, every position real. Further lines compare
-jaxlm with itself: int8 with rounded inputs and bfloat16 against float32; and a step with what its products alone would
-take at the speed of a single large float32 product, timed in the same process. jaxlm runs in large memory pages, as its
-programs do.
+jaxlm with itself: int8 with quantized activations and bfloat16 against float32; and a step with what its products alone
+would take at the speed of a single large float32 product, timed in the same process. jaxlm runs in large memory pages,
+as its programs do.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from turns import KINDS, SIDES, ModelResult, in_turn, kind, machine, peak_bytes, program, resident_bytes, table
+from turns import KINDS, SIDES, Comparison, in_turn, kind, machine, peak_bytes, program, resident_bytes, table
 
 from jaxlm.runner.cli import large_pages
 
@@ -75,11 +75,11 @@ def timed(*functions: Callable[[], None], times: int) -> list[list[float]]:
     """Seconds of each of several calls, after two that are not counted, of one function after the other in turn."""
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(times + 2):
-        for function, own in zip(functions, seconds, strict=True):
+        for function, calls in zip(functions, seconds, strict=True):
             began = time.perf_counter()
             function()
-            own.append(time.perf_counter() - began)
-    return [own[2:] for own in seconds]
+            calls.append(time.perf_counter() - began)
+    return [calls[2:] for calls in seconds]
 
 
 def work(batch: int, length: int, head: int) -> float:
@@ -93,39 +93,29 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
     import jax
     import numpy as np
 
-    from jaxlm.core import Adapted, Method, arrays
+    from jaxlm.core import Method, MethodInit, arrays
+    from jaxlm.io.lm import LM
     from jaxlm.methods.quantize.round_to_nearest import quantize
-    from jaxlm.models import model_config
-    from jaxlm.models.network import Network
-    from jaxlm.parallel import make_mesh, make_rules, shard_tree
-    from jaxlm.runner.sharded_step import blueprint
-    from jaxlm.tasks import TASKS
+    from jaxlm.parallel import make_mesh, shard_tree
+    from jaxlm.runner.config import default_config
+    from jaxlm.runner.dry_run import prepare_dry_run
+    from jaxlm.runner.sharded_step import sharded_step
     from jaxlm.train.aot_compile import compiled
-    from jaxlm.train.settings import TrainSettings
     from jaxlm.train.step import dropout_key
 
-    task = TASKS["sequence" if family == "bert" else "causal"]
-    own: dict[str, Any] = {"labels": ("0", "1"), "head_dropout": dropout} if family == "bert" else {}
-    structure = model_config(
-        "bert" if family == "bert" else "gpt2",
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        num_layers=LAYERS,
-        num_heads=HEADS,
-        ffn_size=FFN,
-        max_positions=512 if family == "bert" else max(length, 64),
-        dropout=dropout,
-        attention_dropout=dropout,
-        **task.structure,
-        **own,
-    )
-    model, mesh = Network(structure), make_mesh()
-    rules = make_rules({}, model.axes(), mesh)
-    training = TrainSettings(
-        steps=1000, batch_size=batch, learning_rate=2e-5, schedule="constant", weight_decay=0.01, clip=0.0, dtype=dtype
-    )
-    adapted = Adapted(model.init(jax.random.key(0)), model.axes())
-    plan = blueprint(model, Method(), adapted, task, training, mesh, rules, steps=1000)
+    config = default_config()
+    config.model.update(vocab_size=VOCAB, hidden_size=WIDTH, num_layers=LAYERS, num_heads=HEADS, ffn_size=FFN)
+    config.model.update(dropout=dropout, attention_dropout=dropout)
+    if family == "bert":
+        config.task, config.data.labels = "sequence", ("0", "1")
+        config.model.update(family="bert", max_positions=512, head_dropout=dropout)
+    else:
+        config.model.update(family="gpt2", max_positions=max(length, 64))
+    config.train.update(steps=1000, batch_size=batch, learning_rate=2e-5, schedule="constant", dtype=dtype)
+    config.train.update(weight_decay=0.01, clip=0.0)
+    setup = prepare_dry_run(config, make_mesh())
+    lm = LM.initialize(setup.lm.config, jax.random.key(0))
+    plan = sharded_step(setup, Method(), MethodInit(lm), config.train.steps)
     create = jax.jit(plan.create, out_shardings=plan.placement)
     state = create(dropout_key(0), shard_tree(plan.params, arrays(plan.placement.params)), {})
 
@@ -147,12 +137,12 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
         state, log = step(state, {}, data)
         jax.block_until_ready((state, log))
 
-    evaluate = jax.jit(lambda params, data: model.forward(params, data, dtype=dtype)["logits"])
+    evaluate = jax.jit(lambda params, data: lm.network.forward(params, data, dtype=dtype)["logits"])
     inputs = {name: value for name, value in data.items() if name != "labels"}
     one = {name: value[:1] for name, value in inputs.items()}
     left, right = jax.random.normal(jax.random.key(0), (2, 2048, 2048))
     product = jax.jit(lambda a, b: a @ b)
-    found = {
+    measured = {
         "step": timed(train, times=steps)[0],
         "steady": [resident_bytes() / 2**20],
         "peak": [peak_bytes() / 2**20],
@@ -161,14 +151,14 @@ def jaxlm_side(family: str, dtype: str, batch: int, length: int, dropout: float,
         "product": timed(lambda: product(left, right).block_until_ready(), times=10 * steps)[0],
     }
     if dtype == "float32":
-        small = jax.jit(model.run_view)(quantize(model, adapted.params, adapted.axes)[1])
+        int8 = jax.jit(lm.network.run_view)(quantize(lm).params)
         for name, rows, times in (("", inputs, steps), ("_single", one, 10 * steps)):
-            found[f"int8{name}"], found[f"beside_int8{name}"] = timed(
-                lambda rows=rows: evaluate(small, rows).block_until_ready(),
+            measured[f"int8{name}"], measured[f"beside_int8{name}"] = timed(
+                lambda rows=rows: evaluate(int8, rows).block_until_ready(),
                 lambda rows=rows: evaluate(state.params, rows).block_until_ready(),
                 times=times,
             )
-    return found
+    return measured
 
 
 def torch_side(family: str, dtype: str, batch: int, length: int, dropout: float, steps: int) -> dict[str, list[float]]:
@@ -221,14 +211,15 @@ def torch_side(family: str, dtype: str, batch: int, length: int, dropout: float,
             model(input_ids=ids)
 
     model.train()
-    found = {"step": timed(train, times=steps)[0], "steady": [resident_bytes() / 2**20], "peak": [peak_bytes() / 2**20]}
+    step = timed(train, times=steps)[0]
+    measured = {"step": step, "steady": [resident_bytes() / 2**20], "peak": [peak_bytes() / 2**20]}
     model.eval()
-    found["forward"] = timed(lambda: evaluate(ids), times=steps)[0]
-    found["single"] = timed(lambda: evaluate(ids[:1]), times=10 * steps)[0]
-    return found
+    measured["forward"] = timed(lambda: evaluate(ids), times=steps)[0]
+    measured["single"] = timed(lambda: evaluate(ids[:1]), times=10 * steps)[0]
+    return measured
 
 
-def compare(family: str, dtype: str, options: argparse.Namespace) -> list[ModelResult]:
+def compare(family: str, dtype: str, options: argparse.Namespace) -> list[Comparison]:
     """Both sides in turn: rows of the table."""
     name = "encoder" if family == "bert" else "GPT"
     what = f"{name}, {dtype}, {options.batch} × {options.length}"
@@ -251,32 +242,30 @@ def compare(family: str, dtype: str, options: argparse.Namespace) -> list[ModelR
     floors = FLOORS[kind()]
     by_dtype = floors.float32 if dtype == "float32" else floors.bfloat16
     rows = [
-        ModelResult(f"{label}: {what}", unit, of("jaxlm", name), of("torch", name), floor=by_dtype.get(name))
+        Comparison(f"{label}: {what}", unit, of("jaxlm", name), of("torch", name), floor=by_dtype.get(name))
         for name, (label, unit) in kinds.items()
     ]
     step = work(options.batch, options.length, VOCAB if family == "gpt" else 0) * 3
     ceiling = [step / (2 * 2048**3) * seconds for seconds in of("jaxlm", "product")]
     rest = floors.products if dtype == "float32" else None
-    rows.append(
-        ModelResult(f"training step: {what}", "s", of("jaxlm", "step"), ceiling, "float32 products alone", rest)
-    )
+    rows.append(Comparison(f"training step: {what}", "s", of("jaxlm", "step"), ceiling, "float32 products alone", rest))
     if dtype == "float32":
         for name, label, floor in (("", "int8 forward", floors.int8), ("_single", "int8, one row", None)):
-            own, wide = of("jaxlm", f"int8{name}"), of("jaxlm", f"beside_int8{name}")
-            rows.append(ModelResult(f"{label}: {what}", "s", own, wide, "float32, in turn", floor))
+            int8, wide = of("jaxlm", f"int8{name}"), of("jaxlm", f"beside_int8{name}")
+            rows.append(Comparison(f"{label}: {what}", "s", int8, wide, "float32, in turn", floor))
     return rows
 
 
-def own_gain(rows: Sequence[ModelResult], family: str) -> list[ModelResult]:
+def bfloat16_gain(rows: Sequence[Comparison], family: str) -> list[Comparison]:
     """bfloat16 against float32, where both were measured."""
     name = "encoder" if family == "bert" else "GPT"
-    found = []
+    gains = []
     for label in ("training step", "forward pass"):
         two = [r for r in rows if r.what.startswith(f"{label}: {name}") and r.against == "torch"]
         if len(two) == 2:
             floor = FLOORS[kind()].gain if label == "training step" else None
-            found.append(ModelResult(two[1].what, "s", two[1].jaxlm, two[0].jaxlm, "float32", floor))
-    return found
+            gains.append(Comparison(two[1].what, "s", two[1].jaxlm, two[0].jaxlm, "float32", floor))
+    return gains
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -289,12 +278,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="processes a side (default: %(default)s)")
 
 
-def measure(options: argparse.Namespace) -> list[ModelResult]:
+def measure(options: argparse.Namespace) -> list[Comparison]:
     """All the families and types that the options name."""
     families = ["bert", "gpt"] if options.family == "both" else [options.family]
     dtypes = ["float32", "bfloat16"] if options.dtype == "both" else [options.dtype]
     rows = [row for family in families for dtype in dtypes for row in compare(family, dtype, options)]
-    return rows + [row for family in families for row in own_gain(rows, family)]
+    return rows + [row for family in families for row in bfloat16_gain(rows, family)]
 
 
 def main() -> None:

@@ -18,21 +18,23 @@ SIDES = ("jaxlm", "torch")
 
 def in_turn(sides: Mapping[str, Callable[[], dict[str, Any]]], rounds: int, what: str) -> dict[str, list[dict]]:
     """Measures every side once a round, so that both meet the machine in the same state."""
-    found: dict[str, list[dict]] = {name: [] for name in sides}
+    runs: dict[str, list[dict]] = {name: [] for name in sides}
     for number in range(rounds):
         for name, measure in sides.items():
             began = time.perf_counter()
-            found[name].append(measure())
+            runs[name].append(measure())
             print(f"{what}: {name} {number + 1}/{rounds}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    return found
+    return runs
 
 
 def program(command: Sequence[str | Path], **environment: str) -> dict[str, Any]:
     """Runs a Python program of this repository and reads the last line it prints as JSON."""
     command = [sys.executable, *map(str, command)]
     cores = str(len(os.sched_getaffinity(0)))
-    own = {"OMP_NUM_THREADS": cores, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **own, **environment})
+    shared = {"OMP_NUM_THREADS": cores, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "true"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **shared, **environment}
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -62,14 +64,14 @@ def memory(field: str) -> int:
     return int(fields[field].split()[0]) * 1024
 
 
-class ModelResult(NamedTuple):
+class Comparison(NamedTuple):
     """One line of a table: a quantity of which less is better, once a round and side.
 
     Attributes:
       what: what was measured; unit: of the numbers.
       jaxlm, other: in order of rounds.
       against: what the other is.
-      floor: the ratio that a release must not fall below, if one is set.
+      floor: the regression threshold of the ratio, if one is set.
     """
 
     what: str
@@ -92,23 +94,23 @@ class ModelResult(NamedTuple):
     @property
     def spread(self) -> tuple[float, float]:
         """Smallest and largest ratio of one round."""
-        each = [theirs / own for own, theirs in zip(self.jaxlm, self.other, strict=True)]
-        return min(each), max(each)
+        ratios = [other / jaxlm for jaxlm, other in zip(self.jaxlm, self.other, strict=True)]
+        return min(ratios), max(ratios)
 
 
 HEADING = "| | jaxlm | against | ratio of medians | by round | at least |\n|---|---|---|---|---|---|"
 
 
-def line(row: ModelResult) -> str:
+def line(row: Comparison) -> str:
     """A row of a Markdown table under `HEADING`. The ratio is other / jaxlm, above 1 where jaxlm needs less."""
-    own, theirs = (f"{_number(statistics.median(v))} {row.unit}" for v in (row.jaxlm, row.other))
+    jaxlm, other = (f"{_number(statistics.median(v))} {row.unit}" for v in (row.jaxlm, row.other))
     low, high = row.spread
     spread = f"{_number(low)} to {_number(high)}" if len(row.jaxlm) > 1 else "one round"
     floor = "" if row.floor is None else f"{_number(row.floor)}{', missed' if row.below else ''}"
-    return f"| {row.what} | {own} | {row.against}: {theirs} | **{_number(row.ratio)}** | {spread} | {floor} |"
+    return f"| {row.what} | {jaxlm} | {row.against}: {other} | **{_number(row.ratio)}** | {spread} | {floor} |"
 
 
-def table(rows: Sequence[ModelResult]) -> str:
+def table(rows: Sequence[Comparison]) -> str:
     """All of it."""
     return "\n".join([HEADING, *map(line, rows)])
 

@@ -10,7 +10,7 @@ Training with the same data finds the directory and does not ask again; where th
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.runner.cli import run
+from jaxlm.runner.cli import run, start
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
 flags.mark_flags_as_required(["config"])
@@ -19,7 +19,6 @@ flags.mark_flags_as_required(["config"])
 def main() -> None:
     import jax
 
-    from jaxlm.runner.start import start
     from jaxlm.runner.teachers import cache_teachers
 
     start()

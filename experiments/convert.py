@@ -48,18 +48,18 @@ def convert(options: argparse.Namespace) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
     started = time.perf_counter()
-    stored = open_model(find(options.source))
+    lm = open_model(find(options.source))
     if options.dtype:
         from ml_dtypes import bfloat16
 
-        stored = cast(stored, bfloat16 if options.dtype == "bfloat16" else options.dtype)
-    total = sum(tensor.nbytes for tensor in arrays(stored.params).values())
+        lm = cast(lm, bfloat16 if options.dtype == "bfloat16" else options.dtype)
+    total = sum(tensor.nbytes for tensor in arrays(lm.params).values())
     columns = ("writing", BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("writing", total=total)
         reason = write_model(
             options.target,
-            stored,
+            lm,
             native=options.native,
             padded=options.padded,
             max_shard_bytes=options.max_shard_bytes,
@@ -69,7 +69,7 @@ def convert(options: argparse.Namespace) -> None:
     disk = sum(file.stat().st_size for file in options.target.glob("*.safetensors"))
     sparse = f" ({total / 1e6:.1f} MB with its zeros)" if disk < 0.98 * total else ""
     print(
-        f"{options.target}: {stored.config.family} with the head {stored.config.head!r}, {disk / 1e6:.1f} MB{sparse}, "
+        f"{options.target}: {lm.config.family} with the head {lm.config.head!r}, {disk / 1e6:.1f} MB{sparse}, "
         f"{layout}, {time.perf_counter() - started:.1f} s"
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.runner.cli import run
+from jaxlm.runner.cli import run, start
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
 MODEL = flags.DEFINE_string("model", None, "Model directory or hub id.")
@@ -21,7 +21,6 @@ flags.mark_flags_as_required(["config", "model", "workdir"])
 
 def main() -> None:
     from jaxlm.runner.stage import evaluate
-    from jaxlm.runner.start import start
 
     start()
     result = evaluate(CONFIG.value, MODEL.value, Path(WORKDIR.value))

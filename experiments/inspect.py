@@ -39,33 +39,31 @@ def main() -> None:
 
     from jaxlm.core import arrays, describe
     from jaxlm.parallel import make_mesh
-    from jaxlm.runner.dry_run import outline
+    from jaxlm.runner.dry_run import dry_run
     from jaxlm.train.optimizer import decays
-    from jaxlm.train.settings import TrainSettings
 
     config = CONFIG.value
     mesh = make_mesh(config.mesh)
-    found = outline(config, mesh)
-    values, where = arrays(found.blueprint.params), arrays(found.blueprint.placement.params)
-    settings = TrainSettings(**config.train)
+    dry = dry_run(config, mesh)
+    values, shardings = arrays(dry.step.params), arrays(dry.step.placement.params)
     table = Table("array", "shape", "axes", "sharding", "role", "trains", "decays", box=None, header_style="bold")
-    for name, info in describe(found.blueprint.params, found.adapted.axes).items():
-        trains = name in found.blueprint.trained
+    for name, info in describe(dry.step.params, dry.start.lm.axes).items():
+        trains = name in dry.step.trained
         names = ["·".join(n for n in a if n) if isinstance(a, tuple) else a or "-" for a in info.axes or ()]
         table.add_row(
             name,
             " × ".join(map(str, values[name].shape)),
             " ".join(names),
-            str(where[name].spec).removeprefix("PartitionSpec"),
+            str(shardings[name].spec).removeprefix("PartitionSpec"),
             info.role,
             "yes" if trains else "no",
-            "yes" if trains and decays(info, settings) else "no",
+            "yes" if trains and decays(info, dry.setup.training) else "no",
         )
     console = Console()
     console = console if console.is_terminal else Console(width=200)
     console.print(table)
     total = sum(v.size for v in values.values())
-    trained = sum(values[name].size for name in found.blueprint.trained)
+    trained = sum(values[name].size for name in dry.step.trained)
     mesh_text = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     console.print(f"{total:,} entries, {trained:,} ({trained / total:.2%}) train; mesh {mesh_text}", highlight=False)
 

@@ -2,7 +2,7 @@
 
     python experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Given again, the command skips what is finished and goes on with what is not. A stage runs again when its config, the
+When re-run, the command skips what is finished and goes on with what is not. A stage runs again when its config, the
 code or a model that it starts from changed.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.runner.cli import run
+from jaxlm.runner.cli import run, start
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config() and stages.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where stages and report live.")
@@ -20,7 +20,6 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     from jaxlm.runner import pipeline
-    from jaxlm.runner.start import start
 
     start()
     pipeline.run(CONFIG.value, Path(WORKDIR.value))

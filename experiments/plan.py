@@ -30,11 +30,11 @@ def main() -> None:
     from jaxlm.runner.dry_run import lower_step
 
     try:
-        found = plan(lambda mesh: lower_step(CONFIG.value, mesh), TOPOLOGY.value, CONFIG.value.mesh)
+        step_plan = plan(lambda mesh: lower_step(CONFIG.value, mesh), TOPOLOGY.value, CONFIG.value.mesh)
     except (RuntimeError, ValueError) as error:
         sys.exit(f"plan: {error}")
-    print(found)
-    sys.exit(0 if found.fits and not found.gathered else 1)
+    print(step_plan)
+    sys.exit(0 if step_plan.fits and not step_plan.gathered else 1)
 
 
 if __name__ == "__main__":

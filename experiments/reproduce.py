@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxlm.runner.cli import run
+from jaxlm.runner.cli import run, start
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = flags.DEFINE_string("data", None, "The folder of public data.")
@@ -36,7 +36,6 @@ def encoder() -> str:
 
 def main() -> None:
     from jaxlm.runner import reproduce
-    from jaxlm.runner.start import start
 
     start()
     if not encoder():

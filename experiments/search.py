@@ -2,7 +2,7 @@
 
     python experiments/search.py --config=configs/search.py --workdir=runs/search
 
-What is varied stands in `config.search`. Given again, the command goes on where it was; stages that trials have in
+What is varied stands in `config.search`. When re-run, the command goes on where it was; stages that trials have in
 common are done once. `workdir/report.html` compares all that was reached, `workdir/search.json` holds every trial.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.runner.cli import run
+from jaxlm.runner.cli import run, start
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config() and stages.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where study, stages and report live.")
@@ -20,7 +20,6 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     from jaxlm.runner import search
-    from jaxlm.runner.start import start
 
     start()
     search.run(CONFIG.value, Path(WORKDIR.value))

@@ -3,7 +3,7 @@
     python experiments/train.py --config=configs/finetune/sequence.py --workdir=runs/sst2 --config.train.epochs=2
 
 A config file may take an argument (`--config=FILE:ARG`) and any of its fields can be set on the command line. A run
-that was cut off goes on where it was when the same command is given again. `workdir/result.json` holds the final
+that was cut off goes on where it was when the same command is re-run. `workdir/result.json` holds the final
 metrics, `workdir/model/` the model directory, `workdir/metrics.jsonl` and `workdir/tensorboard/` the curves.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.runner.cli import run
+from jaxlm.runner.cli import run, start
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.")
@@ -23,7 +23,6 @@ def main() -> None:
     import jax
 
     from jaxlm.runner import stage
-    from jaxlm.runner.start import start
 
     start()
     result = stage.run(CONFIG.value, Path(WORKDIR.value))

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxlm.io.pretrained import LM, load, save
+    from jaxlm.io.lm import LM
+    from jaxlm.io.pretrained import load, save
 
 __all__ = ["LM", "load", "save"]
 

@@ -5,7 +5,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-pytest_plugins = ["made_up_results"]  # under fixtures/: measurements that tests of evaluate/ and report/ share
+# Under fixtures/: the check of array annotations, before anything of jaxlm is imported; and made-up measurements.
+pytest_plugins = ["made_up_results"]
 ROOT = Path(__file__).resolve().parents[1]
 # Environment variables and not jax.config, so that programs which tests start share the cache.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -146,7 +146,7 @@ def criteria(results: Results) -> list[Criterion]:
             0.96,
             "%",
         ),
-        at_least("chain: times smaller", 1 / results.bytes("chain", "teacher"), 3.0, "×"),
+        at_least("chain: smaller", 1 / results.bytes("chain", "teacher"), 3.0, "×"),
         at_least("chain: times as fast", results.speed("chain", "teacher"), 2.5, "×"),
         at_least("chain: share of the teacher's score", results.share("chain", "teacher"), 0.97, "%"),
     ]

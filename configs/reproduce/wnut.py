@@ -63,7 +63,7 @@ def get_config():
         {
             **after,
             "name": "student-more",
-            "description": "the student again, its teacher heard on sentences without labels too",
+            "description": "the student again, distilled on unlabelled sentences too",
             "beside": ("student",),
             "data": {
                 "unlabelled": "DATA/stsb/sts-train.tsv",
@@ -126,7 +126,7 @@ def criteria(results: Results) -> list[Criterion]:
         positive("three layers: distilled minus undistilled", results.gain("student", "student-alone"), "points"),
         at_least("three layers: share of the teacher's score", results.share("student", "teacher"), 0.96, "%"),
         at_most("three layers: non-embedding parameters", results.parameters("student", "teacher"), 0.505, "%"),
-        at_least("chain: times smaller", 1 / results.bytes("chain", "teacher"), 3.0, "×"),
+        at_least("chain: smaller", 1 / results.bytes("chain", "teacher"), 3.0, "×"),
         at_least("chain: times as fast", results.speed("chain", "teacher"), 2.5, "×"),
         at_least("chain: share of the teacher's score", results.share("chain", "teacher"), 0.97, "%"),
     ]

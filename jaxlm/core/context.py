@@ -1,13 +1,14 @@
-"""What a pure forward pass is told besides parameters and data."""
+"""What a forward pass reads besides parameters and data."""
 
 import zlib
 from collections.abc import Callable
 
 import jax
 from flax import struct
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 
-def unsharded(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+def unsharded(x: Shaped[Array, "*shape"], names: tuple[str | None, ...]) -> Shaped[Array, "*shape"]:
     """Leaves an activation where it is: the placement of a run without a mesh."""
     return x
 
@@ -18,24 +19,24 @@ class Context(struct.PyTreeNode):
     Attributes:
       key: typed PRNG key for everything stochastic (dropout); `None` means a deterministic pass.
       place: `(activation, axis names) -> activation`, pins an activation to the mesh. Static.
-      hidden: how far each dimension of the residual stream is open, float `[hidden]`, or `None` where all are: the site
-        `hidden`, opened once a pass, which every norm, writer of the stream and head reads.
+      hidden: how far each dimension of the residual stream is open, or `None` where all are: the site `hidden`, opened
+        once a pass, which every norm, writer of the stream and head reads.
       observe: `(name, inputs)`, called by every `Observed` weight with what it is multiplied by, while a layer outside
-        a scan is traced; what it is told are tracers, which whoever traces must return. Static.
+        a scan is traced; its inputs are tracers, which whoever traces must return. Static.
     """
 
-    key: jax.Array | None = None
-    place: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = struct.field(pytree_node=False, default=unsharded)
-    hidden: jax.Array | None = None
-    observe: Callable[[str, jax.Array], None] | None = struct.field(pytree_node=False, default=None)
+    key: Key[Array, ""] | None = None
+    place: Callable[[Array, tuple[str | None, ...]], Array] = struct.field(pytree_node=False, default=unsharded)
+    hidden: Float[Array, "hidden"] | None = None
+    observe: Callable[[str, Array], None] | None = struct.field(pytree_node=False, default=None)
 
-    def at(self, name: str | int | jax.Array) -> "Context":
+    def at(self, name: str | int | Int[Array, ""]) -> "Context":
         """The context of a named (or numbered) part, with a key of its own."""
         if self.key is None:
             return self
         data = zlib.crc32(name.encode()) if isinstance(name, str) else name
         return self.replace(key=jax.random.fold_in(self.key, data))
 
-    def gated(self, x: jax.Array) -> jax.Array:
-        """The residual stream `[..., hidden]` with its closed dimensions at zero."""
+    def gated(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+        """The residual stream with its closed dimensions at zero."""
         return x if self.hidden is None else x * self.hidden.astype(x.dtype)

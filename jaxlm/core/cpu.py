@@ -12,24 +12,24 @@ FLAGS = {
     "AVX512_BF16": r"\bavx512_bf16\b",
     "AMX": r"\bamx_bf16\b",
 }
-"""XLA's names of instruction sets, from the oldest on, and what Linux calls them."""
+"""XLA's names of instruction sets, oldest first, and their flags in /proc/cpuinfo."""
 
 
 def instruction_set(cpuinfo: str, xla_flags: str = "") -> str:
-    """The newest set of instructions that the CPU has and that XLA may use; "" where neither is known.
+    """The newest set of instructions that the CPU has and that XLA may use; "" where none of `FLAGS` is.
 
     >>> instruction_set("flags: avx2 avx512f avx512_bf16"), instruction_set("avx2 avx512f", "--xla_cpu_max_isa=AVX2")
     ('AVX512_BF16', 'AVX2')
 
     Args:
-      cpuinfo: what Linux tells of the processor; xla_flags: the environment variable XLA_FLAGS, whose
-        `--xla_cpu_max_isa` plays an older machine.
+      cpuinfo: the contents of /proc/cpuinfo.
+      xla_flags: the environment variable XLA_FLAGS, whose `--xla_cpu_max_isa` limits XLA to an older machine's set.
     """
     limits = re.findall(r"--xla_cpu_max_isa=(\w+)", xla_flags)
-    known = list(FLAGS)
-    newest = known.index(limits[-1].upper()) if limits and limits[-1].upper() in known else len(known) - 1
-    found = [name for name, pattern in FLAGS.items() if re.search(pattern, cpuinfo)]
-    return next((name for name in reversed(found) if known.index(name) <= newest), "")
+    names = list(FLAGS)
+    newest = names.index(limits[-1].upper()) if limits and limits[-1].upper() in names else len(names) - 1
+    supported = [name for name in names if re.search(FLAGS[name], cpuinfo)]
+    return next((name for name in reversed(supported) if names.index(name) <= newest), "")
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def here() -> str:
 
 @functools.cache
 def fast_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 in hardware (Linux tells; elsewhere the answer is no)."""
+    """Whether this machine's CPU multiplies bfloat16 in hardware (false without a /proc/cpuinfo)."""
     return here() in ("AVX512_BF16", "AMX") or re.search(r"\bbf16\b", _cpuinfo()) is not None
 
 

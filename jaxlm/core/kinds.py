@@ -1,4 +1,4 @@
-"""Values from outside against the annotations of the fields that take them."""
+"""Values from configs and files, checked against the annotations of the fields that take them."""
 
 import dataclasses
 import numbers
@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm.core.lookup import call
 
-WORDS = {
+DESCRIPTIONS = {
     int: "a whole number",
     float: "a finite number",
     bool: "true or false",
@@ -39,14 +39,14 @@ def checked(value: Any, kind: Any, what: str) -> Any:
     Raises:
       ValueError: `what: expected a whole number, found 'x'`.
     """
-    found = _fit(value, kind, what)
-    if found is _MISFIT:
-        raise ValueError(f"{what}: expected {_words(kind)}, found {reprlib.repr(value)}")
-    return found
+    fitted = _fit(value, kind, what)
+    if fitted is _MISFIT:
+        raise ValueError(f"{what}: expected {_description(kind)}, found {reprlib.repr(value)}")
+    return fitted
 
 
 def check_fields(instance: Any, kinds: Mapping[str, Any]) -> None:
-    """Replaces every field of a frozen dataclass by what its kind makes of it.
+    """Replaces every field of a frozen dataclass by its `checked` value.
 
     Raises:
       ValueError: for a field of another kind, by name.
@@ -61,7 +61,7 @@ def _fit(value: Any, kind: Any, what: str) -> Any:
         return value
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         fits = (_fit(value, option, what) for option in typing.get_args(kind))
-        return next((found for found in fits if found is not _MISFIT), _MISFIT)
+        return next((fitted for fitted in fits if fitted is not _MISFIT), _MISFIT)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             return _MISFIT
@@ -83,9 +83,9 @@ def _fit(value: Any, kind: Any, what: str) -> Any:
     return value if isinstance(value, kind) else _MISFIT
 
 
-def _words(kind: Any) -> str:
+def _description(kind: Any) -> str:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return " or ".join(_words(option) for option in typing.get_args(kind))
+        return " or ".join(_description(option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return f"a list, each entry {_words(typing.get_args(kind)[0])}"
-    return WORDS.get(kind) or f"a table of {kind.__name__}"
+        return f"a list, each entry {_description(typing.get_args(kind)[0])}"
+    return DESCRIPTIONS.get(kind) or f"a table of {kind.__name__}"

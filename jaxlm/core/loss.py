@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 class Term(NamedTuple):
@@ -14,13 +14,13 @@ class Term(NamedTuple):
     the data were cut. The weight depends on the batch alone, never on the parameters.
     """
 
-    sum: jax.Array
-    weight: jax.Array
-    coefficient: float | jax.Array = 1.0
+    sum: Float[Array, ""]
+    weight: Float[Array, ""]
+    coefficient: float | Float[Array, ""] = 1.0
 
     @property
-    def mean(self) -> jax.Array:
-        """`sum / weight`, 0 where there was nothing to weigh."""
+    def mean(self) -> Float[Array, ""]:
+        """`sum / weight`, 0 where both are 0."""
         return self.sum / jnp.maximum(self.weight, 1e-9)
 
 
@@ -57,7 +57,7 @@ def add_terms(a: Mapping[str, Term], b: Mapping[str, Term]) -> Terms:
     }
 
 
-def total(terms: Mapping[str, Term], weights: Mapping[str, jax.Array]) -> jax.Array:
+def total(terms: Mapping[str, Term], weights: Mapping[str, Float[Array, ""]]) -> Float[Array, ""]:
     """`Σ_i c_i · sum_i / W_i` with the weights `W` of the whole step.
 
     >>> float(total({"ce": Term(jnp.array(6.0), jnp.array(2.0))}, {"ce": jnp.array(4.0)}))

@@ -6,23 +6,21 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlm.core.loss import Loss
+from jaxlm.core.model import LM
 from jaxlm.core.partition import Verdict
 from jaxlm.core.paths import Tree
-from jaxlm.core.weight import Axes
 
 
-class Adapted(NamedTuple):
-    """What `Method.init` returns: parameters in the canonical view with their axis names, constants and state.
+class MethodInit(NamedTuple):
+    """What `Method.init` returns.
 
     Attributes:
-      params: nested dict, possibly with new leaves or Weights.
-      axes: axis names by path, those of new leaves included.
+      lm: the model, possibly with new leaves, whose axes have names, or with Weights in the place of arrays.
       constants: sharded arguments of the step that never change and are not in the checkpoint (a teacher, say).
       state: arrays that change in training and are in the checkpoint, by name.
     """
 
-    params: Tree
-    axes: dict[str, Axes]
+    lm: LM
     constants: dict[str, Any] = {}
     state: dict[str, Any] = {}
 
@@ -47,26 +45,25 @@ class Method(NamedTuple):
     """Every field defaults to the identity, so that a method states only what it does.
 
     Attributes:
-      init: `(key, model, params, axes) -> Adapted`. `model` offers what a method may know of the network without
-        importing it: its `config`, and `sizes()` of every parameter's dimensions.
+      init: `(key, lm) -> MethodInit`, once, before the first step.
       trainable: ArrayInfo -> True, False or None; the last method with an opinion wins.
       loss: Loss -> Loss.
       grad: GradFn -> GradFn.
       mask: `(params, grads) -> grads` that clipping and the optimizer see; `update` is given them as they were before.
       update: `(Step, grads, constants, step number) -> Step`, inside the compiled step.
       eval_params: `(params, state) -> params` seen by evaluation.
-      bake: `(model, params, axes, state) -> (model, params, axes)`: plain leaves again, the same function.
+      bake: `(lm, state) -> lm`: plain leaves again, the same function.
       claims: `(params) -> {(path, aspect)}` that the method owns; two methods of a chain may not own the same.
     """
 
-    init: Callable[..., Adapted] = lambda key, model, params, axes: Adapted(params, axes)
+    init: Callable[[jax.Array, LM], MethodInit] = lambda key, lm: MethodInit(lm)
     trainable: Verdict = lambda info: None
     loss: Callable[[Loss], Loss] = lambda loss: loss
     grad: Callable[[Callable], Callable] = lambda grad: grad
     mask: Callable[[Tree, dict[str, jax.Array]], dict[str, jax.Array]] = lambda params, grads: grads
     update: Callable[..., Step] = lambda step, grads, constants, number: step
     eval_params: Callable[[Tree, dict], Tree] = lambda params, state: params
-    bake: Callable[..., tuple[Any, Tree, dict[str, Axes]]] = lambda model, params, axes, state: (model, params, axes)
+    bake: Callable[[LM, dict[str, Any]], LM] = lambda lm, state: lm
     claims: Callable[[Tree], set[tuple[str, str]]] = lambda params: set()
 
 
@@ -79,19 +76,19 @@ def chain(methods: Sequence[tuple[str, Method]]) -> Method:
       ValueError: (from `init`) when two methods claim the same aspect of the same leaf, or use the same name.
     """
 
-    def init(key, model, params, axes):
-        result = Adapted(params, axes)
+    def init(key, lm):
+        result = MethodInit(lm)
         owners: dict[tuple[str, str], str] = {}
         for index, (name, method) in enumerate(methods):
-            for claim in sorted(method.claims(result.params)):
+            for claim in sorted(method.claims(result.lm.params)):
                 if claim in owners:
                     raise ValueError(f"{name} and {owners[claim]} both claim the {claim[1]} of {claim[0]}; drop one")
                 owners[claim] = name
-            new = method.init(jax.random.fold_in(key, index), model, result.params, result.axes)
+            new = method.init(jax.random.fold_in(key, index), result.lm)
             twice = (new.constants.keys() & result.constants.keys()) | (new.state.keys() & result.state.keys())
             if twice:
                 raise ValueError(f"{name} is used twice in one run ({', '.join(sorted(twice))}); merge the two entries")
-            result = Adapted(new.params, new.axes, {**result.constants, **new.constants}, {**result.state, **new.state})
+            result = MethodInit(new.lm, {**result.constants, **new.constants}, {**result.state, **new.state})
         return result
 
     def trainable(info):
@@ -123,10 +120,10 @@ def chain(methods: Sequence[tuple[str, Method]]) -> Method:
             params = method.eval_params(params, state)
         return params
 
-    def bake(model, params, axes, state):
+    def bake(lm, state):
         for _, method in reversed(methods):
-            model, params, axes = method.bake(model, params, axes, state)
-        return model, params, axes
+            lm = method.bake(lm, state)
+        return lm
 
     def claims(params):
         return set[tuple[str, str]]().union(*(method.claims(params) for _, method in methods))

@@ -1,11 +1,13 @@
 """Parameter declarations: shape, axis names and initial distribution, in one place."""
 
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Key
 
 from jaxlm.core.paths import flatten, map_leaves
 from jaxlm.core.weight import Axes
@@ -19,10 +21,7 @@ class Dim(NamedTuple):
 
     @property
     def size(self) -> int:
-        size = 1
-        for s in self.sizes:
-            size *= s
-        return size
+        return math.prod(self.sizes)
 
     @property
     def name(self) -> Any:
@@ -53,8 +52,8 @@ class Parameter(NamedTuple):
     def axes(self) -> Axes:
         return tuple(d.name for d in self.dims)
 
-    def create(self, key: jax.Array) -> jax.Array:
-        """The initial value, float32."""
+    def create(self, key: Key[Array, ""]) -> Float32[Array, "*shape"]:
+        """The initial value."""
         if self.std is None:
             return jnp.full(self.shape, self.constant, jnp.float32)
         return self.std * jax.random.normal(key, self.shape, jnp.float32)
@@ -64,7 +63,7 @@ Spec = Mapping[str, Any]
 """Nested dict of Parameters: everything a network of a given config consists of."""
 
 
-def initialize(key: jax.Array, spec: Spec) -> dict[str, Any]:
+def initialize(key: Key[Array, ""], spec: Spec) -> dict[str, Any]:
     """Initial arrays, each from a key of its own (folded from its path), so that they do not depend on their order."""
     return map_leaves(lambda path, p: p.create(jax.random.fold_in(key, zlib.crc32(path.encode()))), spec)
 

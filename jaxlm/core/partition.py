@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxlm.core.paths import ArrayInfo, Tree, arrays, describe, with_arrays
 
 Verdict = Callable[[ArrayInfo], bool | None]
-"""Says of one array whether it trains; `None` leaves the answer to others."""
+"""Whether one array trains; `None` leaves the answer to others."""
 
 NEVER_TRAINED = frozenset({"mask", "codes", "buffer"})
 
@@ -29,10 +29,10 @@ def partition(params: Tree, verdicts: Sequence[Verdict] = ()) -> tuple[dict[str,
     ({'a': 1.0}, {'b': 2.0})
     """
     infos, values = describe(params), arrays(params)
-    chosen = {name for name, info in infos.items() if trainable(verdicts, info)}
+    trained = {name for name, info in infos.items() if trainable(verdicts, info)}
     return (
-        {name: value for name, value in values.items() if name in chosen},
-        {name: value for name, value in values.items() if name not in chosen},
+        {name: value for name, value in values.items() if name in trained},
+        {name: value for name, value in values.items() if name not in trained},
     )
 
 
@@ -44,8 +44,8 @@ def merge(template: Tree, trained: Mapping[str, Any], frozen: Mapping[str, Any])
 def widened(params: Tree, verdicts: Sequence[Verdict] = ()) -> dict[str, Any]:
     """Parameters (arrays or shapes) whose trained floats are float32; what is frozen keeps its dtype.
 
-    Most public checkpoints are bfloat16. Adam's steps are smaller than the distance of its numbers, so training in it
-    would hardly move them.
+    Most public checkpoints are bfloat16. Adam's steps are smaller than the spacing of bfloat16 numbers, so most updates
+    would be rounded away.
 
     >>> tree = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
     >>> {name: a.dtype.name for name, a in widened(tree, [lambda info: info.path == "a"]).items()}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.core.weight import Axes, components
+from jaxlm.core.weight import Axes, Node, components
 
 Tree = Mapping[str, Any]
 Rules = Sequence[tuple[str, Any]]
@@ -57,7 +57,7 @@ def map_leaves(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, Any
 
 
 class ArrayInfo(NamedTuple):
-    """One array of a parameter tree: where it is, what it is for and how its dimensions are called."""
+    """One array of a parameter tree: its name and path, its role (see `Component`) and its axis names."""
 
     name: str
     path: str
@@ -67,55 +67,57 @@ class ArrayInfo(NamedTuple):
 
 def arrays(tree: Tree) -> dict[str, Any]:
     """`{name: array}` for every array, those inside Nodes included."""
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for path, leaf in flatten(tree).items():
-        for field in components(leaf, (None, None)):
-            found[join_field(path, field)] = field_of(leaf, field)
-    return found
+        if isinstance(leaf, Node):
+            by_name |= {join_field(path, field): field_of(leaf, field) for field in components(leaf, (None, None))}
+        else:
+            by_name[path] = leaf
+    return by_name
 
 
 def describe(tree: Tree, axes: Mapping[str, Axes] | None = None) -> dict[str, ArrayInfo]:
     """`{name: ArrayInfo}` in the order of `arrays`.
 
     Args:
-      tree: parameters in the canonical or the run view. In the run view an array stands for several layers; its
-        `path` is that of the first of them, and its axes begin with `layers`.
+      tree: parameters in the canonical or the run view. In the run view an array may be a stack of several
+        layers; its `path` is that of the first of them, and its axes begin with `layers`.
       axes: axis names by canonical path; a path without names raises KeyError. `None` leaves them out.
     """
-    found: dict[str, ArrayInfo] = {}
-    for place, leaf in flatten(tree).items():
-        path = canonical_path(place)
+    infos: dict[str, ArrayInfo] = {}
+    for run_path, leaf in flatten(tree).items():
+        path = canonical_path(run_path)
         if axes is not None and path not in axes:
             raise KeyError(f"parameter {path!r} has no axis names; whoever adds a leaf must name its axes")
-        stack = ("layers",) if path != place else ()
+        stack = ("layers",) if path != run_path else ()
         for field, part in components(leaf, (None, None) if axes is None else axes[path]).items():
-            name = join_field(place, field)
-            found[name] = ArrayInfo(name, path, part.role, None if axes is None else stack + part.axes)
-    return found
+            name = join_field(run_path, field)
+            infos[name] = ArrayInfo(name, path, part.role, None if axes is None else stack + part.axes)
+    return infos
 
 
-def canonical_path(place: str) -> str:
-    """Path in the canonical view of a leaf of the run view: of the first layer, where it stands for several.
+def canonical_path(run_path: str) -> str:
+    """Path in the canonical view of a leaf of the run view: of the first layer, where it is a stack of several.
 
     >>> canonical_path("layers_0-11/mlp/up/kernel")
     'layers_0/mlp/up/kernel'
     """
-    return re.sub(SEGMENT, r"layers_\1", place)
+    return re.sub(SEGMENT, r"layers_\1", run_path)
 
 
 def with_arrays(tree: Tree, values: Mapping[str, Any]) -> dict[str, Any]:
     """`tree` with every array replaced by `values[name]`; the names must agree."""
-    missing, extra = arrays(tree).keys() - values.keys(), values.keys() - arrays(tree).keys()
+    names = arrays(tree).keys()
+    missing, extra = names - values.keys(), values.keys() - names
     if missing or extra:
         raise KeyError(f"arrays do not fit the tree: missing {sorted(missing)[:5]}, unexpected {sorted(extra)[:5]}")
     return map_leaves(lambda path, leaf: _rebuild(leaf, path, values), tree)
 
 
 def _rebuild(leaf: Any, path: str, values: Mapping[str, Any]) -> Any:
-    fields = components(leaf, (None, None))
-    if list(fields) == [""]:
+    if not isinstance(leaf, Node):
         return values[path]
-    for field in fields:
+    for field in components(leaf, (None, None)):
         leaf = replace_field(leaf, field, values[join_field(path, field)])
     return leaf
 
@@ -155,7 +157,7 @@ def first_match(rules: Rules, path: str, role: str = "base", default: Any = None
 
 
 def check_rules(rules: Rules, infos: Iterable[ArrayInfo], what: str) -> None:
-    """Raises ValueError for a rule that names no array: a typing error that would otherwise do nothing, silently."""
+    """Raises ValueError for a rule that matches no array: a typing error that would otherwise do nothing, silently."""
     infos = list(infos)
     for pattern, _ in rules:
         if not any(matches(pattern, info.path, info.role) for info in infos):

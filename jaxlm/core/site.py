@@ -1,6 +1,6 @@
 """The Site socket: a named place in the forward pass that reads an optional pytree.
 
-A site lives in the parameter tree beside the weights of its module and is called with the activation that passes there;
+A site lives in the parameter tree beside the weights of its module and is called with one activation of that module;
 where the tree has none, the activation passes unchanged.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
 from jaxlm.core.context import Context
 from jaxlm.core.weight import Axes, Component, Node
@@ -19,7 +20,7 @@ from jaxlm.core.weight import Axes, Component, Node
 class Site(Node):
     """A pytree called as `site(x, ctx)`."""
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "*shape"], ctx: Context) -> Float[Array, "*shape"]:
         raise NotImplementedError
 
 
@@ -31,11 +32,11 @@ class Switch(Site):
     `[]` on a layer's update, `[hidden]` on the residual stream.
     """
 
-    def open(self, ctx: Context) -> jax.Array:
+    def open(self, ctx: Context) -> Float[Array, "*gates"]:
         """How far each entry is open in this pass, from 0 to 1."""
         raise NotImplementedError
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: Float[Array, "*shape"], ctx: Context) -> Float[Array, "*shape"]:
         return x * self.open(ctx).astype(x.dtype)
 
 
@@ -46,9 +47,9 @@ class Gate(Switch):
       value: how far each entry is open, see `Switch`.
     """
 
-    value: jax.Array
+    value: Float[Array, "*gates"]
 
-    def open(self, ctx: Context) -> jax.Array:
+    def open(self, ctx: Context) -> Float[Array, "*gates"]:
         return self.value
 
     def components(self, axes: Axes) -> dict[str, Component]:
@@ -69,15 +70,15 @@ class HardConcrete(Switch):
       speed: static.
     """
 
-    score: jax.Array
+    score: Float[Array, "*gates"]
     speed: float = struct.field(pytree_node=False, default=1.0)
 
     @property
-    def log_alpha(self) -> jax.Array:
-        still = jax.lax.stop_gradient(self.score)
-        return still * self.speed + (self.score - still)
+    def log_alpha(self) -> Float[Array, "*gates"]:
+        constant = jax.lax.stop_gradient(self.score)
+        return constant * self.speed + (self.score - constant)
 
-    def open(self, ctx: Context) -> jax.Array:
+    def open(self, ctx: Context) -> Float[Array, "*gates"]:
         key = ctx.at("gate").key
         if key is None:
             s = jax.nn.sigmoid(self.log_alpha)
@@ -86,7 +87,7 @@ class HardConcrete(Switch):
             s = jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + self.log_alpha) / TEMPERATURE)
         return jnp.clip(s * (STRETCH[1] - STRETCH[0]) + STRETCH[0], 0.0, 1.0)
 
-    def probability(self) -> jax.Array:
+    def probability(self) -> Float[Array, "*gates"]:
         """`P(z > 0) = σ(log α - β log(-γ / ζ))`.
 
         >>> [round(float(p), 3) for p in HardConcrete(jnp.array([-4.0, 0.0, 4.0])).probability()]
@@ -105,8 +106,8 @@ TEMPERATURE, STRETCH = 2 / 3, (-0.1, 1.1)
 class Constraint(Site):
     """The target that learned gates are held to in this step, and the multiplier; no activation passes it."""
 
-    target: jax.Array
-    multiplier: jax.Array
+    target: Float[Array, ""]
+    multiplier: Float[Array, ""]
 
     def components(self, axes: Axes) -> dict[str, Component]:
         return {"target": Component(axes, "buffer"), "multiplier": Component(axes, "buffer")}
@@ -115,7 +116,7 @@ class Constraint(Site):
 SITES: dict[str, type[Site]] = {"Constraint": Constraint, "Gate": Gate, "HardConcrete": HardConcrete}
 
 
-def visit(params: Mapping[str, Any], name: str, x: jax.Array, ctx: Context) -> jax.Array:
+def visit(params: Mapping[str, Any], name: str, x: Float[Array, "*shape"], ctx: Context) -> Float[Array, "*shape"]:
     """`x` after the site `name` of a module's parameters, if there is one."""
     site = params.get(name)
     return x if site is None else site(x, ctx)

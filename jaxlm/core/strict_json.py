@@ -1,5 +1,4 @@
-"""Values as JSON can hold them (Python's own writer would put down a bare NaN, which no other reader takes), and
-their hash."""
+"""Values as strict JSON can hold them (Python's writer emits NaN, which others reject), and their hash."""
 
 import hashlib
 import json
@@ -9,7 +8,7 @@ from typing import Any
 
 
 def strict(value: Any) -> Any:
-    """Plain values; what is not a finite number is `None`, NamedTuples are tables.
+    """Plain values; numbers that are not finite become `None`, NamedTuples tables.
 
     >>> strict({"loss": float("nan"), "rows": (1, 2)})
     {'loss': None, 'rows': [1, 2]}
@@ -28,5 +27,5 @@ def strict(value: Any) -> Any:
 
 
 def digest(value: Any) -> str:
-    """sha256 of plain values."""
+    """sha256, in hexadecimal, of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

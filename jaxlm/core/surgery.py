@@ -1,21 +1,91 @@
-"""The surgery socket: functions from a model to a model, before any training."""
+"""The surgery socket: functions from a model to a model, before any training, and what they may read besides it."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from jaxlm.core.paths import Tree
-from jaxlm.core.weight import Axes
+import numpy as np
+
+from jaxlm.core.loss import Terms
+from jaxlm.core.model import LM
+
+TaskLoss = Callable[[Mapping[str, Any], Mapping[str, Any]], Terms]
+"""`(outputs, batch) -> terms`, see `Term`."""
 
 
-class Operated(NamedTuple):
-    """What a surgery `(model, params, axes, **options) -> Operated` returns; canonical view on both sides.
+@dataclass(frozen=True)
+class Calibration:
+    """Text that a model reads while it is compressed; never the text that it is evaluated on.
 
-    A plain triple does where the tokenizer stays what it is, as nearly always. A surgery whose signature names one of
-    these is given it: `calibration` (data that the model may see), `calibrate` (the function that reads them, for a
-    surgery that does not always want them), `loss` (the task's, `(outputs, batch) -> terms`), `tokenizer`, `texts`
-    (`split -> texts` of the run's data).
+    Attributes:
+      batches: numpy batches as the task makes them, labels included.
+      source: the place that they were read from.
     """
 
-    model: Any
-    params: Tree
-    axes: dict[str, Axes]
-    tokenizer: Any = None
+    batches: Sequence[Mapping[str, np.ndarray]]
+    source: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says of it: the source, its rows and their tokens."""
+        masks = [batch[name] for batch in self.batches for name in ("attention_mask", "segment_ids") if name in batch]
+        rows = sum(int(np.count_nonzero(mask.any(axis=1))) for mask in masks)
+        return {"source": self.source, "samples": rows, "tokens": sum(int(np.count_nonzero(mask)) for mask in masks)}
+
+
+class NoData(ValueError):
+    """A surgery asked its context for data, and the context has none."""
+
+
+@dataclass(frozen=True)
+class SurgeryContext:
+    """What a surgery may read besides the model; nothing is read before it is asked for.
+
+    Attributes:
+      read_calibration: `model -> Calibration` in the tokens and labels of that model.
+      task_loss: the loss of the run's task.
+      read_texts: `split -> texts` of the run's data.
+    """
+
+    read_calibration: Callable[[LM], Calibration] | None = None
+    task_loss: TaskLoss | None = None
+    read_texts: Callable[[str], Iterable[str]] | None = None
+
+    def calibration(self, lm: LM) -> Calibration:
+        """The calibration data as `lm` reads them.
+
+        Raises:
+          NoData: where the context has none.
+        """
+        if self.read_calibration is None:
+            raise NoData("it reads calibration data: set config.calibration, or give SurgeryContext a read_calibration")
+        return self.read_calibration(lm)
+
+    def loss(self) -> TaskLoss:
+        """The task's loss.
+
+        Raises:
+          NoData: where the context has none.
+        """
+        if self.task_loss is None:
+            raise NoData("it reads the loss of a task: give SurgeryContext a task_loss, (outputs, batch) -> terms")
+        return self.task_loss
+
+    def texts(self, split: str) -> Iterable[str]:
+        """The texts of a split of the run's data, read anew on every pass.
+
+        Raises:
+          NoData: where the context has none.
+        """
+        if self.read_texts is None:
+            raise NoData(f"it reads the texts of config.data.{split}: give SurgeryContext a read_texts")
+        return self.read_texts(split)
+
+
+NO_DATA = SurgeryContext()
+"""The context of a surgery that needs the model alone."""
+
+
+class Surgery(Protocol):
+    """`(model, context, **options) -> model`, canonical view on both sides; options are those of a config's entry."""
+
+    def __call__(self, lm: LM, context: SurgeryContext = ..., /, **options: Any) -> LM: ...

@@ -1,14 +1,16 @@
 """The Weight socket: what may sit at a `kernel` or `embedding` leaf.
 
-A leaf is a plain array or a `Weight`: a pytree that behaves like a matrix `W` of shape `[in, out]`, whatever it stores.
+A leaf is a plain array or a `Weight`: a pytree that behaves like a matrix `W [in, out]`, whatever it stores.
 Models never look inside: they call `dot`, `take` and `attend` below, which treat both alike.
 """
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from jaxlm.core.context import Context
 from jaxlm.core.matmul import matmul, matmul_transposed
@@ -33,7 +35,7 @@ class Node(struct.PyTreeNode):
     """A pytree with named parts that sits in a parameter tree: a Weight or a Site."""
 
     def components(self, axes: Axes) -> dict[str, Component]:
-        """Axis names and role of every array field, given the axis names of what the node stands for."""
+        """Axis names and role of every array field, from the axis names of what the node stands for."""
         raise NotImplementedError
 
 
@@ -49,32 +51,41 @@ class Weight(Node):
         raise NotImplementedError
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Dtype of the materialized matrix."""
         raise NotImplementedError
 
-    def materialize(self) -> jax.Array:
-        """The dense matrix `[in, out]`."""
+    def materialize(self) -> Float[Array, "*layers in out"]:
+        """The dense matrix, or one a layer of a stack."""
         raise NotImplementedError
 
-    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
-        """`x @ W` for `x [..., in]`, in `dtype`, which is that of `x` if not given."""
+    def dot(
+        self, x: Float[Array, "*batch in"], ctx: Context, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch out"]:
+        """`x @ W` in `dtype`, by default that of `x`."""
         return matmul(x, self.materialize(), dtype)
 
-    def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
-        """Rows `W[ids]`: `[..., out]`."""
+    def take(self, ids: Int[Array, "*batch"], ctx: Context) -> Float[Array, "*batch out"]:
+        """Rows `W[ids]`."""
         return jnp.take(self.materialize(), ids, axis=0)
 
-    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
-        """`x @ Wᵀ` for `x [..., out]`, in `dtype` (or that of `x`): the transposed use by a tied head."""
+    def attend(
+        self, x: Float[Array, "*batch out"], ctx: Context, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch in"]:
+        """`x @ Wᵀ` in `dtype`, by default that of `x`: the transposed use by a tied head."""
         return matmul_transposed(x, self.materialize(), dtype)
 
 
-def dot(x: jax.Array, w: jax.Array | Weight, ctx: Context = Context(), dtype: Any = None) -> jax.Array:
-    """`x @ w` for an array or a Weight, in `dtype`, which is that of `x` if not given.
+def dot(
+    x: Float[Array, "*batch in"],
+    w: Float[Array, "in out"] | Weight,
+    ctx: Context = Context(),
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "*batch out"]:
+    """`x @ w` in `dtype`, by default that of `x`.
 
-    Operands have the dtype of `x` in any case: with bfloat16 activations, float32 is what the products add up to before
-    it is rounded.
+    Operands have the dtype of `x` whatever `dtype` is: with bfloat16 activations, float32 is the accumulator before it
+    is rounded.
 
     >>> dot(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[4.0, 6.0]]
@@ -82,18 +93,25 @@ def dot(x: jax.Array, w: jax.Array | Weight, ctx: Context = Context(), dtype: An
     return w.dot(x, ctx, dtype) if isinstance(w, Weight) else matmul(x, w, dtype)
 
 
-def take(w: jax.Array | Weight, ids: jax.Array, ctx: Context = Context()) -> jax.Array:
+def take(
+    w: Float[Array, "in out"] | Weight, ids: Int[Array, "*batch"], ctx: Context = Context()
+) -> Float[Array, "*batch out"]:
     """Rows `w[ids]` of an embedding table."""
     return w.take(ids, ctx) if isinstance(w, Weight) else jnp.take(w, ids, axis=0)
 
 
-def attend(x: jax.Array, w: jax.Array | Weight, ctx: Context = Context(), dtype: Any = None) -> jax.Array:
+def attend(
+    x: Float[Array, "*batch out"],
+    w: Float[Array, "in out"] | Weight,
+    ctx: Context = Context(),
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "*batch in"]:
     """`x @ wᵀ`, in `dtype` as `dot`: logits from a tied embedding."""
     return w.attend(x, ctx, dtype) if isinstance(w, Weight) else matmul_transposed(x, w, dtype)
 
 
-def materialize(w: jax.Array | Weight) -> jax.Array:
-    """The dense matrix behind an array or a Weight."""
+def materialize(w: Float[Array, "*shape"] | Weight) -> Float[Array, "..."]:
+    """The dense matrix of a Weight; an array, of any shape, is returned as it is."""
     return w.materialize() if isinstance(w, Weight) else w
 
 
@@ -104,11 +122,11 @@ def components(leaf: Any, axes: Axes) -> dict[str, Component]:
     """
     if not isinstance(leaf, Node):
         return {"": Component(axes, "base")}
-    found: dict[str, Component] = {}
+    parts: dict[str, Component] = {}
     for field, part in leaf.components(axes).items():
         inner = getattr(leaf, field)
         if isinstance(inner, Node):
-            found |= {f"{field}.{name}": c for name, c in components(inner, part.axes).items()}
+            parts |= {f"{field}.{name}": c for name, c in components(inner, part.axes).items()}
         else:
-            found[field] = part
-    return found
+            parts[field] = part
+    return parts

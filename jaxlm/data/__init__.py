@@ -1,11 +1,11 @@
 """From files to batches: sources -> records -> tokenizer -> Examples -> batches, a pure function of (seed, step).
 
-numpy only; what needs a heavy library imports it when called.
+Importing it imports numpy only; functions that need a larger library import it when they are called.
 """
 
 from jaxlm.data.corruption import denoise_spans, denoising_length, mask_tokens, next_sentence_pairs
 from jaxlm.data.encoding import Encoded, encode
-from jaxlm.data.loader import Batches, bucketed, fitted, in_order, packed, packed_examples, shapes, shard
+from jaxlm.data.loader import Batches, bucketed, fitted, in_order, packed, packed_examples
 from jaxlm.data.packing import IGNORED, Batch
 from jaxlm.data.prefetch import prefetch
 from jaxlm.data.ragged import Examples, Ragged
@@ -37,6 +37,4 @@ __all__ = [
     "prefetch",
     "read",
     "sentinel_ids",
-    "shapes",
-    "shard",
 ]

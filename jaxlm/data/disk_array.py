@@ -1,4 +1,4 @@
-"""An array that need not fit in memory: it grows in a file and is read through a memory map."""
+"""An array that need not fit in memory: it is written to a file and read through a memory map."""
 
 import mmap
 import tempfile
@@ -6,11 +6,11 @@ import tempfile
 import numpy as np
 
 
-class Growing:
-    """One-dimensional, and longer with every ``append``; ``array`` is what it has become.
+class DiskArray:
+    """A one-dimensional array that ``append`` extends; ``array`` reads it.
 
-    The file lies in the directory for temporary files (``TMPDIR``) and has no name: its space is free again when the
-    array is forgotten or the process ends, however it ends.
+    The file lies in the directory for temporary files (``TMPDIR``) and has no name: its space is freed when the array
+    is garbage-collected or the process ends, however it ends.
     """
 
     def __init__(self, dtype: type | np.dtype):
@@ -18,20 +18,20 @@ class Growing:
         self._file = tempfile.TemporaryFile(prefix="jaxlm-", buffering=0)  # noqa: SIM115  (open as long as the array)
 
     def append(self, values: np.ndarray) -> None:
-        """Writes values behind those that are there.
+        """Appends values.
 
         Raises:
-          OSError: when the disk is full, saying which one.
+          OSError: when the disk is full; the message names its directory.
         """
         rest = np.ascontiguousarray(values, self.dtype).view(np.uint8).data
         try:
-            while rest:  # what is almost full takes a part
+            while rest:  # a disk that is almost full takes a part
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{error.strerror}: {tempfile.gettempdir()!r} has no room for encoded text, of which {self._size:,} "
-                f"bytes lie there; make room, or set the environment variable TMPDIR to a directory on a larger disk",
+                f"{error.strerror}: {tempfile.gettempdir()!r} has no room for encoded text, of which it holds "
+                f"{self._size:,} bytes; make room, or set the environment variable TMPDIR to another disk",
             ) from error
 
     @property
@@ -39,7 +39,7 @@ class Growing:
         return self._file.seek(0, 2)
 
     def array(self) -> np.ndarray:
-        """Everything, read-only; pages are read from the file when they are looked at."""
+        """All values, read-only; pages are read from the file when they are accessed."""
         if not self._size:
             return np.empty(0, self.dtype)
         return np.frombuffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ), self.dtype)

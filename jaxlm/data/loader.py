@@ -1,7 +1,7 @@
 """The batch socket: ``batch(step)`` as a pure function of (seed, step).
 
-Nothing is remembered from one step to the next, so a run resumes anywhere by asking for the next step, and every host
-of a pod sees the same global batch and keeps its own rows. A batch transform is a function Batches -> Batches.
+No state is kept from one step to the next: a run resumes at any step, and every host of a pod makes the same global
+batch. A batch transform is a function Batches -> Batches.
 """
 
 import dataclasses
@@ -18,21 +18,14 @@ from jaxlm.data.ragged import Examples, Ragged
 Remainder = Literal["pad", "drop"]
 
 
-class Shape(NamedTuple):
-    """What a compiler needs to know about one array."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
 @dataclass(frozen=True)
 class Batches:
-    """``batches(step)`` for step = 0, 1, ..; epochs follow one another without end.
+    """``batches(step)`` for step = 0, 1, ..; epoch after epoch without end.
 
     Attributes:
       make: step -> batch, pure.
-      steps_per_epoch: number of steps in which every row is seen once.
-      kinds: number of distinct shapes. ``make(-1)`` to ``make(-kinds)`` give one batch of each, of ignored rows only.
+      steps_per_epoch: number of steps in which every row occurs once.
+      kinds: number of distinct shapes. ``make(-1)`` to ``make(-kinds)`` give one batch of each, of filler rows only.
     """
 
     make: Callable[[int], Batch]
@@ -47,14 +40,8 @@ class Batches:
         return dataclasses.replace(self, make=lambda step: transform(self.make(step), step))
 
 
-def shapes(batches: Batches) -> list[dict[str, Shape]]:
-    """Every distinct shape of batch that can occur, by column: what to compile before the first step."""
-    kinds = (batches(-1 - kind) for kind in range(batches.kinds))
-    return [{name: Shape(a.shape, a.dtype) for name, a in batch.items()} for batch in kinds]
-
-
 def steps_per_epoch(rows: int, batch_size: int, remainder: Remainder = "pad") -> int:
-    """Batches in an epoch: with "pad" the last may be filled with ignored rows, with "drop" it is left out."""
+    """Batches in an epoch: a last, incomplete batch is filled up with filler rows ("pad") or left out ("drop")."""
     if remainder not in ("pad", "drop"):
         raise ValueError(f"unknown remainder={remainder!r}: 'pad' or 'drop'")
     steps = -(-rows // batch_size) if remainder == "pad" else rows // batch_size
@@ -63,31 +50,10 @@ def steps_per_epoch(rows: int, batch_size: int, remainder: Remainder = "pad") ->
     return steps
 
 
-def shard(batches: Batches, host: int, hosts: int) -> Batches:
-    """The rows of one host: the global batch is the concatenation over hosts 0, 1, .. of their batches.
-
-    Apply it after every other transform, so that what is drawn at random for a row does not depend on ``hosts``.
-    Raises ValueError (when a batch is made) if the rows do not divide evenly.
-    """
-    if not 0 <= host < hosts:
-        raise ValueError(f"host {host} of {hosts}: hosts are numbered from 0")
-
-    def rows(batch: Batch, step: int) -> Batch:
-        size = len(batch["input_ids"])
-        if size % hosts:
-            raise ValueError(
-                f"a batch of {size} rows does not divide among {hosts} hosts; choose a multiple of {hosts}"
-            )
-        mine = slice(host * size // hosts, (host + 1) * size // hosts)
-        return {name: array[mine] for name, array in batch.items()}
-
-    return batches.map(rows)
-
-
 def started(batches: Batches, start_id: int | None) -> Batches:
-    """The batches with ``start_id`` as the first token of every ``decoder_input_ids``, where they have such a column.
+    """The batches with ``start_id`` as the first token of ``decoder_input_ids``, if they have that column.
 
-    That is what a model generates from; encoded targets begin with the padding, which is T5's start but not everyone's.
+    It is the token that the model generates from; encoded targets begin with the padding token, as T5's do.
     """
     if start_id is None or "decoder_input_ids" not in batches(-1):
         return batches
@@ -101,44 +67,47 @@ def started(batches: Batches, start_id: int | None) -> Batches:
 
 
 def generator(*key: int) -> np.random.Generator:
-    """A generator that is a pure function of its key, for example (seed, step); other keys give independent draws."""
-    # Numbers of fixed width behind their count: by itself SeedSequence takes [7] and [7, 0] as one.
+    """A generator that is a pure function of its key, for example (seed, step); draws of two keys are independent."""
+    # Words of fixed width after their count, since SeedSequence does not tell [7] from [7, 0].
     words = np.array([len(key), *(k % 2**64 for k in key)], np.uint64).view(np.uint32)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words.tolist())))
 
 
 FINEST = 1024
-"""Distinct lengths that ``fitted`` tells apart at most, so that long texts do not make it slow."""
+"""Most distinct lengths that ``fitted`` considers, so that long texts do not make it slow."""
 
 TILE = 8
-"""What lengths are multiples of: a part of a tensor core's or TPU's tile would be wasted."""
+"""Lengths are multiples of this: a fraction of a tensor core's or TPU's tile would be wasted."""
 
 
 def fitted(sizes: np.ndarray, buckets: int, max_length: int) -> tuple[int, ...]:
-    """At most so many bucket lengths with which examples of these sizes need the fewest pads; the last holds them all.
+    """The bucket lengths, at most ``buckets``, with the least padding for examples of these sizes; the last fits all.
 
-    Lengths are multiples of 8, or ``max_length``. With possible lengths s_1 < .. < s_n, of which s_j holds c_j of the
-    examples, the fewest positions that k buckets take for what s_j holds are
+    Lengths are multiples of 8, or ``max_length``. With candidate lengths s_1 < .. < s_n, where c_j examples fit s_j,
+    the fewest positions that k buckets need for those examples are
     ``P[k, j] = min over i <= j of P[k - 1, i] + s_j (c_j - c_i)``.
 
     >>> fitted(np.array([3, 7, 8, 18, 20, 61]), 3, max_length=64)
     (8, 24, 64)
     """
-    grain = TILE * -(-max(int(sizes.max(initial=1)), 1) // (TILE * FINEST))
-    rounded = np.clip(-(-sizes.astype(np.int64) // grain) * grain, min(TILE, max_length), max_length)
+    # Candidates s and cumulative counts c.
+    step = TILE * -(-max(int(sizes.max(initial=1)), 1) // (TILE * FINEST))
+    rounded = np.clip(-(-sizes.astype(np.int64) // step) * step, min(TILE, max_length), max_length)
     lengths, counts = np.unique(rounded, return_counts=True) if len(sizes) else (np.array([max_length]), np.array([0]))
-    up_to = np.cumsum(counts)
-    positions = lengths * up_to
-    ahead = np.tri(len(lengths), dtype=bool).T
-    one_more = np.where(ahead, lengths * (up_to - up_to[:, None]), 1 << 60)
-    before = []
+    cumulative = np.cumsum(counts)
+    # P of one bucket; then of one more in every round, with the i at which the minimum is attained.
+    positions = lengths * cumulative
+    upper = np.tri(len(lengths), dtype=bool).T
+    last_bucket = np.where(upper, lengths * (cumulative - cumulative[:, None]), 1 << 60)
+    previous = []
     for _ in range(min(buckets, len(lengths)) - 1):
-        taken = positions[:, None] + one_more
-        before.append(taken.argmin(axis=0))
-        positions = taken.min(axis=0)
+        total = positions[:, None] + last_bucket
+        previous.append(total.argmin(axis=0))
+        positions = total.min(axis=0)
+    # Trace the minimum back.
     chosen = [len(lengths) - 1]
-    for previous in reversed(before):
-        chosen.append(int(previous[chosen[-1]]))
+    for argmin in reversed(previous):
+        chosen.append(int(argmin[chosen[-1]]))
     return tuple(sorted({int(lengths[i]) for i in chosen}))
 
 
@@ -146,15 +115,15 @@ def fitted(sizes: np.ndarray, buckets: int, max_length: int) -> tuple[int, ...]:
 
 
 class _Buckets(NamedTuple):
-    """Static lengths: ``inputs[i]`` goes with ``targets[i]`` on the decoder's side (None without one)."""
+    """Static lengths: ``inputs[i]`` with ``targets[i]`` on the decoder's side (None without a decoder)."""
 
     inputs: tuple[int, ...]
     targets: tuple[int, ...] | None
 
 
 def _buckets(examples: Examples, lengths: Sequence[int]) -> _Buckets:
-    """The buckets that some example needs. A decoder's length is a function of the input's bucket (the longest target
-    among inputs that fit it, in whole tiles), so that two sides do not multiply the number of shapes."""
+    """The buckets that occur. The decoder's length is a function of the input's bucket (the longest target among the
+    inputs that fit it, in whole tiles), so that a decoder does not multiply the number of shapes."""
     edges, sizes = np.unique(np.asarray(lengths, np.int64)), examples.lengths
     if len(sizes) and sizes.max() > edges[-1]:
         raise ValueError(
@@ -169,11 +138,11 @@ def _buckets(examples: Examples, lengths: Sequence[int]) -> _Buckets:
 
 
 def assemble(examples: Examples, rows: np.ndarray, length: int, target: int | None, pad_id: int) -> Batch:
-    """Right-padded rows; row -1 is filler: ``labels`` IGNORED (NaN where they are real numbers), attention on one pad.
+    """Right-padded rows; row -1 is filler: ``labels`` IGNORED (NaN for float labels), attention on one padding token.
 
     Args:
       rows: int [B], numbers of examples.
-      length: of the columns on the input's side; target: of those on the decoder's side.
+      length: of the input columns; target: of the decoder columns.
     """
     batch: Batch = {}
     for name, column in examples.columns.items():
@@ -184,13 +153,13 @@ def assemble(examples: Examples, rows: np.ndarray, length: int, target: int | No
             assert width is not None
             batch[name] = column.padded(rows, width, fill)
             if name.endswith("input_ids"):
-                sizes = np.where(rows >= 0, column.places(rows)[1], 0)
+                sizes = np.where(rows >= 0, column.spans_of(rows)[1], 0)
                 mask = "decoder_attention_mask" if decoder else "attention_mask"
                 batch[mask] = (np.arange(width) < np.maximum(sizes, 1)[:, None]).astype(np.int32)
         else:
-            nothing = np.nan if np.issubdtype(column.dtype, np.floating) else fill
+            filler = np.nan if np.issubdtype(column.dtype, np.floating) else fill
             shape = (len(rows), *(1,) * (column.ndim - 1))
-            batch[name] = np.where((rows >= 0).reshape(shape), column[rows], np.asarray(nothing, column.dtype))
+            batch[name] = np.where((rows >= 0).reshape(shape), column[rows], np.asarray(filler, column.dtype))
     return batch
 
 
@@ -202,6 +171,7 @@ def _padded(
     plan: Callable[[int], np.ndarray],
     steps: int,
 ) -> Callable[[int], Batch]:
+    """`step -> batch` of the examples that ``plan(epoch)``, int [steps, batch_size], names, in the smallest bucket."""
     buckets = _buckets(examples, lengths)
     sizes = examples.lengths
 
@@ -234,7 +204,7 @@ def bucketed(
 
     Args:
       lengths: bucket lengths, see ``fitted``; each that occurs is one compiled shape.
-      remainder: what becomes of the last ``n % batch_size`` rows of an epoch: "pad" fills the batch with ignored rows.
+      remainder: of the last ``n % batch_size`` rows of an epoch: "pad" adds filler rows, "drop" leaves them out.
     """
     n, sizes = len(examples), examples.lengths
     steps = steps_per_epoch(n, batch_size, remainder)
@@ -252,7 +222,7 @@ def bucketed(
 
 
 def in_order(examples: Examples, batch_size: int, *, lengths: Sequence[int], pad_id: int = 0) -> Batches:
-    """Evaluation batches: each example exactly once in ``steps_per_epoch`` steps, sorted by length.
+    """Evaluation batches: every example exactly once in ``steps_per_epoch`` steps, sorted by length.
 
     Adds ``row`` int32 [B], the number of the example in ``examples``, -1 for filler rows.
     """
@@ -282,13 +252,13 @@ def packed(
     remainder: Remainder = "pad",
     sizes: Ragged | None = None,
 ) -> Batches:
-    """Pre-training batches: documents joined and cut in rows of ``length``; ``packing.cut`` says what a batch holds.
+    """Pre-training batches: documents joined and cut in rows of ``length``, with the columns of ``packing.cut``.
 
-    Every epoch permutes the documents, cuts in other places and permutes the rows. With ``seed=None`` (evaluation)
-    documents and rows stand in order. Each token is in exactly one row of an epoch (all but the remainder of "drop").
+    Every epoch permutes the documents, cuts them at other tokens and permutes the rows. With ``seed=None`` (evaluation)
+    documents and rows are in order. Every token is in exactly one row of an epoch (except in a dropped remainder).
 
     Args:
-      sizes: the bytes of text behind every token, for batches with a column ``bytes``.
+      sizes: the bytes of text of every token, for batches with a column ``bytes``.
     """
     steps = steps_per_epoch(-(-len(documents.values) // length), batch_size, remainder)
     filled = np.flatnonzero(documents.lengths)
@@ -307,7 +277,7 @@ def packed(
     def make(step: int) -> Batch:
         joined, rows = plan(max(step, 0) // steps)
         chosen = rows[step % steps] if step >= 0 else np.full(batch_size, -1)
-        return _attending(cut(joined, chosen, pad_id, None if sizes is None else sizes.values))
+        return _with_attended_token(cut(joined, chosen, pad_id, None if sizes is None else sizes.values))
 
     return Batches(make, steps)
 
@@ -321,21 +291,22 @@ def packed_examples(
     pad_id: int = 0,
     remainder: Remainder = "pad",
 ) -> Batches:
-    """Whole examples packed in rows of ``length`` by best fit; for tasks with one label a token.
+    """Whole examples packed in rows of ``length`` by best fit; for tasks with one label per token.
 
-    Every epoch exchanges examples of equal length, so that each meets other neighbours (which lengths share a row, and
-    so the number of rows, stays), and permutes the rows.
+    Every epoch permutes the examples of equal length, so that each has other neighbours (the lengths that share a row,
+    and so the number of rows, stay the same), and permutes the rows.
     """
     columns = {
         name: c for name, c in examples.columns.items() if isinstance(c, Ragged) and not examples.on_decoder(name)
     }
     if len(columns) < len(examples.columns):
         raise ValueError(
-            f"only columns with one value a token can be packed, not {sorted(examples.columns - columns.keys())}"
+            f"only columns with one value per token can be packed, not {sorted(examples.columns - columns.keys())}"
         )
+    # The packing of lengths, which is the same in every epoch: numbers in it are ranks by length.
     sizes = examples.lengths
     fill = {"input_ids": pad_id, "labels": IGNORED}
-    slots = best_fit(np.sort(sizes), length)  # of the i-th shortest example
+    slots = best_fit(np.sort(sizes), length)
     steps = steps_per_epoch(len(slots), batch_size, remainder)
 
     @functools.lru_cache(maxsize=2)
@@ -349,13 +320,13 @@ def packed_examples(
     def make(step: int) -> Batch:
         packing, rows = plan(max(step, 0) // steps)
         chosen = rows[step % steps] if step >= 0 else np.full(batch_size, -1)
-        return _attending(lay_out(columns, packing, chosen, length, fill))
+        return _with_attended_token(lay_out(columns, packing, chosen, length, fill))
 
     return Batches(make, steps)
 
 
-def _attending(batch: Batch) -> Batch:
-    """Gives rows without any token a segment of one pad, since a softmax over nothing is not a number."""
+def _with_attended_token(batch: Batch) -> Batch:
+    """Gives empty rows a segment of one padding token, since a softmax over nothing is NaN."""
     segments = batch["segment_ids"].copy()
     segments[:, 0] = np.maximum(segments[:, 0], 1)
     return batch | {"segment_ids": segments}

@@ -1,8 +1,8 @@
-"""Packing: many documents or examples in one row, so that little is spent on padding.
+"""Packing: many documents or examples in one row, so that little is padding.
 
-Two ways. Joining and cutting (for pre-training) lays all documents end to end and cuts the stream in rows: no padding
-but in the last row, documents broken at row ends. Best fit (for fine-tuning) keeps every example whole and fills rows
-as well as it can. In both, ``segment_ids`` keep documents apart in attention and ``positions`` restart in each.
+Two ways. Joining and cutting (for pre-training) concatenates all documents and cuts the stream in rows: only the last
+row has padding, and documents are split at row ends. Best fit (for fine-tuning) keeps every example whole and fills
+rows as well as it can. In both, ``segment_ids`` separate documents in attention and ``positions`` restart in each.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,26 @@ Batch = dict[str, np.ndarray]
 
 
 def counted(labels: np.ndarray) -> np.ndarray:
-    """Where a label counts: of classes and tokens where it is not IGNORED, of real numbers where it is one."""
+    """Which labels count, bool of their shape: integers that are not IGNORED, floats that are not NaN."""
     return ~np.isnan(labels) if labels.dtype.kind == "f" else labels != IGNORED
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A stream of pieces of ``values`` (documents, mostly) laid end to end and cut in rows of ``length`` tokens.
+    """A stream of pieces of ``values`` (documents, mostly), concatenated and cut in rows of ``length`` tokens.
 
-    Only the order is stored; rows are gathered when asked for.
+    Only the order is stored; ``cut`` gathers rows.
+
+    Attributes:
+      values: tokens of all documents; not copied, as they may be mapped from a file.
+      starts: int64 [pieces], where each piece begins in ``values``.
+      ends: int64 [pieces], where it ends in the stream.
+      length: tokens of a row.
     """
 
-    values: np.ndarray  # not copied: they may be mapped from a file
-    starts: np.ndarray  # int64 [pieces], where each piece begins in values
-    ends: np.ndarray  # int64 [pieces], where it ends in the stream
+    values: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
     length: int
 
     @property
@@ -44,10 +50,10 @@ class Joined:
 
 
 def join(documents: Ragged, length: int, order: np.ndarray | None = None, shift: int = 0) -> Joined:
-    """Plans rows over ``documents[order]`` (all, as they stand, when ``order`` is None); empty documents vanish.
+    """The stream of ``documents[order]`` (of all in order when ``order`` is None), without the empty ones.
 
     ``shift`` moves that many tokens from the beginning of the first document to the end of the stream, which moves
-    every cut: long documents are then not cut in the same places every epoch.
+    every cut: long documents are then not cut at the same tokens every epoch.
     """
     order = np.arange(len(documents)) if order is None else np.asarray(order)
     lengths = documents.lengths[order]
@@ -67,40 +73,45 @@ def cut(joined: Joined, rows: np.ndarray, pad_id: int = 0, sizes: np.ndarray | N
     Returns int32 ``[len(rows), length]``: ``input_ids``; ``segment_ids`` 1, 2, .. by document, 0 on padding;
     ``positions`` from 0 in every segment (so also where a row begins inside a document); ``labels``, the document's
     next token, IGNORED at its end and on padding. At the end of a row inside a document that next token is the first
-    of the next row: a document of n tokens has n - 1 labels, however it is cut. With ``sizes``, the bytes of text
-    behind each of ``joined.values``, also ``bytes``: those of the token that the label names, 0 where it is IGNORED.
+    of the next row: a document of n tokens has n - 1 labels, however it is cut. With ``sizes``, the bytes of text of
+    each of ``joined.values``, also ``bytes``: those of the token that is the label, 0 where the label is IGNORED.
     """
     values, ends, length, total = joined.values, joined.ends, joined.length, joined.total
-    begin = np.where(rows >= 0, rows, joined.rows).astype(np.int64)[:, None] * length
-    place = begin + np.arange(length)
-    real = place < total
+    # Index of every token in the stream.
+    row_start = np.where(rows >= 0, rows, joined.rows).astype(np.int64)[:, None] * length
+    index = row_start + np.arange(length)
+    real = index < total
     if not real.any():
         fill = {"input_ids": pad_id, "segment_ids": 0, "positions": 0, "labels": IGNORED}
         fill |= {} if sizes is None else {"bytes": 0}
-        return {name: np.full(place.shape, value, np.int32) for name, value in fill.items()}
-    place = np.minimum(place, total - 1)
-    document = _document_of(place, ends)
-    start = np.where(document > 0, ends[document - 1], 0)
-    source = joined.starts[document] + place - start
-    after = np.minimum(source + 1, len(values) - 1)
-    following = values[after].astype(np.int32)  # unsigned, it has no IGNORED
-    inside = real & (place + 1 < ends[document])
+        return {name: np.full(index.shape, value, np.int32) for name, value in fill.items()}
+    index = np.minimum(index, total - 1)
+    # Its document, and its index in `values` and that of the next token.
+    document = _document_of(index, ends)
+    document_start = np.where(document > 0, ends[document - 1], 0)
+    source = joined.starts[document] + index - document_start
+    next_source = np.minimum(source + 1, len(values) - 1)
+    next_token = values[next_source].astype(np.int32)  # signed, as IGNORED is negative
+    has_next = real & (index + 1 < ends[document])
     batch = {
         "input_ids": np.where(real, values[source], pad_id).astype(np.int32),
         "segment_ids": np.where(real, document - document[:, :1] + 1, 0).astype(np.int32),
-        "positions": np.where(real, place - np.maximum(start, begin), 0).astype(np.int32),
-        "labels": np.where(inside, following, IGNORED).astype(np.int32),
+        "positions": np.where(real, index - np.maximum(document_start, row_start), 0).astype(np.int32),
+        "labels": np.where(has_next, next_token, IGNORED).astype(np.int32),
     }
-    return batch if sizes is None else batch | {"bytes": np.where(inside, sizes[after], 0).astype(np.int32)}
+    return batch if sizes is None else batch | {"bytes": np.where(has_next, sizes[next_source], 0).astype(np.int32)}
 
 
-def _document_of(places: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """For rising places in each row, the document that holds each: a search for the first, then a count of ends."""
-    first = np.searchsorted(ends, places[:, 0], side="right")
-    last = np.searchsorted(ends, places[:, -1], side="right")
-    document = np.repeat(first[:, None], places.shape[1], axis=1)
+def _document_of(index: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The document of every index in the stream, int [rows, length]; indices increase along a row.
+
+    Most rows lie in one document: only the others are searched token by token.
+    """
+    first = np.searchsorted(ends, index[:, 0], side="right")
+    last = np.searchsorted(ends, index[:, -1], side="right")
+    document = np.repeat(first[:, None], index.shape[1], axis=1)
     for row in np.flatnonzero(last > first):
-        document[row] = np.searchsorted(ends, places[row], side="right")
+        document[row] = np.searchsorted(ends, index[row], side="right")
     return document
 
 
@@ -109,7 +120,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Ragged:
 
     Best-fit decreasing needs at most 11/9 of the optimal number of rows, plus a constant.
 
-    Returns a Ragged of int64 example numbers, one sequence a row. Examples of length 0 are left out.
+    Returns a Ragged of int64 example numbers, one sequence per row. Examples of length 0 are left out.
     Raises ValueError if an example is longer than ``capacity``.
     """
     if len(lengths) and lengths.max() > capacity:
@@ -117,7 +128,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Ragged:
     order = np.argsort(-lengths, kind="stable")
     rows: list[list[int]] = []
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # row numbers by free space
-    available = 0  # bit s is set where some row has s free
+    available = 0  # bit s is set if some row has s tokens free
     for example, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         if length == 0:
             break
@@ -137,17 +148,18 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Ragged:
 
 
 def lay_out(columns: dict[str, Ragged], packed: Ragged, rows: np.ndarray, length: int, fill: dict[str, int]) -> Batch:
-    """Writes packed rows: ``[len(rows), length]`` a column, examples side by side; row -1 is padding.
+    """Packed rows: ``[len(rows), length]`` per column, the examples of a row concatenated; row -1 is padding.
 
     Adds ``segment_ids`` (1, 2, .. by example, 0 on padding) and ``positions`` (from 0 in each), both int32.
     """
-    first, sizes = packed.places(rows)
-    sizes = np.where(rows >= 0, sizes, 0)
-    examples = packed.values[spans(first, sizes)]
-    starts, lengths = next(iter(columns.values())).places(examples)  # of every column
-    row_lengths = np.add.reduceat(np.append(lengths, 0), offsets_of(sizes)[:-1]) * (sizes > 0)
+    # The examples of each row, and their tokens.
+    first, counts = packed.spans_of(rows)
+    counts = np.where(rows >= 0, counts, 0)
+    examples = packed.values[spans(first, counts)]
+    starts, lengths = next(iter(columns.values())).spans_of(examples)  # those of every column
+    row_lengths = np.add.reduceat(np.append(lengths, 0), offsets_of(counts)[:-1]) * (counts > 0)
     real = np.arange(length) < row_lengths[:, None]
-    number = np.arange(len(examples)) - np.repeat(offsets_of(sizes)[:-1], sizes)
+    number = np.arange(len(examples)) - np.repeat(offsets_of(counts)[:-1], counts)
     batch = {}
     for name, values in {
         "segment_ids": np.repeat(number + 1, lengths),

@@ -1,4 +1,4 @@
-"""Building batches ahead of the step that uses them."""
+"""Batches made ahead of the steps that use them."""
 
 import queue
 import threading
@@ -13,14 +13,14 @@ class prefetch:
 
     Args:
       batches: step -> batch.
-      depth: how many batches wait ready at most.
-      place: called on every batch in the thread, for example to put it on devices.
+      depth: largest number of batches that wait in the queue.
+      place: applied to every batch in the thread, for example to put it on devices.
 
     Attributes:
-      waited: seconds that the consumer has spent waiting for a batch: what the data pipeline costs the run.
+      waited: seconds that the consumer has spent waiting for batches: the cost of the data pipeline.
 
-    An error in the thread is raised where the batch would have been. The thread ends when the iterator is exhausted,
-    closed (it is a context manager too) or forgotten.
+    An error in the thread is raised instead of the batch. The thread ends when the iterator is exhausted, closed (it is
+    a context manager too) or garbage-collected.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class prefetch:
         self.waited = 0.0
         self._ready: queue.Queue = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
-        # The thread holds the queue and the event but not self: forgetting the iterator stops it.
+        # The thread refers to the queue and the event but not to self, so that it ends with the iterator.
         self._finalizer = weakref.finalize(self, self._stopped.set)
         arguments = (batches, start, stop, place, self._ready, self._stopped)
         self._thread = threading.Thread(target=_produce, args=arguments, name="prefetch", daemon=True)

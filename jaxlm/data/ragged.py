@@ -1,4 +1,4 @@
-"""Columns of sequences of many lengths, held as two flat arrays, and the table of such columns: Examples."""
+"""Ragged: sequences of different lengths in two flat arrays. Examples: a table of such columns."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_PART = 1 << 20  # values that are looked at together, of more than fit in memory
+_PART = 1 << 20  # values that are hashed at a time, as all may not fit in memory
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Ragged:
 
     Attributes:
       values: integers, ``[total]``; in memory, or mapped from a file and of the narrowest type that holds them.
-      offsets: int64 ``[n + 1]``, from 0 to ``total``, never falling.
+      offsets: int64 ``[n + 1]``, from 0 to ``total``, non-decreasing.
     """
 
     values: np.ndarray
@@ -32,7 +32,7 @@ class Ragged:
 
     @classmethod
     def of(cls, sequences: Iterable[np.ndarray | list], dtype: type | np.dtype = np.int32) -> "Ragged":
-        """Joins sequences.
+        """From a list of sequences.
 
         >>> Ragged.of([[1, 2], [], [3]]).offsets
         array([0, 2, 2, 3])
@@ -54,30 +54,30 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [n]."""
+        """Lengths of the sequences, int64 [n]."""
         return np.diff(self.offsets)
 
-    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the given rows begin in ``values``, and their lengths; costs nothing for the others."""
+    def spans_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Start in ``values`` and length of these rows; the cost does not depend on the number of all rows."""
         starts = self.offsets[:-1][rows]
         return starts, self.offsets[1:][rows] - starts
 
     def take(self, rows: np.ndarray) -> "Ragged":
-        """The given rows, in the given order."""
-        starts, lengths = self.places(rows)
+        """The sequences with these numbers, in their order."""
+        starts, lengths = self.spans_of(rows)
         return Ragged(self.values[spans(starts, lengths)], offsets_of(lengths))
 
     def then(self, other: "Ragged") -> "Ragged":
-        """These sequences, and behind them the other's."""
+        """These sequences followed by those of another."""
         values = np.concatenate([self.values, other.values])
         return Ragged(values, np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]))
 
     def padded(self, rows: np.ndarray, length: int, fill: int) -> np.ndarray:
-        """int32 ``[len(rows), length]``: the given rows, right-padded with ``fill``; row -1 is all ``fill``.
+        """int32 ``[len(rows), length]``: these rows, right-padded with ``fill``; row -1 is all ``fill``.
 
         Raises ValueError if a row is longer than ``length``.
         """
-        starts, lengths = self.places(rows) if len(self) else (np.zeros_like(rows),) * 2
+        starts, lengths = self.spans_of(rows) if len(self) else (np.zeros_like(rows),) * 2
         lengths = np.where(rows >= 0, lengths, 0)
         if lengths.max(initial=0) > length:
             raise ValueError(f"row {rows[lengths.argmax()]} has {lengths.max()} values, more than {length}")
@@ -87,12 +87,12 @@ class Ragged:
 
 
 def offsets_of(lengths: np.ndarray | list[int]) -> np.ndarray:
-    """Offsets int64 [n + 1] of sequences of the given lengths."""
+    """Offsets int64 [n + 1] of sequences of these lengths."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The indices ``starts[i], starts[i] + 1, ..`` (``lengths[i]`` of them) of all spans, joined: int64 [sum lengths].
+    """The indices ``starts[i], .., starts[i] + lengths[i] - 1`` of all spans, concatenated: int64 [sum of lengths].
 
     >>> spans(np.array([5, 0]), np.array([2, 3]))
     array([5, 6, 0, 1, 2])
@@ -104,10 +104,10 @@ def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded examples: columns of equal length, a Ragged for what has many lengths, an array for one value a row.
+    """Encoded examples: columns of equally many rows, a Ragged for sequences, an array for one value per row.
 
-    ``input_ids`` is always there. Columns as long as it, row by row, are aligned with it; where there is a
-    ``decoder_input_ids``, that and ``labels`` form the decoder's side with lengths of their own.
+    ``input_ids`` is required. Ragged columns have its lengths, row by row; with a column ``decoder_input_ids``, the
+    columns ``labels`` and ``decoder_*`` have the lengths of that one instead.
     """
 
     columns: Mapping[str, Ragged | np.ndarray]
@@ -132,7 +132,7 @@ class Examples:
         return column
 
     def on_decoder(self, name: str) -> bool:
-        """Whether a column belongs to the decoder's side."""
+        """Whether a column belongs to the decoder."""
         return "decoder_input_ids" in self.columns and (name.startswith("decoder_") or name == "labels")
 
     def __len__(self) -> int:
@@ -145,30 +145,30 @@ class Examples:
 
     @property
     def decoder_lengths(self) -> np.ndarray | None:
-        """Number of decoder tokens of every example, or None where there is no decoder's side."""
+        """Number of decoder tokens of every example, or None without decoder columns."""
         return self._ragged("decoder_input_ids").lengths if "decoder_input_ids" in self.columns else None
 
     def take(self, rows: np.ndarray) -> "Examples":
-        """The given rows, in the given order."""
+        """The examples with these numbers, in their order."""
         return Examples({n: c.take(rows) if isinstance(c, Ragged) else c[rows] for n, c in self.columns.items()})
 
     def then(self, other: "Examples") -> "Examples":
-        """These examples, and behind them the other's; raises ValueError if their columns differ."""
+        """These examples followed by those of another; raises ValueError if their columns differ."""
         if self.columns.keys() != other.columns.keys():
             raise ValueError(f"one has the columns {sorted(self.columns)}, the other {sorted(other.columns)}")
         columns: dict[str, Ragged | np.ndarray] = {}
         for name, column in self.columns.items():
-            more = other.columns[name]
-            if isinstance(column, Ragged) and isinstance(more, Ragged):
-                columns[name] = column.then(more)
-            elif isinstance(column, np.ndarray) and isinstance(more, np.ndarray):
-                columns[name] = np.concatenate([column, more])
+            following = other.columns[name]
+            if isinstance(column, Ragged) and isinstance(following, Ragged):
+                columns[name] = column.then(following)
+            elif isinstance(column, np.ndarray) and isinstance(following, np.ndarray):
+                columns[name] = np.concatenate([column, following])
             else:
-                raise ValueError(f"the column {name!r} has one value a row in one, one a token in the other")
+                raise ValueError(f"the column {name!r} has one value per row in one, one per token in the other")
         return Examples(columns)
 
     def fingerprint(self) -> str:
-        """sha256 over names, dtypes and contents: equal for equal data, whatever it was read from or lies in."""
+        """sha256 of names, dtypes and contents: equal for equal data, in memory or mapped from a file."""
         digest = hashlib.sha256()
         for name in sorted(self.columns):
             column = self.columns[name]

@@ -10,24 +10,24 @@ from jaxlm.data.sources.locations import may_share
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the data are and how they become batches.
+    """The data of a run, and how batches are made of them.
 
     Attributes:
       format: `tfds`, `jsonl`, `csv`, `tsv`, `conll`, `text` or `python`.
-      train, eval, test: path, glob or split, with an optional slice (`corpus.txt[:90%]`); "" where there is none.
-      unlabelled: a place like these, of texts without labels that a student reads besides, for what its teachers say
-        of them; of tasks whose data have labels. One that may share a row with `eval` or `test` is refused.
-      unlabelled_format, unlabelled_columns: `format` and `columns` of these texts; of `text` every line is one.
-      columns: names by position, or `{ours: the file's}`; ours are `text`, `text_pair`, `label`, `tokens`, `tags`,
-        `source`, `target`, and `weight` (of a sample, for distillation).
+      train, eval, test: path, glob or split, with an optional slice (`corpus.txt[:90%]`); "" for none.
+      unlabelled: path, glob or split of unlabelled data for distillation, for tasks whose data have labels. It must not
+        share a row with `eval` or `test`.
+      unlabelled_format, unlabelled_columns: `format` and `columns` of these texts; with `text` every line is one.
+      columns: names by position, or `{name here: name in the file}`; the names here are `text`, `text_pair`, `label`,
+        `tokens`, `tags`, `source`, `target`, and `weight` (of a sample, for distillation).
       documents: what one document of the text format is: `file`, `line` or `paragraph`.
-      labels: names of the classes in the order of the head's outputs, where neither the model nor a teacher has them
-        and sorting does not do; also what numbers in the data stand for, `("O", "B-PER", …)`.
+      labels: names of the classes in the order of the head's outputs, if neither the model nor a teacher has them and
+        sorted order is not right; also the names of numbers in the data, `("O", "B-PER", …)`.
       bad_rows: `stop` or `skip` (and count).
       tokenizer: directory or hub id, `bpe:SIZE`, `wordpiece:SIZE` or `character` to train one, "" for the model's own.
-      max_length: tokens of a row, of the decoder's too.
-      buckets: lengths that batches of examples are padded to, fitted to the data. Each is compiled once: more of them
-        save padding in long runs, fewer save compilation in short ones.
+      max_length: tokens of a row, also of the decoder.
+      buckets: number of lengths that batches of examples are padded to, fitted to the data. Each is compiled once: more
+        of them save padding in long runs, fewer save compilation in short ones.
       pack: put several whole examples in a row (token classification).
     """
 
@@ -54,42 +54,42 @@ class DataSettings:
 
     def source(self, split: str) -> Source:
         """The records of `train`, `eval`, `test` or `unlabelled`."""
-        place = getattr(self, split)
-        if not place:
+        location = getattr(self, split)
+        if not location:
             raise ValueError(f"config.data.{split} is empty; name a file, a glob or a tfds split")
         columns: Mapping[str, str] | Sequence[str] | None = self.columns
         if split != "unlabelled":
-            found = read(self.format, place, columns=columns, bad_rows=self.bad_rows, documents=self.documents)
-            found.evaluated = split in ("eval", "test")
-            return found
+            source = read(self.format, location, columns=columns, bad_rows=self.bad_rows, documents=self.documents)
+            source.evaluated = split in ("eval", "test")
+            return source
         format, columns = self.unlabelled_format, self.unlabelled_columns
         documents = "line" if format == "text" else "file"
-        found = read(format, place, columns=columns, bad_rows=self.bad_rows, documents=documents)
-        found.columns_field = "config.data.unlabelled_columns"
-        return found
+        source = read(format, location, columns=columns, bad_rows=self.bad_rows, documents=documents)
+        source.columns_field = "config.data.unlabelled_columns"
+        return source
 
-    def refuse_evaluated(self, place: str, field: str) -> None:
-        """Raises ValueError for a place, of a field of the config, that may share a row with `eval` or `test`."""
+    def refuse_evaluated(self, location: str, field: str) -> None:
+        """Raises ValueError if the data that a config field names may share a row with `eval` or `test`."""
         for split in ("eval", "test"):
-            other = getattr(self, split)
-            if other and may_share(place, other):
+            evaluated = getattr(self, split)
+            if evaluated and may_share(location, evaluated):
                 raise ValueError(
-                    f"{field} reads {place!r}, which may share rows with config.data.{split} = {other!r}: what a model "
-                    f"is made from must not be what it is measured on; take a slice that ends where the other begins "
-                    f"(both in rows or both in percent), or another place"
+                    f"{field} reads {location!r}, which may share rows with config.data.{split} = {evaluated!r}: a "
+                    f"model must not be evaluated on data that it is made from; take a slice that ends where that one "
+                    f"begins (both in rows or both in percent), or other data"
                 )
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Which text calibrated methods read: every field of `config.calibration`.
+    """The text that calibrated methods read: every field of `config.calibration`.
 
     Attributes:
-      source: `train` (the place in `config.data.train`), or a place like that one: a path, a glob or a split, with an
-        optional slice. One that may share a row with `config.data.eval` or `config.data.test` is refused.
-      samples: rows, drawn at random from the source; fewer where it has fewer.
+      source: `train` (the value of `config.data.train`), or a path, a glob or a split, with an optional slice. It must
+        not share a row with `config.data.eval` or `config.data.test`.
+      samples: rows, drawn at random from the source; all of a source with fewer.
       length: tokens of a row; `None` is `config.data.max_length`.
-      batch_size: rows that go through the model at a time.
+      batch_size: rows of a forward pass.
     """
 
     source: str = "train"

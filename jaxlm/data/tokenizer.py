@@ -1,4 +1,4 @@
-"""Tokenizers: any Hugging Face fast tokenizer, or one trained in place.
+"""Tokenizers: any Hugging Face fast tokenizer, or one trained on the data.
 
 Training is deterministic: the same texts give the same vocabulary with the same ids.
 """
@@ -25,18 +25,18 @@ _BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclass(frozen=True)
 class Texts:
-    """Every text of every record, whatever its columns, read anew on every pass: what a tokenizer is trained on."""
+    """All texts of all records, in any column, read again on every pass: what a tokenizer is trained on."""
 
     source: Source
 
     def __iter__(self) -> Iterator[str]:
         for record in self.source:
             for name in ("text", "text_pair", "source", "target"):
-                if isinstance(record.get(name), str):  # of a bad row a task says so
+                if isinstance(record.get(name), str):  # rows with other values are reported by the task
                     yield record[name]
             words = record.get("tokens")
             if isinstance(words, list):
-                # as words are encoded, every one after a space
+                # As words are encoded: each after a space.
                 yield " " + " ".join(word for word in words if isinstance(word, str))
 
 
@@ -47,13 +47,13 @@ def load_tokenizer(spec: str, texts: Iterable[str] | None = None, *, sentinels: 
       spec: a directory or hub id, or what to train: ``"bpe:4096"`` (bytes, so nothing is unknown; ``<|endoftext|>``
         begins and ends documents), ``"wordpiece:8000"`` (BERT's uncased form with [CLS] and [SEP]) or ``"character"``.
         The number is the size of the whole vocabulary.
-      texts: the texts to train on. They are read anew, one after the other, for every pass that training makes, so
-        they need not fit in memory, and an iterator, which can be read once, does not do.
-      sentinels: number of ``<extra_id_0>``, ``<extra_id_1>``, .. to put in a trained vocabulary, for span denoising.
+      texts: the texts to train on. Every pass of the training iterates over them again, so they need not fit in
+        memory, and must not be an iterator, which can be read only once.
+      sentinels: number of ``<extra_id_0>``, ``<extra_id_1>``, .. in a trained vocabulary, for span denoising.
 
     Raises:
       ValueError: a malformed spec, a size too small for the alphabet, texts missing or empty, a slow tokenizer.
-      OSError: no such directory, and the hub has no such tokenizer or cannot be reached.
+      OSError: no such directory, and the hub has no such tokenizer or is not reachable.
     """
     kind, _, size = spec.partition(":")
     if os.path.isdir(spec) or (kind not in TRAINED and ":" not in spec):
@@ -65,7 +65,7 @@ def load_tokenizer(spec: str, texts: Iterable[str] | None = None, *, sentinels: 
     if isinstance(texts, Iterator):
         raise ValueError(f"tokenizer {spec!r}: training reads the texts several times; give a list, not an iterator")
     if texts is None or not any(texts):
-        raise ValueError(f"tokenizer {spec!r} is trained in place and needs texts, of which there are none")
+        raise ValueError(f"tokenizer {spec!r} is trained on the training data and needs texts, but there are none")
     extra = [f"<extra_id_{i}>" for i in range(sentinels)]
     if kind == "bpe":
         return _train_bpe(texts, int(size), extra)
@@ -82,8 +82,8 @@ def _pretrained(spec: str) -> "PreTrainedTokenizerFast":
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:  # the hub client raises many kinds, most of them about the network
-        where = "has no readable tokenizer" if os.path.isdir(spec) else "is no directory here, and the hub did not help"
-        raise OSError(f"tokenizer {spec!r} {where}: {str(error).strip().splitlines()[0]}") from error
+        problem = "has no readable tokenizer" if os.path.isdir(spec) else "is no directory, and not read from the hub"
+        raise OSError(f"tokenizer {spec!r} {problem}: {str(error).strip().splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {spec!r} has no fast version (tokenizer.json); only fast tokenizers are used")
     return cast("PreTrainedTokenizerFast", tokenizer)
@@ -110,14 +110,14 @@ def _train_bpe(texts: Iterable[str], size: int, extra: list[str]) -> "PreTrained
 def _train_wordpiece(texts: Iterable[str], size: int, extra: list[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    def blank(vocabulary: dict[str, int]) -> Any:
+    def tokenizer_of(vocabulary: dict[str, int]) -> Any:
         tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return tokenizer
 
     def train(special: list[str], vocab_size: int) -> list[str]:
-        tokenizer = blank({})
+        tokenizer = tokenizer_of({})
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             special_tokens=special,
@@ -129,8 +129,8 @@ def _train_wordpiece(texts: Iterable[str], size: int, extra: list[str]) -> "PreT
         vocabulary = tokenizer.get_vocab()
         return sorted(vocabulary, key=vocabulary.__getitem__)
 
-    # The trainer breaks ties among rare characters, and numbers the pieces "##x", in the order of a hash table. So the
-    # alphabet (the most frequent characters) is chosen here, and the pieces are given to it in order.
+    # The trainer breaks ties among rare characters, and numbers the pieces "##x", in the order of a hash table. To be
+    # deterministic, the alphabet (the most frequent characters) and the order of these pieces are passed to it.
     normalize = normalizers.BertNormalizer(lowercase=True).normalize_str
     counts = Counter(chain.from_iterable(map(normalize, texts)))
     ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
@@ -139,7 +139,8 @@ def _train_wordpiece(texts: Iterable[str], size: int, extra: list[str]) -> "PreT
     pieces = sorted(token for token in train(special, 0) if token.startswith("##") and len(token) == 3)
     _check_size(size, len(special) + len(alphabet) + len(pieces), "wordpiece: the alphabet and the special tokens")
     learned = train([*special, *alphabet, *pieces], size)
-    tokenizer = blank({token: i for i, token in enumerate(learned)})
+    # The tokenizer of this vocabulary, with BERT's template.
+    tokenizer = tokenizer_of({token: i for i, token in enumerate(learned)})
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -155,7 +156,7 @@ def _train_character(texts: Iterable[str], extra: list[str]) -> "PreTrainedToken
 
     special = [END, "<|pad|>", "<|unknown|>", *extra]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(set(chain.from_iterable(texts)))])}
-    # BPE without merges splits into characters eight times faster than a regular expression before a word model.
+    # BPE without merges splits into characters, eight times faster than a word model after a regular expression.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|unknown|>"))
     tokenizer.decoder = decoders.Fuse()
     return _wrap(tokenizer, extra, bos_token=END, eos_token=END, pad_token="<|pad|>", unk_token="<|unknown|>")
@@ -169,14 +170,14 @@ def _check_size(size: int, least: int, what: str) -> None:
 def _wrap(tokenizer: Any, extra: list[str], **names: Any) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
-    more = {"additional_special_tokens": extra} if extra else {}
+    sentinels = {"additional_special_tokens": extra} if extra else {}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=10**9, **names, **more
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=10**9, **names, **sentinels
     )
 
 
 def sentinel_ids(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
-    """int32 ids of ``<extra_id_0>``, ``<extra_id_1>``, ..; ValueError where the vocabulary has none."""
+    """int32 ids of ``<extra_id_0>``, ``<extra_id_1>``, ..; ValueError if the vocabulary has none."""
     vocabulary = tokenizer.get_vocab()
     ids: list[int] = []
     while (token := f"<extra_id_{len(ids)}>") in vocabulary:
@@ -187,6 +188,6 @@ def sentinel_ids(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """The id to pad with. Any id does where padding is masked, so without one (GPT-2) it is that of the end."""
+    """The id to pad with: that of the end token without a padding token (GPT-2), as padding is masked anyway."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in ids if i is not None)

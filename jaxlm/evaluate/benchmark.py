@@ -1,5 +1,6 @@
 """Measures several models beside each other: quality on the same data, size, and speed in turn, in one process."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,20 +22,23 @@ from jaxlm.evaluate.cost import (
     flops_per_token_of_pairs,
     parameters,
 )
-from jaxlm.evaluate.layer_stats import anatomy
+from jaxlm.evaluate.evaluator import MODEL_INPUTS, example_columns, predict, read_batch
+from jaxlm.evaluate.layer_stats import layer_statistics
 from jaxlm.evaluate.per_example import PerExampleResults
 from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.evaluate.timing import Timing, interleaved, machine, versions
 from jaxlm.generate.decoding import generate
-from jaxlm.io.pretrained import LM, load
+from jaxlm.io.lm import LM
+from jaxlm.io.pretrained import load
 from jaxlm.models.network import Network
 from jaxlm.parallel.batches import token_count
-from jaxlm.tasks import TASKS, BatchPredictions, Prepared, Task
+from jaxlm.tasks import TASKS, Prepared, Task
 from jaxlm.tasks.encode import batches_of, check_fit, prepare
 
-READ_BY_MODELS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
-"""What a timed forward pass gets of a batch; packed rows are timed as full rows of one text."""
+PACKING = ("segment_ids", "positions")
+"""Inputs that a timed forward pass goes without: packed rows are timed as full rows of one text."""
 NEW_TOKENS = 48
+"""Tokens of a sample."""
 
 
 @dataclass(frozen=True)
@@ -87,40 +91,36 @@ class Trial:
         )
 
 
-class Loaded(NamedTuple):
+class RunnableModel(NamedTuple):
     """A model that is ready to run: its directory, its parameters in the run view, and its batches."""
 
     lm: LM
     params: Tree
     batches: Batches
 
-    @property
-    def model(self) -> Network:
-        return Network(self.lm.config)
-
 
 def compare_models(candidates: Sequence[Candidate], trial: Trial, info: Callable[[str], None]) -> list[ModelResult]:
     """One ModelResult a candidate. Agreement is measured with the first of them."""
-    models: dict[str, Loaded] = {}
+    models: dict[str, RunnableModel] = {}
     for candidate in candidates:
         lm = load(candidate.directory)
         check_comparable(candidate, lm, trial, next(iter(models.values()), None))
-        models[candidate.name] = Loaded(lm, Network(lm.config).run_view(lm.params), trial.batches(lm))
+        models[candidate.name] = RunnableModel(lm, lm.network.run_view(lm.params), trial.batches(lm))
     info("measuring quality")
     held_out: dict[str, PerExampleResults] = {}
     teacher: Answers | None = None
-    for name, loaded in models.items():
-        held_out[name], answers = read_held_out(loaded, trial, teacher)
+    for name, runnable in models.items():
+        held_out[name], answers = evaluate_held_out(runnable, trial, teacher)
         teacher = teacher or answers
     info("measuring speed, all models in turn")
     speeds = time_models(models, trial)
-    rows = []
+    results = []
     for candidate in candidates:
-        loaded, speed = models[candidate.name], speeds[candidate.name]
-        lm = loaded.lm
-        sample, pace = write_sample(loaded, trial)
+        runnable, speed = models[candidate.name], speeds[candidate.name]
+        lm = runnable.lm
+        sample, tokens_per_second = write_sample(runnable, trial)
         counts = parameters(lm.params)
-        rows.append(
+        results.append(
             ModelResult(
                 name=candidate.name,
                 description=candidate.description,
@@ -137,18 +137,18 @@ def compare_models(candidates: Sequence[Candidate], trial: Trial, info: Callable
                 compile_seconds=speed.compile_seconds,
                 peak_bytes=speed.peak_bytes,
                 held_out=held_out[candidate.name],
-                layers=anatomy(lm.config, lm.params, candidate.directory),
+                layers=layer_statistics(lm.config, lm.params, candidate.directory),
                 train_tokens=candidate.train_tokens,
                 facts=candidate.facts,
                 prompt=trial.settings.prompt if sample is not None else "",
                 sample=sample,
-                sample_tokens_per_second=pace,
+                sample_tokens_per_second=tokens_per_second,
             )
         )
-    return rows
+    return results
 
 
-def check_comparable(candidate: Candidate, lm: LM, trial: Trial, first: Loaded | None) -> None:
+def check_comparable(candidate: Candidate, lm: LM, trial: Trial, first: RunnableModel | None) -> None:
     """Raises ValueError for a model that does not do the task, or has other classes than the first."""
     if lm.config.head != trial.task.structure["head"]:
         raise ValueError(
@@ -171,52 +171,54 @@ def check_comparable(candidate: Candidate, lm: LM, trial: Trial, first: Loaded |
 class Answers(NamedTuple):
     """What a model predicted, batch by batch; the labels it was asked for, and which examples they are of."""
 
-    seen: list[dict[str, np.ndarray]]
+    seen: list[Mapping[str, np.ndarray]]
     labels: list[np.ndarray]
     rows: list[np.ndarray | None]
 
-    def beside(self, other: "Answers") -> list[dict[str, np.ndarray]] | None:
+    def beside(self, other: "Answers") -> list[Mapping[str, np.ndarray]] | None:
         """These answers in the order of another model's batches, `None` where they answer other questions.
 
         Another tokenizer sorts examples in another way, and cuts text in other places: answers about whole examples can
-        still be told, those about tokens cannot.
+        still be compared, those about tokens cannot.
         """
         pairs: list[tuple[Any, Any]] = [*zip(self.labels, other.labels, strict=False)]
         pairs += zip(self.rows, other.rows, strict=False)
         if len(self.labels) == len(other.labels) and all(np.array_equal(a, b) for a, b in pairs):
             return self.seen
-        rows = [each for each in (*self.rows, *other.rows) if each is not None]
-        if len(rows) < len(self.rows) + len(other.rows) or self.seen[0]["predicted"].ndim > 1:
+        rows = [numbers for numbers in self.rows if numbers is not None]
+        others = [numbers for numbers in other.rows if numbers is not None]
+        if not rows or not others or self.seen[0]["predicted"].ndim > 1:
             return None
-        order = np.argsort(np.concatenate(rows[: len(self.rows)]), kind="stable")
-        fillers = sum(int((each < 0).sum()) for each in rows[: len(self.rows)])
-        by_row = {name: np.concatenate([each[name] for each in self.seen])[order[fillers:]] for name in self.seen[0]}
-        return [{name: values[each] for name, values in by_row.items()} for each in rows[len(self.rows) :]]
+        numbers = np.concatenate(rows)
+        order = np.argsort(numbers, kind="stable")[(numbers < 0).sum() :]
+        by_row = {name: np.concatenate([batch[name] for batch in self.seen])[order] for name in self.seen[0]}
+        return [{name: values[batch] for name, values in by_row.items()} for batch in others]
 
 
-def read_held_out(loaded: Loaded, trial: Trial, teacher: Answers | None) -> tuple[PerExampleResults, Answers]:
-    """The pieces of the held-out data as the task's quality sees them, and the model's own predictions."""
-    quality, model, lm = trial.task.quality, loaded.model, loaded.lm
+def evaluate_held_out(
+    runnable: RunnableModel, trial: Trial, teacher: Answers | None
+) -> tuple[PerExampleResults, Answers]:
+    """What a report stores of a model's predictions on the held-out data, and the predictions themselves.
 
-    @jax.jit
-    def read(params: Tree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return quality.read(model.forward(params, batch), batch)
-
-    batches = [loaded.batches(number) for number in range(loaded.batches.steps_per_epoch)]
-    numbers = [batch.pop("row", None) for batch in batches]
-    seen = [jax.device_get(read(loaded.params, batch)) for batch in batches]
-    own = Answers(seen, [batch["labels"] for batch in batches], numbers)
-    known = None if teacher is None else teacher.beside(own)
-    parts = []
-    for number, batch in enumerate(batches):
-        taught = None if known is None else known[number]
-        parts.append(quality.pieces(BatchPredictions(seen[number], taught, batch, lm.tokenizer, lm.config.labels)))
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    rows = np.concatenate([each[each >= 0] for each in numbers if each is not None] or [np.empty(0, np.int64)])
-    if len(rows) == len(columns[quality.same]):  # as in the file, whatever lengths a tokenizer gives them
-        columns = {name: column[np.argsort(rows)] for name, column in columns.items()}
-    held_out = PerExampleResults(trial.name, {n: tuple(c.tolist()) for n, c in columns.items()}, len(lm.config.labels))
-    return held_out, own
+    Args:
+      teacher: the predictions to agree with, if any.
+    """
+    spec, labels = trial.task.evaluation, runnable.lm.config.labels
+    read = functools.partial(
+        read_batch, model=runnable.lm.network, read=spec.read, without=(), ctx=Context(), dtype=jnp.float32
+    )
+    predictions = list(predict(runnable.batches, lambda batch: read(runnable.params, batch), labels))
+    rows = [prediction.batch.get("row") for prediction in predictions]
+    answers = Answers([prediction.read for prediction in predictions], [p.batch["labels"] for p in predictions], rows)
+    of_teacher = None if teacher is None else teacher.beside(answers)
+    if of_teacher is not None:
+        predictions = [p._replace(teacher=answer) for p, answer in zip(predictions, of_teacher, strict=True)]
+    columns = example_columns(spec, predictions)
+    numbers = np.concatenate([batch[batch >= 0] for batch in rows if batch is not None] or [np.empty(0, np.int64)])
+    if len(numbers) == len(columns[spec.same]):  # as in the file, whatever lengths a tokenizer gives them
+        columns = {name: column[np.argsort(numbers)] for name, column in columns.items()}
+    stored = {name: tuple(column.tolist()) for name, column in spec.reported(columns).items()}
+    return PerExampleResults(trial.name, stored, len(labels)), answers
 
 
 # Speed ---------------------------------------------------------------------------------------------------------------
@@ -236,30 +238,30 @@ class Speed(NamedTuple):
 def typical_batch(batches: Batches, rows: int) -> dict[str, np.ndarray]:
     """Rows of the median length (they come sorted by it), or full rows of running text."""
     batch = batches(batches.steps_per_epoch // 2 if batches.kinds > 1 else 0)
-    real = batch.pop("row", None)
-    keep = slice(None) if real is None or not (real >= 0).any() else real >= 0
-    kept = {name: array[keep] for name, array in batch.items() if name in READ_BY_MODELS}
-    return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in kept.items()}
+    numbers = batch.get("row")
+    real = slice(None) if numbers is None or not (numbers >= 0).any() else numbers >= 0
+    inputs = {name: batch[name][real] for name in MODEL_INPUTS if name in batch and name not in PACKING}
+    return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}
 
 
-def time_models(models: Mapping[str, Loaded], trial: Trial) -> dict[str, Speed]:
+def time_models(models: Mapping[str, RunnableModel], trial: Trial) -> dict[str, Speed]:
     """A forward pass over a batch of typical rows and over one of them, all models in turn."""
     settings, many, one, facts = trial.settings, {}, {}, {}
-    for name, loaded in models.items():
-        batch = typical_batch(loaded.batches, settings.batch_size)
-        forward = _forward(loaded.model)
+    for name, runnable in models.items():
+        batch = typical_batch(runnable.batches, settings.batch_size)
+        forward = _forward(runnable.lm.network)
         started = time.perf_counter()
-        compiled = jax.jit(forward).lower(loaded.params, batch).compile()
+        compiled = jax.jit(forward).lower(runnable.params, batch).compile()
         facts[name] = (_tokens(batch), _lengths(batch), time.perf_counter() - started, _peak(compiled))
         single = {column: array[:1] for column, array in batch.items()}
-        many[name] = _thunk(compiled, loaded.params, batch)
-        one[name] = _thunk(jax.jit(forward).lower(loaded.params, single).compile(), loaded.params, single)
-    batches, singles = (interleaved(each, settings.rounds, settings.seconds) for each in (many, one))
+        many[name] = _thunk(compiled, runnable.params, batch)
+        one[name] = _thunk(jax.jit(forward).lower(runnable.params, single).compile(), runnable.params, single)
+    batches, singles = (interleaved(thunks, settings.rounds, settings.seconds) for thunks in (many, one))
     return {name: Speed(batches[name], singles[name], *facts[name]) for name in models}
 
 
-def _forward(model: Network) -> Callable[[Tree, dict], jax.Array]:
-    return lambda params, batch: model.forward(params, batch, ctx=Context())["logits"]
+def _forward(network: Network) -> Callable[[Tree, dict], jax.Array]:
+    return lambda params, batch: network.forward(params, batch, ctx=Context())["logits"]
 
 
 def _thunk(compiled: Any, params: Tree, batch: Mapping[str, np.ndarray]) -> Callable[[], jax.Array]:
@@ -277,14 +279,14 @@ def _lengths(batch: Mapping[str, np.ndarray]) -> tuple[int, ...]:
 
 def _peak(compiled: Any) -> int:
     """Bytes of arguments, temporaries and results; what is aliased counts once."""
-    need = compiled.memory_analysis()
-    total = need.argument_size_in_bytes + need.temp_size_in_bytes + need.output_size_in_bytes
-    return int(total - need.alias_size_in_bytes)
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return int(total - memory.alias_size_in_bytes)
 
 
 def flops(lm: LM, lengths: tuple[int, ...]) -> int:
     """Floating-point operations a token of a forward pass over rows of these lengths."""
-    config, params = lm.config, Network(lm.config).unshared(lm.params)  # a shared layer computes as often as it is used
+    config, params = lm.config, lm.network.unshared(lm.params)  # a shared layer computes as often as it is used
     head_dim = config.layers()[0].head_dim
     tied = config.tie_embeddings and config.head in ("causal", "masked", "seq2seq")
     if config.encoder_decoder:
@@ -303,13 +305,13 @@ def flops(lm: LM, lengths: tuple[int, ...]) -> int:
     )
 
 
-def write_sample(loaded: Loaded, trial: Trial) -> tuple[str | None, float | None]:
+def write_sample(runnable: RunnableModel, trial: Trial) -> tuple[str | None, float | None]:
     """What a generating model writes for the prompt (temperature 0.8, top-p 0.9, one seed for all), and its tokens/s.
 
     A model with few positions gets at most half of them as prompt, and stops at the last one; what follows an end token
     is not shown.
     """
-    lm, tokenizer, text = loaded.lm, loaded.lm.tokenizer, trial.settings.prompt
+    lm, tokenizer, text = runnable.lm, runnable.lm.tokenizer, trial.settings.prompt
     if not text or lm.config.head not in ("causal", "seq2seq"):
         return None, None
     prompt = prompt_ids(tokenizer, text, lm.config.encoder_decoder)
@@ -321,7 +323,7 @@ def write_sample(loaded: Loaded, trial: Trial) -> tuple[str | None, float | None
     options: dict[str, Any] = {"new_tokens": new_tokens, "temperature": 0.8, "top_p": 0.9, "stop": lm.end_ids}
 
     def write() -> np.ndarray:
-        return np.asarray(generate(lm.config, loaded.params, {"input_ids": ids}, jax.random.key(0), **options))
+        return np.asarray(generate(lm.config, runnable.params, {"input_ids": ids}, jax.random.key(0), **options))
 
     tokens = write()[0]
     started = time.perf_counter()
@@ -345,7 +347,7 @@ def prompt_ids(tokenizer: Any, text: str, whole: bool) -> list[int]:
 
 
 def protocol(trial: Trial, rows: Sequence[ModelResult], lm: LM, seed: int) -> dict[str, Any]:
-    """How the numbers were obtained, as the report prints it; `lm` is the model of the first row."""
+    """How the numbers were obtained, as the report prints it; `lm` is the model of the first of the `rows`."""
     held_out, settings, data, tokenizer = rows[0].held_out, trial.settings, trial.data, lm.tokenizer
     assert held_out is not None
     columns = {name: sum(held_out.columns[name]) for name in ("tokens", "bytes", "words") if name in held_out.columns}
@@ -360,7 +362,7 @@ def protocol(trial: Trial, rows: Sequence[ModelResult], lm: LM, seed: int) -> di
         else {"context": f"whole examples, cut at {data.max_length} tokens, padded to {data.buckets} lengths at most"}
     )
     unread = trial.prepared(lm).facts.get("truncated_words", 0)
-    piece = f"batches of {settings.batch_size} rows of running text" if packed else "examples"
+    what = f"batches of {settings.batch_size} rows of running text" if packed else "examples"
     return {
         "task": trial.name,
         "corpus": settings.corpus,
@@ -369,9 +371,9 @@ def protocol(trial: Trial, rows: Sequence[ModelResult], lm: LM, seed: int) -> di
         **rows_are,
         **{name: f"{int(total):,}" for name, total in columns.items()},
         **({"words not read": f"{unread:,}, beyond the context or without a token: not scored"} if unread else {}),
-        "pieces": f"{held_out.pieces:,} {piece}",
-        "intervals": "two standard errors by leaving out one piece at a time (jackknife); of a difference between two "
-        "models, by leaving the same piece out of both",
+        "pieces": f"{held_out.num_examples:,} {what}",
+        "intervals": "two standard errors by leaving out one example at a time (jackknife); of a difference between "
+        "two models, by leaving the same example out of both",
         "machine": machine(),
         "versions": versions(),
         "seeds": str(seed),

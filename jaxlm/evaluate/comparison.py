@@ -1,7 +1,7 @@
 """What is measured of one model, and how two models compare.
 
-A ModelResult carries raw measurements: seconds round by round, predictions piece by piece. Ratios, intervals and
-outcomes are computed from them here, paired with the same rounds and pieces of the other model, so that no table can
+A ModelResult carries raw measurements: seconds round by round, results example by example. Ratios, intervals and
+outcomes are computed from them here, paired with the same rounds and examples of the other model, so that no table can
 contradict another.
 """
 
@@ -129,8 +129,8 @@ class Comparison(NamedTuple):
       speed: tokens a second of this one / of the other, paired by round: times as fast in batches.
       latency: seconds of the other / of this one at batch 1, paired by round.
       flops: FLOPs per token of the other / of this one.
-      quality: the measure of this one - of the other, paired by piece; infinite where only one of them is a number.
-      higher: whether a larger measure is better.
+      quality: the metric of this one - of the other, paired by example; infinite where only one of them is a number.
+      higher: whether a larger metric is better.
     """
 
     size: float
@@ -141,10 +141,10 @@ class Comparison(NamedTuple):
     higher: bool = False
 
     def outcomes(self) -> dict[str, int | None]:
-        """`size`, `speed`, `latency`, `quality`: 1 won, 0 equal within what can be told, -1 lost, `None` not measured.
+        """`size`, `speed`, `latency`, `quality`: 1 better, 0 equal within error, -1 worse, `None` not measured.
 
-        Speed and latency are won when their lower quartile is above 1 and their median beyond `BEYOND`; quality when
-        the difference is larger than its error. A quality that is not a number is lost.
+        Speed and latency are better when their lower quartile is above 1 and their median beyond `BEYOND`; quality when
+        the difference is larger than its error. A quality that is not a number is worse.
         """
         return {
             "size": _outcome(self.size, self.size, self.size),
@@ -169,7 +169,7 @@ def _better(change: Estimate, higher: bool) -> int:
 
 
 def compare(row: ModelResult, other: ModelResult) -> Comparison:
-    """`row` against `other`, round by round and piece by piece."""
+    """`row` against `other`, round by round and example by example."""
     return Comparison(
         size=other.bytes_on_disk / row.bytes_on_disk,
         speed=_speed(row, other),
@@ -198,19 +198,19 @@ def _quality(row: ModelResult, other: ModelResult) -> Estimate | None:
 
 def by_name(rows: Sequence[ModelResult]) -> dict[str, ModelResult]:
     """Rows by name, in order; ValueError for a name used twice, KeyError for a comparison with a missing row."""
-    found = {row.name: row for row in rows}
+    named = {row.name: row for row in rows}
     if not rows:
         raise ValueError("a report needs at least one row")
-    if len(found) != len(rows):
+    if len(named) != len(rows):
         raise ValueError(f"row names must be unique: {[row.name for row in rows]}")
     for row in rows:
         for name in (*((row.reference,) if row.reference else ()), *row.beside):
-            if name not in found:
-                near = difflib.get_close_matches(name, found, n=3, cutoff=0.0)
+            if name not in named:
+                near = difflib.get_close_matches(name, named, n=3, cutoff=0.0)
                 raise KeyError(f"row {row.name!r} is compared with {name!r}, which is not a row; nearest: {near}")
             if name == row.name:
                 raise ValueError(f"row {row.name!r} is compared with itself; leave reference None")
-    return found
+    return named
 
 
 def against_reference(row: ModelResult, rows: Mapping[str, ModelResult]) -> Comparison | None:
@@ -219,7 +219,7 @@ def against_reference(row: ModelResult, rows: Mapping[str, ModelResult]) -> Comp
 
 
 def dominates(a: ModelResult, b: ModelResult) -> bool:
-    """Whether `a` is no worse than `b` in size, speed and quality, as far as can be told, and better in one of them."""
+    """Whether `a` is no worse than `b` in size, speed and quality, within error, and better in one of them."""
     outcomes = compare(a, b).outcomes()
-    counted = [outcomes[key] for key in ("size", "speed", "quality")]
-    return None not in counted and min(counted) >= 0 and max(counted) > 0  # type: ignore[type-var, operator]
+    measured = [outcome for key in ("size", "speed", "quality") if (outcome := outcomes[key]) is not None]
+    return len(measured) == 3 and min(measured) >= 0 and max(measured) > 0

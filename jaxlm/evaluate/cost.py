@@ -112,8 +112,8 @@ def flops_per_token_of_pairs(
     of_source = r"encoder/.*|decoder/layers_\d+/cross_attention/(key|value)/kernel"
     first = sum(size for path, size in kernels.items() if re.fullmatch(of_source, path))
     second = sum(kernels.values()) - first + (_token_table(leaves) if tied_head else 0)
-    encoder, decoder, across = (sum(each) for each in heads)
-    pairs = encoder * source**2 + decoder * target**2 // 2 + across * source * target
+    in_encoder, in_decoder, across = map(sum, heads)
+    pairs = in_encoder * source**2 + in_decoder * target**2 // 2 + across * source * target
     return (2 * (first * source + second * target) + 4 * head_dim * pairs) // (source + target)
 
 
@@ -128,7 +128,7 @@ def bytes_by_dtype(directory: str | Path) -> dict[str, int]:
 
     Integers of four bits count under their own name, though the files hold them as bytes, two in each.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for file in _weight_files(directory):
         header = _header(file)
         for name, entry in header.items():
@@ -136,8 +136,8 @@ def bytes_by_dtype(directory: str | Path) -> dict[str, int]:
                 start, end = entry["data_offsets"]
                 packed = packed_shape(header.get("__metadata__", {}), name) is not None
                 dtype = "int4" if packed else DTYPES.get(entry["dtype"], entry["dtype"])
-                found[dtype] = found.get(dtype, 0) + end - start
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+                sizes[dtype] = sizes.get(dtype, 0) + end - start
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
 def bytes_by_tensor(directory: str | Path) -> dict[str, int]:

@@ -12,7 +12,7 @@ from jaxlm.evaluate.cost import bytes_by_tensor
 from jaxlm.models.config import ModelConfig
 
 
-def anatomy(config: ModelConfig, params: Tree, directory: str | Path) -> tuple[Layer, ...]:
+def layer_statistics(config: ModelConfig, params: Tree, directory: str | Path) -> tuple[Layer, ...]:
     """Every layer of the stack, or of an encoder and then its decoder.
 
     Args:
@@ -28,18 +28,27 @@ def anatomy(config: ModelConfig, params: Tree, directory: str | Path) -> tuple[L
 
 def _stack(config: ModelConfig, flat: Mapping[str, Any], stored: Mapping[str, int], at: str = "") -> tuple[Layer, ...]:
     structure = config.decoder_layers() if at == "decoder/" else config.layers()
-    found = []
-    for i, own in enumerate(structure):
+    layers = []
+    for i, layer in enumerate(structure):
         kernels = {p: leaf for p, leaf in flat.items() if p.startswith(f"{at}layers_{i}/") and p.endswith("/kernel")}
-        entries = sum(int(np.prod(leaf.shape)) for leaf in kernels.values())
+        entries = max(sum(int(np.prod(leaf.shape)) for leaf in kernels.values()), 1)
         zeros = sum(int((np.asarray(materialize(leaf)) == 0).sum()) for leaf in kernels.values())
-        size = sum(_size(path, leaf, stored) for path, leaf in kernels.items())
-        heads, each = own.kv_heads * own.q_per_kv, max(entries, 1)
-        found.append(Layer(f"{at[:1]}{i}", heads, own.kv_heads, own.ffn, own.hidden, zeros / each, 8 * size / each))
-    return tuple(found)
+        size = sum(_bytes_of(path, leaf, stored) for path, leaf in kernels.items())
+        layers.append(
+            Layer(
+                name=f"{at[:1]}{i}",
+                heads=layer.kv_heads * layer.q_per_kv,
+                groups=layer.kv_heads,
+                ffn=layer.ffn,
+                width=layer.hidden,
+                zeros=zeros / entries,
+                bits=8 * size / entries,
+            )
+        )
+    return tuple(layers)
 
 
-def _size(path: str, leaf: Any, stored: Mapping[str, int]) -> int:
+def _bytes_of(path: str, leaf: Any, stored: Mapping[str, int]) -> int:
     """Bytes of a kernel in the file; transformers' layout has other names, and plain arrays only."""
-    own = [size for name, size in stored.items() if name.startswith(path)]
-    return sum(own) if own else int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+    sizes = [size for name, size in stored.items() if name.startswith(path)]
+    return sum(sizes) if sizes else int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize

@@ -1,4 +1,4 @@
-"""What a model did on held-out data, piece by piece, and how sure one can be of what follows from it."""
+"""What a model did on held-out data, example by example, and how sure one can be of what follows from it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.core import lookup
-from jaxlm.tasks import TASKS, Metric
+from jaxlm.tasks import TASKS, EvalSpec, Metric
 
 
 class Estimate(NamedTuple):
@@ -20,15 +20,15 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class PerExampleResults:
-    """What a model did on held-out data, in pieces (examples, sentences, batches of running text).
+    """What a model did on held-out data, one number an example (a text, a sentence, a batch of running text).
 
     Attributes:
-      task: name of the task, whose measures apply.
-      columns: one number a piece by name (`nats` and `bytes`, `true` and `predicted`, …), see the task's `quality`.
-      classes: of a classification.
+      task: name of the task, whose metrics apply.
+      columns: of all examples by name (`nats` and `bytes`, `true` and `predicted`, …), see the task's `evaluation`.
+      classes: number of classes of a classification.
 
     >>> text = PerExampleResults("causal", {"nats": (693.147, 1386.294), "tokens": (250, 500), "bytes": (1000, 2000)})
-    >>> [round(text.estimate(measure).value, 3) for measure in text.measures]
+    >>> [round(text.estimate(metric).value, 3) for metric in text.measures]
     [1.0, 16.0]
     """
 
@@ -40,108 +40,110 @@ class PerExampleResults:
         lookup(TASKS, self.task, "task")
         sizes = {name: len(column) for name, column in self.columns.items()}
         if len(set(sizes.values())) != 1 or not max(sizes.values(), default=0):
-            raise ValueError(f"held-out data: all columns must list the same pieces, at least one; there are {sizes}")
+            raise ValueError(f"held-out data: all columns must list the same examples, at least one; there are {sizes}")
         for name in ("tokens", "bytes", "words"):
             if name in self.columns and sum(self.columns[name]) <= 0:
                 raise ValueError(f"held-out data without {name} measures nothing")
 
     @property
-    def measures(self) -> tuple[Metric, ...]:
-        """The quality, and what stands beside it."""
-        return TASKS[self.task].quality.measures
+    def spec(self) -> EvalSpec:
+        """How the task's models are evaluated."""
+        return TASKS[self.task].evaluation
 
     @property
-    def pieces(self) -> int:
+    def measures(self) -> tuple[Metric, ...]:
+        """The metrics of a report: the quality, and what stands beside it."""
+        return self.spec.compared
+
+    @property
+    def num_examples(self) -> int:
         return len(next(iter(self.columns.values())))
 
     @property
     def quality(self) -> Estimate:
-        """The first measure of the task."""
+        """The first metric of the task."""
         return self.estimate(self.measures[0])
 
     @property
     def agreement(self) -> Estimate | None:
         """How far predictions are the teacher's, `None` where there is no teacher."""
-        known = {"compared", "teacher"} & self.columns.keys()
-        return self.estimate(TASKS[self.task].quality.agreement) if known else None
+        compared = {"compared", "teacher"} & self.columns.keys()
+        return self.estimate(self.spec.agreement) if compared else None
 
-    def sums(self, measure: Metric) -> np.ndarray:
-        """float64 `[pieces, k]`: what each piece adds to a measure."""
-        return measure.sums({name: np.asarray(column) for name, column in self.columns.items()}, self.classes)
+    def sums(self, metric: Metric) -> np.ndarray:
+        """float64 `[examples, k]`: what each example adds to a metric."""
+        return metric.sums({name: np.asarray(column) for name, column in self.columns.items()}, self.classes)
 
-    def estimate(self, measure: Metric) -> Estimate:
-        """A measure over all pieces."""
-        sums = self.sums(measure)
-        return _estimate(float(measure.value(sums.sum(axis=0))), left_out(measure, sums))
+    def estimate(self, metric: Metric) -> Estimate:
+        """A metric over all examples."""
+        sums = self.sums(metric)
+        return _estimate(float(metric.value(sums.sum(axis=0))), left_out(metric, sums))
 
 
-def left_out(measure: Metric, sums: np.ndarray) -> np.ndarray:
-    """The measure without each of the pieces in turn: `[pieces]`."""
-    with np.errstate(invalid="ignore", divide="ignore"):  # of a single piece nothing is left
-        return measure.value(sums.sum(axis=0) - sums)
+def left_out(metric: Metric, sums: np.ndarray) -> np.ndarray:
+    """The metric without each of the examples in turn: `[examples]`."""
+    with np.errstate(invalid="ignore", divide="ignore"):  # of a single example nothing is left
+        return metric.value(sums.sum(axis=0) - sums)
 
 
 def _estimate(value: float, without: np.ndarray) -> Estimate:
-    """A value with the jackknife's error: `2 sqrt((n-1)/n Σ(θ_i - mean θ)²)`, θ_i being the value without piece i.
+    """A value with the jackknife's error: `2 sqrt((n-1)/n Σ(θ_i - mean θ)²)`, θ_i being the value without example i.
 
     Equal to the usual error for a mean, and close to the bootstrap's for smooth functions of means (Efron and Stein
-    1981). Of a difference between two models that read the same pieces, θ_i is the difference without the piece: what
-    is hard for both then cancels.
+    1981). Of a difference between two models that read the same examples, θ_i is the difference without the example:
+    what is hard for both then cancels.
     """
-    pieces = len(without)
-    if pieces < 2 or not (math.isfinite(value) and np.isfinite(without).all()):
+    n = len(without)
+    if n < 2 or not (math.isfinite(value) and np.isfinite(without).all()):
         return Estimate(value, None)
-    return Estimate(value, 2 * float(np.sqrt((pieces - 1) / pieces * np.square(without - without.mean()).sum())))
+    return Estimate(value, 2 * float(np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())))
 
 
-def difference(a: PerExampleResults, b: PerExampleResults, measure: Metric | None = None) -> Estimate:
-    """A measure (by default the quality) of `a` minus that of `b`, paired by piece.
+def difference(a: PerExampleResults, b: PerExampleResults, metric: Metric | None = None) -> Estimate:
+    """A metric (by default the quality) of `a` minus that of `b`, paired by example.
 
-    Running text that two tokenizers cut differently has no common pieces: both errors are then added as if the models
+    Running text that two tokenizers cut differently has no common examples: both errors are then added as if the models
     had read different texts of one kind. Where only one of the two is not a number, the difference is infinite in
     favour of the other.
 
     Raises:
       ValueError: for models that did not read the same data.
     """
-    measure = measure or a.measures[0]
-    same = TASKS[a.task].quality.same
+    metric, same = metric or a.measures[0], a.spec.same
     if a.task != b.task or not _same(a, b, same):
-        raise ValueError(f"measured on different held-out data: the pieces of {a.task} and {b.task} differ in {same}")
-    here, there = a.estimate(measure), b.estimate(measure)
-    broken = [math.isnan(here.value), math.isnan(there.value)]
-    if broken == [False, True]:
-        return Estimate(math.inf if measure.higher else -math.inf, None)
-    change = here.value - there.value
+        raise ValueError(f"measured on different held-out data: the examples of {a.task} and {b.task} differ in {same}")
+    of_a, of_b = a.estimate(metric), b.estimate(metric)
+    if math.isnan(of_b.value) and not math.isnan(of_a.value):
+        return Estimate(math.inf if metric.higher else -math.inf, None)
+    change = of_a.value - of_b.value
     if a.columns[same] == b.columns[same]:
-        return _estimate(change, left_out(measure, a.sums(measure)) - left_out(measure, b.sums(measure)))
-    known = here.error is not None and there.error is not None
-    return Estimate(change, math.hypot(here.error or 0, there.error or 0) if known else None)
+        return _estimate(change, left_out(metric, a.sums(metric)) - left_out(metric, b.sums(metric)))
+    known = of_a.error is not None and of_b.error is not None
+    return Estimate(change, math.hypot(of_a.error or 0, of_b.error or 0) if known else None)
 
 
 def _same(a: PerExampleResults, b: PerExampleResults, name: str) -> bool:
-    """Whether two models read the same: equal piece by piece, or as many bytes of text."""
+    """Whether two models read the same: equal example by example, or as many bytes of text."""
     if a.columns[name] == b.columns[name]:
         return True
     return name == "bytes" and math.isclose(sum(a.columns[name]), sum(b.columns[name]), rel_tol=0.01)
 
 
-def combine(function: Callable[..., Any], *held_out: PerExampleResults, measure: Metric | None = None) -> Estimate:
-    """A function of several models' measures, with the error of leaving the same piece out of all of them.
+def combine(function: Callable[..., Any], *results: PerExampleResults, metric: Metric | None = None) -> Estimate:
+    """A function of several models' metrics, with the error of leaving the same example out of all of them.
 
-    What is asked of compression is often a ratio: the share of a teacher's score, the part of a loss that was won back.
+    What is asked of compression is often a ratio: the share of a teacher's score, the part of a drop that is recovered.
 
     Args:
       function: of numpy arrays, one a model.
-      measure: the quality by default.
+      metric: the quality by default.
     """
-    first = held_out[0]
-    measure = measure or first.measures[0]
-    for other in held_out[1:]:
-        difference(first, other, measure)  # refuses models that did not read the same
-    sums = [each.sums(measure) for each in held_out]
-    value = float(function(*(measure.value(each.sum(axis=0)) for each in sums)))
-    same = TASKS[first.task].quality.same
-    if any(each.columns[same] != first.columns[same] for each in held_out):
+    first, *others = results
+    metric, same = metric or first.measures[0], first.spec.same
+    for other in others:
+        difference(first, other, metric)  # raises for models that did not read the same
+    sums = [result.sums(metric) for result in results]
+    value = float(function(*(metric.value(of_model.sum(axis=0)) for of_model in sums)))
+    if any(other.columns[same] != first.columns[same] for other in others):
         return Estimate(value, None)
-    return _estimate(value, np.asarray(function(*(left_out(measure, each) for each in sums))))
+    return _estimate(value, np.asarray(function(*(left_out(metric, of_model) for of_model in sums))))

@@ -117,26 +117,26 @@ def ratio(a: Timing, b: Timing) -> Ratio:
 def machine() -> dict[str, Any]:
     """What the numbers were measured on: processor, cores this process may use, memory, accelerators."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "processor": f"{_processor()} ({here()})" if here() else _processor(),
         "cores": cores,
         "system": f"{platform.system()} {platform.machine()}",
     }
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        found["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    found["devices"] = f"{jax.device_count()} × {jax.devices()[0].device_kind} ({jax.default_backend()})"
-    return found
+        description["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    description["devices"] = f"{jax.device_count()} × {jax.devices()[0].device_kind} ({jax.default_backend()})"
+    return description
 
 
 def versions() -> dict[str, str]:
     """Versions of what computes: Python, jaxlm, jax, jaxlib, flax, numpy."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for package in ("jaxlm", "jax", "jaxlib", "flax", "numpy"):
         try:
-            found[package] = version(package)
+            by_package[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+            by_package[package] = "not installed as a package"
+    return by_package
 
 
 def _processor() -> str:

@@ -1,1 +1,1 @@
-"""Generation: decoding with a cache, and how a token is chosen."""
+"""Generation: decoding with a key/value cache, and sampling."""

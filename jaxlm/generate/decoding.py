@@ -16,10 +16,10 @@ from jaxlm.models.transformer import check_length, empty_cache, forward
 def sample(
     key: jax.Array, logits: jax.Array, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> jax.Array:
-    """One token a row: int32 `[batch]` from logits `[batch, vocab]`.
+    """Samples one token per row: int32 `[batch]` from logits `[batch, vocab]`.
 
     `temperature` 0 is greedy. `top_k` keeps the k most likely tokens; `top_p` the smallest set of most likely tokens
-    whose probability reaches p (Holtzman et al. 2020, arXiv:1904.09751).
+    with a probability of at least p (Holtzman et al. 2020, arXiv:1904.09751).
 
     >>> sample(jax.random.key(0), jnp.array([[0.0, 3.0, 1.0]]), temperature=0.0).tolist()
     [1]
@@ -31,47 +31,47 @@ def sample(
         kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if top_p is not None:
-        ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-        probabilities = jax.nn.softmax(ordered, axis=-1)
+        descending = jnp.sort(logits, axis=-1)[:, ::-1]
+        probabilities = jax.nn.softmax(descending, axis=-1)
         kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        smallest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError for a setting that would choose among no token at all."""
+    """Raises ValueError for a setting that leaves no token to sample from."""
     if temperature < 0:
         raise ValueError(f"temperature {temperature} is negative; 0 is greedy")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k {top_k} keeps no token; None keeps all")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} is no probability above 0; None keeps all tokens")
+        raise ValueError(f"top_p {top_p} must be above 0 and at most 1; None keeps all tokens")
 
 
 def stop_ids(stop: Any, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end a row, of one id, of several, or of `None`.
+    """The ids that end a row, given as one id, several, or `None`.
 
     >>> stop_ids([2, 7, 2], 10), stop_ids(3, 10), stop_ids(None, 10)
     ((2, 7), (3,), ())
 
     Raises:
-      ValueError: for what is no id of the vocabulary.
+      ValueError: for anything that is not an id of the vocabulary.
     """
     stop = np.asarray(stop).tolist() if hasattr(stop, "__array__") else stop
     several = isinstance(stop, Iterable) and not isinstance(stop, str | bytes | Mapping)
     ids = tuple(stop) if several else () if stop is None else (stop,)
-    for each in ids:
-        if not isinstance(each, int | np.integer) or isinstance(each, bool) or not 0 <= each < vocab_size:
+    for stop_id in ids:
+        if not isinstance(stop_id, int | np.integer) or isinstance(stop_id, bool) or not 0 <= stop_id < vocab_size:
             raise ValueError(
-                f"stop {stop!r}: {each!r} is no id of a token; give one id from 0 to {vocab_size - 1}, several, or "
-                "None to go on to the last token"
+                f"stop {stop!r}: {stop_id!r} is no id of a token; give one id from 0 to {vocab_size - 1}, several, or "
+                "None to generate all new tokens"
             )
     return tuple(dict.fromkeys(map(int, ids)))
 
 
 def ended(tokens: np.ndarray, strings: Sequence[str], tokenizer: Any, pad_id: int) -> np.ndarray:
-    """Rows of new tokens with padding behind the token that completes one of `strings` in the decoded text."""
+    """New tokens `[batch, length]`, padded after the token that completes one of `strings` in the decoded text."""
     tokens = tokens.copy()
     for row in tokens:
         for size in range(1, len(row)):
@@ -95,15 +95,18 @@ def generate(
     stop: Any = None,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Continues every row of `batch`: int32 `[batch, new_tokens]`; a row that meets an id in `stop` repeats it.
+    """Continues every row of `batch`: int32 `[batch, new_tokens]`; a row that reaches an id in `stop` repeats it.
 
     The prompt runs once and fills the cache; each further token is one cached step. Prompts of unequal length are
-    padded on either side (`attention_mask` 0 there): every row goes on behind its last real token. Of a packed row
-    (`segment_ids`) that is the last document. An encoder-decoder reads `input_ids` and begins with
+    padded on either side (`attention_mask` 0): every row continues after its last real token. A packed row
+    (`segment_ids`) continues its last document. An encoder-decoder reads `input_ids` and begins with
     `config.decoder_start_token_id`.
 
     Args:
       stop: an id, several (in a list, a tuple or an array), or `None`.
+
+    Raises:
+      ValueError: for sampling settings that leave no token, or more tokens than the model has positions.
     """
     if new_tokens < 1:
         raise ValueError(f"new_tokens {new_tokens}: at least 1")
@@ -114,28 +117,13 @@ def generate(
 
 @partial(jax.jit, static_argnames=("config", "new_tokens", "temperature", "top_k", "top_p", "stop", "dtype"))
 def _generate(config, params, batch, key, new_tokens, temperature, top_k, top_p, stop, dtype) -> jax.Array:
-    rows, length = batch["input_ids"].shape
-    check_length(config, 0 if config.encoder_decoder else length + new_tokens - 1)
-    if config.encoder_decoder:
-        if config.decoder_start_token_id is None:
-            raise ValueError("generation needs config.decoder_start_token_id")
-        first = jnp.full((rows, 1), config.decoder_start_token_id, jnp.int32)
-        cache = empty_cache(config, params, rows, 1 + new_tokens, dtype, source=length)
-        source = {name: array for name, array in batch.items() if not name.startswith("decoder_")}
-        outputs = forward(config, params, {**source, "decoder_input_ids": first}, cache=cache, dtype=dtype)
-    else:
-        cache = empty_cache(config, params, rows, length + new_tokens, dtype)
-        segments = batch.get("segment_ids", batch.get("attention_mask", jnp.ones((rows, length), jnp.int32)))
-        last = last_token(segments)
-        running = (segments == jnp.take_along_axis(segments, last[:, None], axis=1)) & (segments > 0)
-        prompt = {name: array for name, array in batch.items() if name in ("input_ids", "token_type_ids")}
-        prompt["attention_mask"] = running.astype(jnp.int32)
-        outputs = forward(config, params, prompt, cache=cache, head_at=last, dtype=dtype)
-    ends = jnp.array(stop, jnp.int32)
+    prompt_outputs = _prefill(config, params, batch, new_tokens, dtype)
+    rows = batch["input_ids"].shape[0]
+    stop_tokens = jnp.array(stop, jnp.int32)
 
-    def choose(logits, before, done, key):
-        token = jnp.where(done, before, sample(key, logits[:, -1], temperature, top_k, top_p))
-        return token, done | jnp.isin(token, ends)
+    def choose(logits, previous, done, key):
+        token = jnp.where(done, previous, sample(key, logits[:, -1], temperature, top_k, top_p))
+        return token, done | jnp.isin(token, stop_tokens)
 
     def step(carry, key):
         token, done, cache = carry
@@ -145,6 +133,26 @@ def _generate(config, params, batch, key, new_tokens, temperature, top_k, top_p,
         return (token, done, out["cache"]), token
 
     keys = jax.random.split(key, new_tokens)
-    token, done = choose(outputs["logits"], jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), keys[0])
-    _, rest = jax.lax.scan(step, (token, done, outputs["cache"]), keys[1:])
+    token, done = choose(prompt_outputs["logits"], jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), keys[0])
+    _, rest = jax.lax.scan(step, (token, done, prompt_outputs["cache"]), keys[1:])
     return jnp.concatenate([token[:, None], rest.T], axis=1)
+
+
+def _prefill(config, params, batch, new_tokens, dtype) -> dict[str, Any]:
+    """The outputs at the last token of every prompt, and a cache that holds the prompts and has room for new tokens."""
+    rows, length = batch["input_ids"].shape
+    check_length(config, 0 if config.encoder_decoder else length + new_tokens - 1)
+    if config.encoder_decoder:
+        if config.decoder_start_token_id is None:
+            raise ValueError("generation needs a decoder_start_token_id; set it in the model's config")
+        first = jnp.full((rows, 1), config.decoder_start_token_id, jnp.int32)
+        cache = empty_cache(config, params, rows, 1 + new_tokens, dtype, source=length)
+        source = {name: array for name, array in batch.items() if not name.startswith("decoder_")}
+        return forward(config, params, {**source, "decoder_input_ids": first}, cache=cache, dtype=dtype)
+    cache = empty_cache(config, params, rows, length + new_tokens, dtype)
+    segments = batch.get("segment_ids", batch.get("attention_mask", jnp.ones((rows, length), jnp.int32)))
+    last = last_token(segments)
+    in_last_segment = (segments == jnp.take_along_axis(segments, last[:, None], axis=1)) & (segments > 0)
+    prompt = {name: array for name, array in batch.items() if name in ("input_ids", "token_type_ids")}
+    prompt["attention_mask"] = in_last_segment.astype(jnp.int32)
+    return forward(config, params, prompt, cache=cache, head_at=last, dtype=dtype)

@@ -43,27 +43,27 @@ GENERATION_KEYS = (
 _IDS = re.compile(r".*_token_id|suppress_tokens|begin_suppress_tokens|bad_words_ids")
 
 
-def known(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
+def carried_of(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is carried of the contents of config.json and generation_config.json.
 
-    >>> known({"eos_token_id": [2, 5], "auto_map": {"AutoModel": "evil.py"}}, {"top_k": 5, "custom_generate": "evil"})
+    >>> carried_of({"eos_token_id": [2, 5], "auto_map": {"AutoModel": "x.py"}}, {"top_k": 5, "custom_generate": "x"})
     {'eos_token_id': [2, 5], 'generation': {'top_k': 5}}
 
     Raises:
       ValueError: for an id that is no whole number, or no list of them.
     """
-    found = _listed(config, CONFIG_KEYS)
+    carried = _listed(config, CONFIG_KEYS)
     if generation is not None:
-        found[GENERATION] = _listed(generation, GENERATION_KEYS)
-    return found
+        carried[GENERATION] = _listed(generation, GENERATION_KEYS)
+    return carried
 
 
-def _listed(given: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    found = {key: given[key] for key in keys if given.get(key) is not None}
-    for key, value in found.items():
+def _listed(entries: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    listed = {key: entries[key] for key in keys if entries.get(key) is not None}
+    for key, value in listed.items():
         if _IDS.fullmatch(key) and not _are_ids(value):
             raise ValueError(f"{key}: expected an id of a token, or a list of them, found {value!r}")
-    return found
+    return listed
 
 
 def _are_ids(value: Any) -> bool:
@@ -79,7 +79,7 @@ def renumbered(carried: Mapping[str, Any], number: Callable[[int], int | None]) 
 
     def of(value: Any) -> Any:
         if isinstance(value, list):
-            return [each for each in map(of, value) if each is not None]
+            return [new_id for new_id in map(of, value) if new_id is not None]
         return number(value)
 
     new: dict[str, Any] = {}

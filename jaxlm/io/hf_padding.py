@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.core import Node, axis_names, axis_sizes, flatten, unflatten
+from jaxlm.core import Node, flatten, unflatten
 from jaxlm.io.safetensors import Tensor
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import NotExpressible, config_to_hf
-from jaxlm.models.transformer import model_spec
+from jaxlm.models.network import Network
 
 
 def pad_model(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
@@ -45,19 +45,19 @@ def larger(config: ModelConfig) -> Iterator[ModelConfig]:
     groups = max((1, *config.num_kv_heads, *(config.decoder_num_heads or ()), *(config.cross_num_heads or ())))
     for table in (config.position_heads, config.decoder_position_heads):
         groups = max((groups, *(column + 1 for row in table or () for column in row)))
-    each = max(h // max(kv, 1) for h, kv in zip(config.num_heads, config.num_kv_heads, strict=True))
+    per_group = max(h // max(kv, 1) for h, kv in zip(config.num_heads, config.num_kv_heads, strict=True))
     units = max((*config.ffn_size, *(config.decoder_ffn_size or ())))
     width, hidden = head_width(config), config.hidden_size
-    divisors = [n for n in range(groups, hidden // each + 1) if hidden % (n * each) == 0]
+    divisors = [n for n in range(groups, hidden // per_group + 1) if hidden % (n * per_group) == 0]
     shapes = [(groups, width), *((n, width) for n in divisors)]
     if config.rotary is None:  # the pairs that rotary positions turn depend on the width
-        shapes += [(n, hidden // (n * each)) for n in divisors if hidden // (n * each) >= width]
+        shapes += [(n, hidden // (n * per_group)) for n in divisors if hidden // (n * per_group) >= width]
     for heads, width in shapes:
         decoder: dict[str, Any] = {}
         if config.encoder_decoder:
             decoder = {"decoder_num_heads": heads, "cross_num_heads": heads, "decoder_ffn_size": units}
         yield config.replace(
-            num_heads=heads * each,
+            num_heads=heads * per_group,
             num_kv_heads=heads,
             head_dim=width,
             ffn_size=units,
@@ -82,16 +82,14 @@ def _no_room(config: ModelConfig) -> str:
 
 
 def _padded(config: ModelConfig, target: ModelConfig, path: str, tensor: Tensor) -> Tensor:
-    before, after = (axis_sizes(model_spec(c))[path] for c in (config, target))
+    before, after = (Network(c).sizes()[path] for c in (config, target))
     factor = 1.0
     if "/query/" in path and config.scale_scores:
         factor = (head_width(target) / head_width(config)) ** 0.5
     if before == after and factor == 1.0:
         return tensor
     names = [
-        name
-        for entry in axis_names(model_spec(config))[path]
-        for name in (entry if isinstance(entry, tuple) else (entry,))
+        name for entry in Network(config).axes()[path] for name in (entry if isinstance(entry, tuple) else (entry,))
     ]
     places = [np.arange(size) for dim in before for size in dim]
     columns = config.decoder_position_heads if path.startswith("decoder/") else config.position_heads
@@ -102,9 +100,9 @@ def _padded(config: ModelConfig, target: ModelConfig, path: str, tensor: Tensor)
     shape = tuple(int(np.prod(dim)) for dim in after)
 
     def read(dtype: Any = None) -> np.ndarray:
-        given = tensor.read(dtype)
-        out = np.zeros(flat_after, given.dtype)
-        out[np.ix_(*places)] = (given * np.asarray(factor, given.dtype)).reshape(flat_before)
+        array = tensor.read(dtype)
+        out = np.zeros(flat_after, array.dtype)
+        out[np.ix_(*places)] = (array * np.asarray(factor, array.dtype)).reshape(flat_before)
         return out.reshape(shape)
 
     return Tensor(shape, tensor.dtype, read, tensor.place)

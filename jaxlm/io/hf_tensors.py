@@ -13,7 +13,7 @@ from jaxlm.io.safetensors import Tensor, is_float
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import Family, Row, architecture_of
-from jaxlm.models.transformer import model_spec
+from jaxlm.models.network import Network
 
 BARE = ("none", "pooled")
 """Heads of the classes that transformers saves without the prefix of the base."""
@@ -40,16 +40,16 @@ def rows(config: ModelConfig) -> tuple[Row, ...]:
     Raises:
       KeyError: when the table misses a parameter of the network: a mistake in the family.
     """
-    spec = flatten(model_spec(config))
-    found: list[Row] = []
+    spec = flatten(Network(config).spec)
+    numbered: list[Row] = []
     for row in FAMILIES[config.family].names(config):
         numbers = range(max(config.num_layers, config.num_decoder_layers)) if "{i}" in row.hf else range(1)
-        found += [own for own in map(row.at, numbers) if all(path in spec for path in own.paths)]
-    covered = [path for row in found if not row.copy for path in row.paths]
+        numbered += [row for row in map(row.at, numbers) if all(path in spec for path in row.paths)]
+    covered = [path for row in numbered if not row.copy for path in row.paths]
     if sorted(covered) != sorted(spec):
         wrong = sorted(set(spec).symmetric_difference(covered)) or "a path named twice"
         raise KeyError(f"the names of {config.family} do not cover its parameters once: {wrong}")
-    return tuple(found)
+    return tuple(numbered)
 
 
 def to_transformers(config: ModelConfig, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def from_transformers(config: ModelConfig, stored: Mapping[str, Tensor], where: 
     config = _pooler(config, stored)
     tensors, unknown = _resolve(family, config, stored, where)
     config = _tie(family, config, tensors)
-    spec = flatten(model_spec(config))
+    spec = flatten(Network(config).spec)
     leaves: dict[str, Tensor] = {}
     copies = {row.paths: tensors.pop(row.hf, None) for row in rows(config) if row.copy}
     for row in rows(config):
@@ -119,8 +119,10 @@ def from_transformers(config: ModelConfig, stored: Mapping[str, Tensor], where: 
     leftover = sorted([*tensors, *unknown])
     surprising = [name for name in leftover if strict or _below_head(config, family, name)]
     if surprising:
-        known = {row.hf for row in rows(config)}
-        raise ValueError(f"{where} holds the unexpected tensor {surprising[0]!r}; {nearest(surprising[0], known)}")
+        expected_names = {row.hf for row in rows(config)}
+        raise ValueError(
+            f"{where} holds the unexpected tensor {surprising[0]!r}; {nearest(surprising[0], expected_names)}"
+        )
     return Found(config, leaves, leftover)
 
 
@@ -150,13 +152,13 @@ def _resolve(
     family: Family, config: ModelConfig, stored: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Stored tensors by the full names of the family's rows, and the names that are none of these."""
-    known = {row.hf for row in rows(config)} | family.aliases.keys()
-    known |= {row.hf for row in rows(config.replace(tie_embeddings=False))}
+    names = {row.hf for row in rows(config)} | family.aliases.keys()
+    names |= {row.hf for row in rows(config.replace(tie_embeddings=False))}
 
     def known_as(name: str) -> str | None:
         modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
         candidates = [modern, f"{family.base}.{modern}", modern.removeprefix(f"{family.base}.")]
-        return next((candidate for candidate in candidates if candidate in known), None)
+        return next((candidate for candidate in candidates if candidate in names), None)
 
     tensors: dict[str, Tensor] = {}
     unknown: list[str] = []
@@ -218,9 +220,9 @@ def _unwrapped(name: str, shared: str) -> Iterator[tuple[str, str]]:
 
 def _tie(family: Family, config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
     """Removes second copies of tied tensors; an output matrix that differs from the token table unties the head."""
-    own = {row.hf for row in rows(config)}
+    names = {row.hf for row in rows(config)}
     for alias, source in family.aliases.items():
-        if alias not in tensors or alias in own:
+        if alias not in tensors or alias in names:
             continue
         if source not in tensors:
             tensors[source] = tensors.pop(alias)
@@ -229,7 +231,7 @@ def _tie(family: Family, config: ModelConfig, tensors: dict[str, Tensor]) -> Mod
         else:
             untied = config.replace(tie_embeddings=False)
             if any(row.hf == alias for row in rows(untied)):
-                config, own = untied, {row.hf for row in rows(untied)}
+                config, names = untied, {row.hf for row in rows(untied)}
     return config
 
 
@@ -241,8 +243,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _below_head(config: ModelConfig, family: Family, name: str) -> bool:
     """Whether a tensor is of the body, where nothing may be unknown (a pooler is not)."""
-    own = name.removeprefix(f"{family.base}.")
-    if own.startswith("pooler."):
+    inner = name.removeprefix(f"{family.base}.")
+    if inner.startswith("pooler."):
         return False
     body = [row.hf.removeprefix(f"{family.base}.") for row in rows(config) if not row.paths[0].startswith("head/")]
-    return own != name or own.split(".")[0] in {hf.split(".")[0] for hf in body}
+    return inner != name or inner.split(".")[0] in {hf.split(".")[0] for hf in body}

@@ -13,7 +13,7 @@ import reprlib
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxlm.core import (
     Axes,
@@ -29,9 +29,10 @@ from jaxlm.core import (
     unflatten,
     with_arrays,
 )
-from jaxlm.io.carried import GENERATION, GENERATION_FILE, known
+from jaxlm.io.carried import GENERATION, GENERATION_FILE, carried_of
 from jaxlm.io.hf_padding import pad_model
 from jaxlm.io.hf_tensors import from_transformers, to_transformers
+from jaxlm.io.lm import LM, TokenizerFiles
 from jaxlm.io.safetensors import (
     INDEX,
     MAX_SHARD_BYTES,
@@ -48,7 +49,7 @@ from jaxlm.io.weight_metadata import build_node, check_node, describe_node, take
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import NotExpressible, config_from_hf, config_to_hf
-from jaxlm.models.transformer import model_spec
+from jaxlm.models.network import Network
 
 FORMAT = 1
 CONFIG, OWN = "config.json", "jaxlm.json"
@@ -69,31 +70,13 @@ TOKENIZER_FILES = (
 )
 
 
-class Stored(NamedTuple):
-    """A model whose arrays are read when they are asked for.
-
-    Attributes:
-      config: its structure.
-      params: the parameter tree, canonical view, with a Tensor for every array.
-      axes: axis names of leaves that methods added (sites), by path.
-      carried: what transformers' configs say besides, see `carried`.
-      tokenizer: directory with tokenizer files, a transformers tokenizer, or `None`.
-      dropped: stored tensors that were left out, because they belong to another head.
-    """
-
-    config: ModelConfig
-    params: dict[str, Any]
-    axes: Mapping[str, Axes] = {}
-    carried: Mapping[str, Any] = {}
-    tokenizer: Any = None
-    dropped: tuple[str, ...] = ()
-
-
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def open_model(directory: Path, head: str | None = None) -> Stored:
-    """Opens a model directory of either layout; arrays are read later.
+def open_model(directory: Path, head: str | None = None) -> LM:
+    """Opens a model directory of either layout: an LM with a Tensor for every array, read when it is asked for.
+
+    Its head may lack parameters; `load` fits it to what is wanted.
 
     Args:
       directory: of a model.
@@ -107,32 +90,34 @@ def open_model(directory: Path, head: str | None = None) -> Stored:
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is no directory")
     check_files(directory)
-    own = read_json(path) if (path := find_file(directory, OWN)) else None
-    ours = _own_config(own, directory / OWN) if own is not None else None
+    described = read_json(path) if (path := find_file(directory, OWN)) else None
+    written = _written_config(described, directory / OWN) if described is not None else None
     tokenizer = directory if any(find_file(directory, name) for name in TOKENIZER_FILES) else None
     generation = read_json(path) if (path := find_file(directory, GENERATION_FILE)) else None
-    if own is not None and ours is not None and own["layout"] == "native":
-        carried = _carried(directory / OWN, own["carried"], generation)
-        return _open_native(directory, own, ours)._replace(carried=carried, tokenizer=tokenizer)
+    if described is not None and written is not None and described["layout"] == "native":
+        carried = _carried(directory / OWN, described["carried"], generation)
+        params, axes = _open_native(directory, described, written)
+        return LM(written, params, tokenizer, axes, carried)
     if find_file(directory, CONFIG) is None:
         adapter = ", but the adapter of one: merge it into its model (merge_and_unload of PEFT) and save that"
         hint = adapter if find_file(directory, "adapter_config.json") else ""
         raise FileNotFoundError(f"{directory} has no {CONFIG}: not a model directory{hint}")
     hf = read_json(directory / CONFIG)
     try:
-        config = _transformers_config(hf, ours, head)
+        config = _transformers_config(hf, written, head)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from None
-    found = from_transformers(config, open_tensors(directory), str(directory), strict=head is None)
+    checkpoint = from_transformers(config, open_tensors(directory), str(directory), strict=head is None)
     carried = _carried(directory / CONFIG, hf, generation)
-    params = unflatten(found.leaves)
-    return Stored(found.config, params, carried=carried, tokenizer=tokenizer, dropped=tuple(found.dropped))
+    return LM(
+        checkpoint.config, unflatten(checkpoint.leaves), tokenizer, carried=carried, dropped=tuple(checkpoint.dropped)
+    )
 
 
 def _carried(path: Path, config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is carried of a directory, whose config is in the file `path`."""
     try:
-        return known(config, generation)
+        return carried_of(config, generation)
     except ValueError as error:
         raise ValueError(f"{path}, or {GENERATION_FILE} beside it: {error}") from None
 
@@ -144,32 +129,32 @@ def check_files(directory: Path) -> None:
             find_file(directory, str(path.relative_to(directory)))
 
 
-def _own_config(own: Mapping[str, Any], path: Path) -> ModelConfig:
+def _written_config(described: Mapping[str, Any], path: Path) -> ModelConfig:
     """The config in a jaxlm.json.
 
     Raises:
       ValueError: another format, or an entry that is missing or of another kind.
     """
-    if type(own.get("format")) is not int or own["format"] != FORMAT:
-        raise ValueError(f"{path} has the format {reprlib.repr(own.get('format'))}, this version reads {FORMAT}")
-    layout = own.get("layout", "transformers")
+    if type(described.get("format")) is not int or described["format"] != FORMAT:
+        raise ValueError(f"{path} has the format {reprlib.repr(described.get('format'))}, this version reads {FORMAT}")
+    layout = described.get("layout", "transformers")
     if layout not in ("transformers", "native"):
         raise ValueError(f"{path} has the layout {reprlib.repr(layout)}, expected transformers or native")
     needed = ("layout", "config", *(("weights", "axes", "carried") if layout == "native" else ()))
-    missing = [key for key in needed if key not in own]
+    missing = [key for key in needed if key not in described]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged, or not written by jaxlm")
     for key in needed[1:]:
-        checked(own[key], dict, f"{path}: {key}")
+        checked(described[key], dict, f"{path}: {key}")
     try:
-        config = call(ModelConfig, own["config"], "config")
+        config = call(ModelConfig, described["config"], "config")
         lookup(FAMILIES, config.family, "family")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return config
 
 
-def _transformers_config(hf: Mapping[str, Any], ours: ModelConfig | None, head: str | None) -> ModelConfig:
+def _transformers_config(hf: Mapping[str, Any], written: ModelConfig | None, head: str | None) -> ModelConfig:
     """The config of a directory in transformers' layout.
 
     jaxlm.json adds what transformers cannot say (a dropout rate of Llama, say), unless config.json has been changed
@@ -179,40 +164,41 @@ def _transformers_config(hf: Mapping[str, Any], ours: ModelConfig | None, head: 
         raise ValueError("quantization_config: checkpoints quantized by other programs are not supported")
     family = lookup(FAMILIES, checked(hf.get("model_type"), str, "model_type"), "model_type")
     config = config_from_hf(family, hf, head)
-    if ours is None or ours.family != config.family:
+    if written is None or written.family != config.family:
         return config
     try:
-        written = config_to_hf(family, ours)
+        hf_of_written = config_to_hf(family, written)
     except NotExpressible:  # config.json cannot come from it
         return config
-    return ours if all(key in hf and hf[key] == value for key, value in written.items()) else config
+    return written if all(key in hf and hf[key] == value for key, value in hf_of_written.items()) else config
 
 
-def _open_native(directory: Path, own: Mapping[str, Any], config: ModelConfig) -> Stored:
-    where = directory / OWN
-    tensors = expand(open_tensors(directory), own.get("sparse", {}), where)
-    spec, weights = flatten(model_spec(config)), own["weights"]
-    axes = {path: tuples(names) for path, names in own["axes"].items()}
+def _open_native(
+    directory: Path, described: Mapping[str, Any], config: ModelConfig
+) -> tuple[dict[str, Any], dict[str, Axes]]:
+    """Parameters of the native layout, and the axis names of leaves that methods added."""
+    file = directory / OWN
+    tensors = expand(open_tensors(directory), described.get("sparse", {}), file)
+    spec, weights = flatten(Network(config).spec), described["weights"]
+    axes = {path: tuples(names) for path, names in described["axes"].items()}
     leaves: dict[str, Any] = {}
     for path in [*spec, *sorted((weights.keys() | axes.keys()) - spec.keys())]:
         description = weights.get(path)
         leaf: Any = (
-            take_tensor(tensors, path, where) if description is None else build_node(description, path, tensors, where)
+            take_tensor(tensors, path, file) if description is None else build_node(description, path, tensors, file)
         )
         if path not in spec:
             if isinstance(leaf, Weight):
-                raise ValueError(f"{where}: the network has no parameter {path!r}")
-            _check_added(path, {*spec, *leaves}, axes, where)
+                raise ValueError(f"{file}: the network has no parameter {path!r}")
+            _check_added(path, {*spec, *leaves}, axes, file)
             if isinstance(leaf, Site):
-                check_node(leaf, axes[path], path, where)
+                check_node(leaf, axes[path], path, file)
             elif len(leaf.shape) != len(axes[path]):
-                raise ValueError(
-                    f"{where}: {path!r} has the shape {list(leaf.shape)}, but {len(axes[path])} axis names"
-                )
+                raise ValueError(f"{file}: {path!r} has the shape {list(leaf.shape)}, but {len(axes[path])} axis names")
         elif isinstance(leaf, Site):
-            raise ValueError(f"{where}: the parameter {path!r} cannot be a {type(leaf).__name__}")
+            raise ValueError(f"{file}: the parameter {path!r} cannot be a {type(leaf).__name__}")
         elif isinstance(leaf, Node):
-            check_node(leaf, ("in", "out"), path, where)
+            check_node(leaf, ("in", "out"), path, file)
         elif not is_float(leaf.dtype):
             raise ValueError(f"{directory}: {path!r} holds {leaf.dtype}, expected floating-point numbers")
         if path in spec and leaf.shape != spec[path].shape:
@@ -223,18 +209,18 @@ def _open_native(directory: Path, own: Mapping[str, Any], config: ModelConfig) -
     if tensors:
         raise ValueError(f"{directory} holds the unexpected tensor {min(tensors)!r}")
     if stray := axes.keys() & spec.keys():
-        raise ValueError(f"{where}: there are axis names for {min(stray)!r}, which has its own")
-    return Stored(config, unflatten(leaves), axes)
+        raise ValueError(f"{file}: there are axis names for {min(stray)!r}, which has its own")
+    return unflatten(leaves), axes
 
 
-def _check_added(path: str, others: Collection[str], axes: Mapping[str, Any], where: Path) -> None:
+def _check_added(path: str, leaves: Collection[str], axes: Mapping[str, Any], file: Path) -> None:
     """What a method added, a site or an array, lies at a place of its own, and the axes of its array have names."""
-    if any(other.startswith(f"{path}/") or path.startswith(f"{other}/") for other in others):
-        raise ValueError(f"{where}: the network has no place for {path!r}")
+    if any(leaf.startswith(f"{path}/") or path.startswith(f"{leaf}/") for leaf in leaves):
+        raise ValueError(f"{file}: the network has no place for {path!r}")
     try:
         checked(axes.get(path), tuple[str | tuple[str, ...] | None, ...], "expected a name for each axis")
     except ValueError as error:
-        raise ValueError(f"{where}: {path!r}: {error}") from None
+        raise ValueError(f"{file}: {path!r}: {error}") from None
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -242,7 +228,7 @@ def _check_added(path: str, others: Collection[str], axes: Mapping[str, Any], wh
 
 def write_model(
     directory: Path,
-    stored: Stored,
+    lm: LM,
     *,
     native: bool = False,
     padded: bool = False,
@@ -253,7 +239,7 @@ def write_model(
 
     Args:
       directory: to create, or a model directory to replace (files that are not a model's are kept).
-      stored: the model.
+      lm: the model, with Tensors for arrays.
       native: use the native layout even where transformers could express the model.
       padded: where transformers cannot express its sizes, put the model padded with zeros, which it can load and whose
         logits are the same, into the subdirectory `transformers`.
@@ -267,7 +253,7 @@ def write_model(
       FileExistsError: the directory holds other things and no model.
       ValueError: an array that the config does not expect, or lacks; or no padding that transformers could express.
     """
-    _check(stored)
+    _check(lm)
     target = directory.resolve()
     recover(target)
     if target.exists() and any(target.iterdir()) and not ((target / OWN).exists() or (target / CONFIG).exists()):
@@ -276,91 +262,91 @@ def write_model(
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
-    reason = _write(staging, stored, native, max_shard_bytes, progress)
+    reason = _write(staging, lm, native, max_shard_bytes, progress)
     if padded and reason is not None:
-        config, params = pad_model(stored.config, stored.params)
+        config, params = pad_model(lm.config, lm.params)
         (staging / PADDED).mkdir()
-        _write(staging / PADDED, stored._replace(config=config, params=params), False, max_shard_bytes, lambda _: None)
+        _write(staging / PADDED, lm.replace(config=config, params=params), False, max_shard_bytes, lambda _: None)
     _replace(staging, target)
     return reason
 
 
-def _write(
-    directory: Path, stored: Stored, native: bool, max_shard_bytes: int, progress: Callable[[int], None]
-) -> str | None:
+def _write(directory: Path, lm: LM, native: bool, max_shard_bytes: int, progress: Callable[[int], None]) -> str | None:
     """The files of a model; returns why the layout is native, or `None`."""
     reason = None
-    own: dict[str, Any] = {"format": FORMAT, "layout": "transformers", "config": stored.config.to_json()}
-    flat = flatten(stored.params)
+    description: dict[str, Any] = {"format": FORMAT, "layout": "transformers", "config": lm.config.to_json()}
+    flat = flatten(lm.params)
     try:
         if native:
             raise NotExpressible("asked for")
-        hf = _to_transformers_config(stored)
-        tensors = to_transformers(stored.config, flat)
+        hf = _to_transformers_config(lm)
+        tensors = to_transformers(lm.config, flat)
     except NotExpressible as error:
         reason = str(error)
-        tensors, sparse = compress(arrays(stored.params))
-        own |= {"sparse": sparse} if sparse else {}
+        tensors, sparse = compress(arrays(lm.params))
+        description |= {"sparse": sparse} if sparse else {}
         nodes = {path: describe_node(leaf) for path, leaf in flat.items() if isinstance(leaf, Node)}
-        spec = flatten(model_spec(stored.config))
-        axes = {path: names for path, names in stored.axes.items() if path in flat and path not in spec}
-        carried = {key: value for key, value in stored.carried.items() if key != GENERATION}
-        own |= {"layout": "native", "weights": nodes, "axes": axes, "carried": carried}
+        axes = {path: names for path, names in lm.axes.items() if path in flat.keys() - flatten(lm.network.spec)}
+        carried = {key: value for key, value in lm.carried.items() if key != GENERATION}
+        description |= {"layout": "native", "weights": nodes, "axes": axes, "carried": carried}
         hf = {"model_type": "jaxlm", "architectures": ["JaxlmModel"], "reason": reason}
     write_tensors(directory, tensors, max_shard_bytes, progress)
-    _write_tokenizer(directory, stored.tokenizer, native=reason is not None)
-    if GENERATION in stored.carried:
-        write_text(
-            directory / GENERATION_FILE, [json.dumps(stored.carried[GENERATION], indent=2, sort_keys=True) + "\n"]
-        )
-    write_text(directory / OWN, [json.dumps(own, indent=2) + "\n"])
+    _write_tokenizer(directory, lm.tokenizer_source, native=reason is not None)
+    if GENERATION in lm.carried:
+        write_text(directory / GENERATION_FILE, [json.dumps(lm.carried[GENERATION], indent=2, sort_keys=True) + "\n"])
+    write_text(directory / OWN, [json.dumps(description, indent=2) + "\n"])
     write_text(directory / CONFIG, [json.dumps(hf, indent=2, sort_keys=True) + "\n"])
     return reason
 
 
-def _check(stored: Stored) -> None:
+def _check(lm: LM) -> None:
     """The tree must be what the config says, plus what methods added and named the axes of."""
-    spec, flat = flatten(model_spec(stored.config)), flatten(stored.params)
+    spec, flat = flatten(lm.network.spec), flatten(lm.params)
     for path in spec:
         if path not in flat:
             raise ValueError(f"the parameters lack {path!r}, which the config expects")
         if tuple(flat[path].shape) != spec[path].shape:
             raise ValueError(f"{path!r} has the shape {tuple(flat[path].shape)}, the config expects {spec[path].shape}")
     for path in flat.keys() - spec.keys():
-        if path not in stored.axes:
+        if path not in lm.axes:
             raise ValueError(
                 f"the parameters hold {path!r}, which the config does not expect and which has no axis names (is this "
                 "the canonical view? whoever adds a leaf must name its axes)"
             )
 
 
-def _to_transformers_config(stored: Stored) -> dict[str, Any]:
-    flat = flatten(stored.params)
+def _to_transformers_config(lm: LM) -> dict[str, Any]:
+    flat, spec = flatten(lm.params), flatten(lm.network.spec)
     for path, leaf in flat.items():
         if isinstance(leaf, Node):
             raise NotExpressible(f"transformers has no {type(leaf).__name__} ({path})")
-        if path in stored.axes:
+        if path not in spec:
             raise NotExpressible(f"transformers has no {path}")
-    hf = config_to_hf(FAMILIES[stored.config.family], stored.config)
+    hf = config_to_hf(FAMILIES[lm.config.family], lm.config)
     widest = max((leaf.dtype for leaf in flat.values()), key=lambda dtype: dtype.itemsize)
-    carried = {key: value for key, value in stored.carried.items() if key != GENERATION}
+    carried = {key: value for key, value in lm.carried.items() if key != GENERATION}
     return {**carried, **hf, "dtype": widest.name, "torch_dtype": widest.name}
 
 
-def _write_tokenizer(directory: Path, tokenizer: Any, native: bool) -> None:
-    if isinstance(tokenizer, Path):
-        if native and "tokenizer_class" not in _json_if_there(tokenizer / "tokenizer_config.json"):
-            # transformers would ask the config for the class, and does not know a native one.
-            from transformers import AutoTokenizer
+def _write_tokenizer(directory: Path, source: Any, native: bool) -> None:
+    """Copies tokenizer files as they are, or writes the tokenizer anew.
 
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-        else:
-            for name in TOKENIZER_FILES:
-                if (tokenizer / name).is_file():
-                    shutil.copyfile(tokenizer / name, directory / name)
-            return
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    A native directory must name the tokenizer's class, because transformers would ask the config for it and does not
+    know a native one.
+    """
+    named = isinstance(source, TokenizerFiles) and "tokenizer_class" in _json_if_there(
+        source.directory / "tokenizer_config.json"
+    )
+    if isinstance(source, TokenizerFiles) and (named or not native):
+        for name in TOKENIZER_FILES:
+            if (source.directory / name).is_file():
+                shutil.copyfile(source.directory / name, directory / name)
+    elif isinstance(source, TokenizerFiles):
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False).save_pretrained(directory)
+    elif source is not None:
+        source.save_pretrained(directory)
 
 
 def _json_if_there(path: Path) -> dict[str, Any]:
@@ -394,11 +380,11 @@ def _replace(staging: Path, target: Path) -> None:
         shutil.rmtree(previous)
 
 
-def cast(stored: Stored, dtype: Any) -> Stored:
-    """The model with its float parameters in another dtype; scales, masks and codes keep theirs."""
-    infos = describe(stored.params)
+def cast(lm: LM, dtype: Any) -> LM:
+    """The model (with Tensors) with its float parameters in another dtype; scales, masks and codes keep theirs."""
+    infos = describe(lm.params)
     values = {
         name: tensor.cast(dtype) if infos[name].role in ("base", "factor") else tensor
-        for name, tensor in arrays(stored.params).items()
+        for name, tensor in arrays(lm.params).items()
     }
-    return stored._replace(params=with_arrays(stored.params, values))
+    return lm.replace(params=with_arrays(lm.params, values))

@@ -76,11 +76,11 @@ class Tensor(NamedTuple):
         """An array that is there already (numpy's or jax's)."""
 
         def read(dtype: Any = None) -> np.ndarray:
-            given = np.asarray(array)
-            if dtype is None or given.dtype == dtype:
-                return given
-            out = np.empty(given.shape, dtype)
-            source, target = given.reshape(-1), out.reshape(-1)
+            values = np.asarray(array)
+            if dtype is None or values.dtype == dtype:
+                return values
+            out = np.empty(values.shape, dtype)
+            source, target = values.reshape(-1), out.reshape(-1)
             for start in range(0, source.size, BLOCK):
                 _convert(source[start : start + BLOCK], target[start : start + BLOCK], name)
             return out
@@ -151,13 +151,13 @@ def packed_shape(metadata: Mapping[str, str], name: str) -> tuple[int, ...] | No
     >>> packed_shape({"w": "int4[3,5]"}, "w")
     (3, 5)
     """
-    given = metadata.get(name, "")
-    if not given.startswith("int4["):
+    text = metadata.get(name, "")
+    if not text.startswith("int4["):
         return None
-    found = re.fullmatch(r"int4\[([0-9]{1,15}(?:,[0-9]{1,15}){0,31})\]", given)
-    if found is None:
-        raise ValueError(f"tensor {name!r} is described as {reprlib.repr(given)}, expected int4[inputs,outputs]")
-    return tuple(map(int, found[1].split(",")))
+    match = re.fullmatch(r"int4\[([0-9]{1,15}(?:,[0-9]{1,15}){0,31})\]", text)
+    if match is None:
+        raise ValueError(f"tensor {name!r} is described as {reprlib.repr(text)}, expected int4[inputs,outputs]")
+    return tuple(map(int, match[1].split(",")))
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -204,14 +204,14 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
         return open_file(single)
     if index := find_file(directory, INDEX):
         return _open_shards(index)
-    found = sorted(path.name for path in directory.iterdir() if path.is_file())
-    pickles = [name for name in found if name.endswith(PICKLES)]
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise ValueError(
             f"{directory} holds {pickles[0]}, a pickle, which can run any code when it is opened; jaxlm reads only "
             f"{SINGLE}. Save the model again with transformers' save_pretrained, on a machine that trusts the file"
         )
-    others = [name for name in found if name.endswith(".safetensors")]
+    others = [name for name in names if name.endswith(".safetensors")]
     hint = f"; there is {', '.join(others[:3])}, but no {INDEX}" if others else ""
     raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}{hint}")
 
@@ -385,7 +385,7 @@ def parse_json(text: bytes) -> Any:
         raise ValueError(f"tables and lists are nested deeper than {MAX_DEPTH}") from None
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
         level = [child for children in inner for child in children if isinstance(child, dict | list)]
         if not level:
             return value

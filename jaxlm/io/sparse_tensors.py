@@ -45,25 +45,25 @@ def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Describe
     stored: dict[str, Tensor] = {}
     described: Described = {}
     for name, tensor in tensors.items():
-        found = _smallest(name, tensor, tensors)
-        if found is None:
+        smallest = _smallest(name, tensor, tensors)
+        if smallest is None:
             stored[name] = tensor
         else:
-            description, parts = found
+            description, parts = smallest
             described[name] = {"shape": list(tensor.shape), "dtype": _dtype_name(tensor.dtype), **description}
             stored |= parts
     return stored, described
 
 
-def expand(tensors: Mapping[str, Tensor], described: Mapping[str, Any], where: Path) -> dict[str, Tensor]:
+def expand(tensors: Mapping[str, Tensor], described: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
     """The inverse of `compress`; nothing is read yet.
 
     Raises:
       ValueError: for a description or a stored part that cannot be, naming the tensor.
     """
     if not isinstance(described, Mapping):
-        raise ValueError(f"{where}: 'sparse' should be a table of tensors, not {reprlib.repr(described)}")
-    left, found = dict(tensors), dict[str, Tensor]()
+        raise ValueError(f"{file}: 'sparse' should be a table of tensors, not {reprlib.repr(described)}")
+    left, whole = dict(tensors), dict[str, Tensor]()
     last = lambda item: str(item[1]).find("'like ") >= 0  # noqa: E731
     for name, description in sorted(described.items(), key=last):  # what is like a mask comes after the mask
         try:
@@ -71,11 +71,11 @@ def expand(tensors: Mapping[str, Tensor], described: Mapping[str, Any], where: P
                 raise ValueError("it is stored as it is, too")
             form = dict(checked(description, dict, "its description"))
             shape, dtype = _shape_of(form.pop("shape", None)), _dtype_of(form.pop("dtype", None))
-            found[name] = _whole(name, shape, dtype, form, left, found)
+            whole[name] = _whole(name, shape, dtype, form, left, whole)
         except ValueError as error:
             shown = reprlib.repr(description)
-            raise ValueError(f"{where}: {name!r} cannot be unpacked as {shown}: {error}") from None
-    return {**left, **found}
+            raise ValueError(f"{file}: {name!r} cannot be unpacked as {shown}: {error}") from None
+    return {**left, **whole}
 
 
 # Choosing -----------------------------------------------------------------------------------------------------------
@@ -131,14 +131,14 @@ def _pack_places(array: np.ndarray, form: str, bits: int) -> np.ndarray:
 
 def _groups_of(support: np.ndarray, exact: bool) -> list[str]:
     """`N:M` patterns that a support of at least two axes has, along its last axis but one."""
-    found = []
+    patterns = []
     for group in GROUPS:
         if support.shape[-2] % group == 0:
             counts = _grouped(support, group).sum(axis=-2)
             kept = int(counts.max(initial=1)) or 1
             if kept < group and not (exact and counts.min(initial=kept) < kept):
-                found.append(f"{kept}:{group}")
-    return found
+                patterns.append(f"{kept}:{group}")
+    return patterns
 
 
 def _mask_over(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str | None:
@@ -187,7 +187,7 @@ def _whole(
     dtype: np.dtype,
     form: Mapping[str, Any],
     left: dict[str, Tensor],
-    found: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor],
 ) -> Tensor:
     """A tensor out of its parts, which leave `left`; the mask that it is like is there, too, or was `found` before."""
     size = math.prod(shape)
@@ -201,7 +201,7 @@ def _whole(
         raise ValueError(f"expected either packed or support, not {reprlib.repr(sorted(form))}")
     kind = checked(form["support"], str, "support")
     if kind.startswith("like "):
-        other = {**left, **found}.get(kind[5:])
+        other = {**left, **whole}.get(kind[5:])
         if other is None or other.shape != shape or other.dtype != np.bool_:
             raise ValueError(f"there is no mask {kind[5:]!r} of its shape")
         source, support = other, other.read
@@ -231,13 +231,13 @@ def _whole(
     values = _part(left, f"{name}#values", None, dtype)
 
     def filled() -> np.ndarray:
-        where, out = support(), np.zeros(shape, dtype)
-        if np.count_nonzero(where) != values.shape[0]:
+        occupied, out = support(), np.zeros(shape, dtype)
+        if np.count_nonzero(occupied) != values.shape[0]:
             raise ValueError(
-                f"{values.place}: {name!r} has {values.shape[0]} values for {np.count_nonzero(where)} places: it is "
+                f"{values.place}: {name!r} has {values.shape[0]} values for {np.count_nonzero(occupied)} places: it is "
                 "damaged"
             )
-        out[where] = values.read()
+        out[occupied] = values.read()
         return out
 
     return _made(name, shape, dtype, filled, values)
@@ -299,8 +299,8 @@ def _unpack(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     out = np.zeros(count, np.uint8)
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
-        own = packed[start * bits // 8 : -(-stop * bits // 8)]
-        rows = np.unpackbits(own, count=(stop - start) * bits).reshape(-1, bits)
+        bits_of_rows = packed[start * bits // 8 : -(-stop * bits // 8)]
+        rows = np.unpackbits(bits_of_rows, count=(stop - start) * bits).reshape(-1, bits)
         out[start:stop] = np.packbits(np.pad(rows, ((0, 0), (8 - bits, 0))), axis=1)[:, 0]
     return out
 
@@ -313,8 +313,8 @@ def _dtype_of(name: Any) -> np.dtype:
     return lookup({**DTYPES, INT4.name: INT4}, checked(name, str, "dtype"), "dtype")
 
 
-def _shape_of(given: Any) -> tuple[int, ...]:
-    shape = checked(given, tuple[int, ...], "shape")
+def _shape_of(value: Any) -> tuple[int, ...]:
+    shape = checked(value, tuple[int, ...], "shape")
     if len(shape) > MAX_DIMS or not all(0 <= size <= MAX_DIM for size in shape):
         raise ValueError(f"no array has the shape {reprlib.repr(shape)}")
     return shape
@@ -322,8 +322,8 @@ def _shape_of(given: Any) -> tuple[int, ...]:
 
 def _kept_of(form: str) -> tuple[int, int]:
     """N and M of `N:M`."""
-    found = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", form)
-    kept, group = (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", form)
+    kept, group = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 < kept < group <= 256:
         raise ValueError(f"unknown support {reprlib.repr(form)}: expected bits, like <mask>, or N:M with N < M <= 256")
     return kept, group

@@ -28,48 +28,48 @@ def describe_node(node: Node) -> dict[str, Any]:
     return description
 
 
-def build_node(description: Mapping[str, Any], name: str, tensors: dict[str, Tensor], where: Path) -> Node:
+def build_node(description: Mapping[str, Any], name: str, tensors: dict[str, Tensor], file: Path) -> Node:
     """The inverse of `describe_node`; takes the node's arrays out of `tensors`.
 
     Types are those of the registries of core, nothing else can be named.
 
     Args:
       name: of the node, which begins the names of its arrays.
-      where: the file of the description, for messages.
+      file: the one of the description, for messages.
 
     Raises:
       ValueError: an unknown type or number format, a static field or an array that is missing or not one of the type's.
     """
     if not isinstance(description, Mapping):
-        raise ValueError(f"{where}: {name!r} is described by {reprlib.repr(description)}, expected a table with a type")
+        raise ValueError(f"{file}: {name!r} is described by {reprlib.repr(description)}, expected a table with a type")
     try:
         cls: type[Node] = lookup({**WEIGHTS, **SITES}, checked(description.get("type"), str, "its type"), "type")
     except ValueError as error:
-        raise ValueError(f"{where}: {name!r}: {error}") from None
+        raise ValueError(f"{file}: {name!r}: {error}") from None
     kinds, fields = typing.get_type_hints(cls), dict[str, Any]()
     for field in dataclasses.fields(cls):
         options = typing.get_args(kinds[field.name]) or (kinds[field.name],)
         if not field.metadata.get("pytree_node", True):
             if field.name not in description:
-                raise ValueError(f"{where}: {name!r}: {cls.__name__} needs {field.name!r}")
-            value = static_value(description[field.name], f"{where}: {name!r}: {field.name}")
-            fields[field.name] = checked(value, kinds[field.name], f"{where}: {name!r}: {field.name}")
+                raise ValueError(f"{file}: {name!r}: {cls.__name__} needs {field.name!r}")
+            value = static_value(description[field.name], f"{file}: {name!r}: {field.name}")
+            fields[field.name] = checked(value, kinds[field.name], f"{file}: {name!r}: {field.name}")
         elif field.name not in description:
-            fields[field.name] = take_tensor(tensors, f"{name}.{field.name}", where)
+            fields[field.name] = take_tensor(tensors, f"{name}.{field.name}", file)
         elif description[field.name] is None and type(None) in options:
             fields[field.name] = None
         else:
-            inner = build_node(description[field.name], f"{name}.{field.name}", tensors, where)
+            inner = build_node(description[field.name], f"{name}.{field.name}", tensors, file)
             if not any(isinstance(option, type) and isinstance(inner, option) for option in options):
-                raise ValueError(f"{where}: {name!r}: {field.name} cannot be a {type(inner).__name__}")
+                raise ValueError(f"{file}: {name!r}: {field.name} cannot be a {type(inner).__name__}")
             fields[field.name] = inner
     unknown = description.keys() - fields.keys() - {"type"}
     if unknown:
-        raise ValueError(f"{where}: {name!r}: {cls.__name__} has no field {min(unknown)!r}")
+        raise ValueError(f"{file}: {name!r}: {cls.__name__} has no field {min(unknown)!r}")
     return cls(**fields)
 
 
-def check_node(node: Node, axes: Axes, name: str, where: Path) -> None:
+def check_node(node: Node, axes: Axes, name: str, file: Path) -> None:
     """Checks the parts of a node against each other: their dtypes, and the sizes that follow from its axes.
 
     Args:
@@ -82,7 +82,7 @@ def check_node(node: Node, axes: Axes, name: str, where: Path) -> None:
     for field, part in components(node, axes).items():
         array, owner = field_of(node, field), field_of(node, field.rpartition(".")[0])
         last = field.rpartition(".")[2]
-        what = f"{where}: {name}.{field} is {array.dtype} {list(array.shape)}"
+        what = f"{file}: {name}.{field} is {array.dtype} {list(array.shape)}"
         if not _fits(owner, last, array.dtype):
             raise ValueError(f"{what}, which is no dtype of {last!r} in a {type(owner).__name__}")
         if len(array.shape) != len(part.axes):
@@ -92,7 +92,7 @@ def check_node(node: Node, axes: Axes, name: str, where: Path) -> None:
         for axis, size in zip(part.axes, array.shape, strict=True):
             if axis is not None and sizes.setdefault(axis, size) != size:
                 raise ValueError(f"{what}, expected {sizes[axis]} along {axis!r} as in the parts before")
-    _check_static(node, name, where)
+    _check_static(node, name, file)
 
 
 def _fits(owner: Node, field: str, dtype: np.dtype) -> bool:
@@ -103,41 +103,41 @@ def _fits(owner: Node, field: str, dtype: np.dtype) -> bool:
     return dtype == exact[field] if field in exact else is_float(dtype)
 
 
-def _check_static(node: Node, name: str, where: Path) -> None:
+def _check_static(node: Node, name: str, file: Path) -> None:
     """Static fields that choose how a weight computes, and the shapes of the scales that go with its format."""
-    own = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    static = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
     for field, good in (
         ("channel", lambda value: value in (-1, -2)),
         ("rate", lambda value: 0 <= value < 1),
         ("dtype_name", lambda value: value in ("float32", "bfloat16", "float16", "float64")),
     ):
-        if field in own and not good(own[field]):
-            raise ValueError(f"{where}: {name!r}: {field} cannot be {reprlib.repr(own[field])}")
-    for field, inner in own.items():
+        if field in static and not good(static[field]):
+            raise ValueError(f"{file}: {name!r}: {field} cannot be {reprlib.repr(static[field])}")
+    for field, inner in static.items():
         if isinstance(inner, Node):
-            _check_static(inner, f"{name}.{field}", where)
-    if "scheme" not in own or not isinstance(node, Weight):
+            _check_static(inner, f"{name}.{field}", file)
+    if "scheme" not in static or not isinstance(node, Weight):
         return
-    scheme, activations, shape = own["scheme"], own["activations"], list(node.shape)
+    scheme, activations, shape = static["scheme"], static["activations"], list(node.shape)
     present = {
         "zero": not scheme.symmetric,
         "input_scale": activations is not None and activations.group == "tensor",
         "input_zero": activations is not None and activations.group == "tensor" and not activations.symmetric,
     }
     for field, wanted in present.items():
-        if field in own and (own[field] is not None) != wanted:
-            raise ValueError(f"{where}: {name!r}: its format {'needs' if wanted else 'has no'} {field}")
-    axis = -3 - own["channel"]
+        if field in static and (static[field] is not None) != wanted:
+            raise ValueError(f"{file}: {name!r}: its format {'needs' if wanted else 'has no'} {field}")
+    axis = -3 - static["channel"]
     shape[axis] = scheme.groups(shape[axis])
     for field in ("scale", "zero"):
         expected = [1, 1] if scheme.group == "tensor" else shape
-        if own.get(field) is not None and list(own[field].shape) != expected:
+        if static.get(field) is not None and list(static[field].shape) != expected:
             raise ValueError(
-                f"{where}: {name}.{field} has the shape {list(own[field].shape)}, expected {expected} for {scheme}"
+                f"{file}: {name}.{field} has the shape {list(static[field].shape)}, expected {expected} for {scheme}"
             )
 
 
-def static_value(value: Any, where: str) -> Any:
+def static_value(value: Any, what: str) -> Any:
     """A static field from JSON: a table stands for the Scheme that it holds, a list for a tuple."""
     if not isinstance(value, Mapping):
         return tuples(value)
@@ -145,13 +145,13 @@ def static_value(value: Any, where: str) -> Any:
     try:
         return call(Scheme, {k: checked(v, kinds.get(k, Any), k) for k, v in value.items()}, "its format")
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{what}: {error}") from None
 
 
-def take_tensor(tensors: dict[str, Tensor], name: str, where: Path) -> Tensor:
+def take_tensor(tensors: dict[str, Tensor], name: str, file: Path) -> Tensor:
     """Removes a tensor from the stored ones."""
     if name not in tensors:
-        raise ValueError(f"{where.parent} lacks the tensor {name!r}, which {where.name} expects")
+        raise ValueError(f"{file.parent} lacks the tensor {name!r}, which {file.name} expects")
     return tensors.pop(name)
 
 

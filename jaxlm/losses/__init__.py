@@ -1,1 +1,1 @@
-"""Losses as sums with weights: cross-entropy, and how far a student is from its teacher."""
+"""Losses as sums with weights: cross-entropy, and the distances between a student and its teacher."""

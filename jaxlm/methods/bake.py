@@ -1,10 +1,9 @@
 """Surgery that leaves plain arrays."""
 
-from typing import Any
-
-from jaxlm.core import Axes, Tree, Weight, map_leaves, materialize
+from jaxlm.core import LM, NO_DATA, SurgeryContext, Weight, map_leaves, materialize
 
 
-def bake(model: Any, params: Tree, axes: dict[str, Axes]):
+def bake(lm: LM, context: SurgeryContext = NO_DATA) -> LM:
     """Replaces every Weight by the dense matrix that it stands for; baking twice changes nothing."""
-    return model, map_leaves(lambda _, leaf: materialize(leaf) if isinstance(leaf, Weight) else leaf, params), axes
+    dense = map_leaves(lambda _, leaf: materialize(leaf) if isinstance(leaf, Weight) else leaf, lm.params)
+    return lm.replace(params=dense)

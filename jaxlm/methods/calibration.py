@@ -1,27 +1,29 @@
-"""The driver of every method that must see inputs: it walks a model layer by layer and changes it on the way.
+"""Calibration: walks a model layer by layer for the methods that must see inputs, and changes it on the way.
 
 Within a layer the products come in the order in which data pass them, those that read the same input together: query,
-key and value; output; gate and up; down. Before each group the layer runs again as far as there, so that a rule sees
-inputs that have passed everything compressed before it, in this layer and in those below.
+key and value; output; gate and up; down. Before each group the layer runs again as far as this group, so that a rule
+sees inputs that have passed everything compressed before it, in this layer and in those below.
 
-A *rule* receives a `Group` and returns the leaves of the layer that it replaces. The model is anything that offers
-`sides`, `layer_paths`, `layer`, `embed`, `block`, `valid` and `finish` (see `jaxlm.models.network.Network`).
+A *rule* receives a `Group` and returns the leaves of the layer that it replaces.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxlm.core import (
+    LM,
     Context,
     InputScaled,
     Masked,
+    Network,
     Observed,
+    SurgeryContext,
     Tree,
     Weight,
     check_rules,
@@ -47,96 +49,77 @@ PRODUCTS: tuple[tuple[tuple[str, ...], str | None], ...] = (
 """The products of a layer that share an input, in the order in which data pass them, and the norm that makes it."""
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Text that a model reads while it is compressed; never the text that it is evaluated on.
-
-    Attributes:
-      batches: numpy batches as the task makes them.
-      source: the place that they were read from.
-    """
-
-    batches: Sequence[Mapping[str, np.ndarray]]
-    source: str = ""
-
-    def facts(self) -> dict[str, Any]:
-        """What a report says of it: the source, its rows and their tokens."""
-        masks = [batch[name] for batch in self.batches for name in ("attention_mask", "segment_ids") if name in batch]
-        rows = sum(int(np.count_nonzero(mask.any(axis=1))) for mask in masks)
-        return {"source": self.source, "samples": rows, "tokens": sum(int(np.count_nonzero(mask)) for mask in masks)}
-
-
 class Statistics(NamedTuple):
-    """What is known of the inputs `X [tokens, in]` of a product, padding left out; float32.
+    """Statistics of the inputs `X [tokens, in]` of a product, padding left out.
 
     Attributes:
       tokens: how many.
-      square, absolute: `Σ x²` and `Σ|x|` of every input, `[in]`; low, high: its smallest and largest value.
-      moment: `XᵀX [in, in]`, where it was asked for.
+      square, absolute: `Σ x²` and `Σ|x|` of every input; low, high: its smallest and largest value.
+      moment: the Hessian `H = XᵀX`, where it was asked for.
     """
 
-    tokens: jax.Array
-    square: jax.Array
-    absolute: jax.Array
-    low: jax.Array
-    high: jax.Array
-    moment: jax.Array | None = None
+    tokens: Int[Array, ""]
+    square: Float32[Array, "in"]
+    absolute: Float32[Array, "in"]
+    low: Float32[Array, "in"]
+    high: Float32[Array, "in"]
+    moment: Float32[Array, "in in"] | None = None
 
     @classmethod
-    def of(cls, x: jax.Array, valid: jax.Array, moment: bool = False) -> "Statistics":
-        """Those of `x [..., in]` where `valid [...]`.
+    def of(cls, x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"], moment: bool = False) -> "Statistics":
+        """Those of the tokens of `x` that are valid.
 
         >>> x = jnp.array([[3.0, -1.0], [0.0, 1.0], [9.0, 9.0]])
-        >>> found = Statistics.of(x, jnp.array([True, True, False]), moment=True)
-        >>> found.norm.tolist(), found.mean.tolist(), found.moment.tolist()
+        >>> statistics = Statistics.of(x, jnp.array([True, True, False]), moment=True)
+        >>> statistics.norm.tolist(), statistics.mean.tolist(), statistics.moment.tolist()
         ([3.0, 1.4142135381698608], [1.5, 1.0], [[9.0, -3.0], [-3.0, 2.0]])
         """
         counted = valid.reshape(-1, 1)
         x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        rows = jnp.where(counted, x, 0)
+        X = jnp.where(counted, x, 0)
         low, high = (jnp.where(counted, x, jnp.inf).min(axis=0), jnp.where(counted, x, -jnp.inf).max(axis=0))
         # The highest precision: elsewhere than on a CPU, float32 products are rounded to fewer bits by default.
-        product = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) if moment else None
-        square = jnp.sum(jnp.square(rows), axis=0) if product is None else jnp.diagonal(product)
-        return cls(jnp.sum(valid), square, jnp.sum(jnp.abs(rows), axis=0), low, high, product)
+        H = jnp.matmul(X.T, X, precision=jax.lax.Precision.HIGHEST) if moment else None
+        square = jnp.sum(jnp.square(X), axis=0) if H is None else jnp.diagonal(H)
+        return cls(jnp.sum(valid), square, jnp.sum(jnp.abs(X), axis=0), low, high, H)
 
-    def add(self, other: "Statistics") -> "Statistics":
+    def add(self, more: "Statistics") -> "Statistics":
         """Those of both sets of tokens."""
-        moment = None if self.moment is None or other.moment is None else self.moment + other.moment
+        H = None if self.moment is None or more.moment is None else self.moment + more.moment
         return Statistics(
-            self.tokens + other.tokens,
-            self.square + other.square,
-            self.absolute + other.absolute,
-            jnp.minimum(self.low, other.low),
-            jnp.maximum(self.high, other.high),
-            moment,
+            self.tokens + more.tokens,
+            self.square + more.square,
+            self.absolute + more.absolute,
+            jnp.minimum(self.low, more.low),
+            jnp.maximum(self.high, more.high),
+            H,
         )
 
-    def scaled(self, scale: jax.Array) -> "Statistics":
-        """Those of the inputs times `scale [in]`."""
-        moment = None if self.moment is None else self.moment * scale[:, None] * scale
+    def scaled(self, scale: Float[Array, "in"]) -> "Statistics":
+        """Those of the inputs times `scale`."""
+        H = None if self.moment is None else self.moment * scale[:, None] * scale
         ends = self.low * scale, self.high * scale
         low, high = jnp.minimum(*ends), jnp.maximum(*ends)
-        return Statistics(self.tokens, self.square * scale**2, self.absolute * jnp.abs(scale), low, high, moment)
+        return Statistics(self.tokens, self.square * scale**2, self.absolute * jnp.abs(scale), low, high, H)
 
     @property
-    def norm(self) -> jax.Array:
+    def norm(self) -> Float32[Array, "in"]:
         """`‖X_i‖₂` of every input."""
         return jnp.sqrt(self.square)
 
     @property
-    def largest(self) -> jax.Array:
+    def largest(self) -> Float32[Array, "in"]:
         """`max|x_i|` of every input."""
         return jnp.maximum(-self.low, self.high)
 
     @property
-    def mean(self) -> jax.Array:
+    def mean(self) -> Float32[Array, "in"]:
         """Mean `|x_i|` of every input."""
         return self.absolute / jnp.maximum(self.tokens, 1)
 
 
 class Group(NamedTuple):
-    """Products that read the same input, and what is known of it.
+    """Products that read the same input, and its statistics.
 
     Attributes:
       layer: path of the layer.
@@ -144,7 +127,7 @@ class Group(NamedTuple):
       chosen: those of them that the user's `targets` name.
       norm: path inside the layer of the norm whose output these products alone read, so that what divides their input
         can be folded into it; `None` where there is none (after the residual sum, in BERT, the stream reads it too).
-      params: the layer's leaves by path, as they are now.
+      params: the layer's leaves by path inside it, those of earlier groups changed already.
       statistics: of the input.
     """
 
@@ -157,78 +140,94 @@ class Group(NamedTuple):
 
 
 Rule = Callable[[Group], Mapping[str, Any]]
+"""`Group -> {path inside the layer: new leaf}`."""
+
+
+class LeafRule(Protocol):
+    """What becomes of one target."""
+
+    def __call__(self, path: str, leaf: Any, statistics: Statistics, /) -> Any:
+        """The new leaf.
+
+        Args:
+          path: of the parameter in the model.
+          statistics: of what the leaf is multiplied by.
+        """
 
 
 def calibrate(
-    model: Any,
-    params: Tree,
-    calibration: Calibration,
-    rule: Rule,
-    *,
-    who: str,
-    targets: str = KERNELS,
-    moment: bool = False,
-) -> dict[str, Any]:
-    """Walks `model` with the calibration's text and replaces what `rule` returns, group after group.
+    lm: LM, context: SurgeryContext, rule: Rule, *, who: str, targets: str = KERNELS, moment: bool = False
+) -> LM:
+    """The model with what `rule` returns in the place of its kernels, group after group, on the calibration's text.
+
+    Activations are float32, without dropout.
 
     Args:
-      model, params: canonical view; activations are float32, without dropout.
-      rule: `Group -> {path inside the layer: new leaf}`.
+      context: gives the calibration data.
+      rule: see `Rule`.
       who: the method, for messages.
       targets: regex over paths; groups without a target are passed over.
-      moment: whether the rule reads `XᵀX`.
+      moment: whether the rule reads the Hessian `XᵀX`.
 
     Raises:
       ValueError: for targets that match nothing or lie outside the layers, for calibration without a token, and, naming
         the layer, for inputs that are not finite.
     """
-    if not calibration.batches:
+    network, flat = lm.network, flatten(lm.params)
+    groups = groups_to_visit(network, flat, targets, who)
+    batches = context.calibration(lm).batches
+    if not batches:
         raise ValueError(f"{who}: the calibration data hold no row; see config.calibration")
-    check_rules([(targets, None)], describe(params).values(), f"{who}: targets")
-    flat = flatten(params)
-    for path in [path for side in model.sides() for path in model.layer_paths(side)]:
-        if not own_leaves(flat, path):
+    last_layer = [path for path, kernels in groups.items() if kernels][-1]
+    encoded: list[Any] = [None] * len(batches)
+    for side in network.sides():
+        streams = [
+            _embed(network, side, lm.params, {name: jnp.asarray(array) for name, array in batch.items()}, source)
+            for batch, source in zip(batches, encoded, strict=True)
+        ]
+        for path in network.layer_paths(side):
+            leaves = layer_leaves(flat, path)
+            # Every group is observed behind the changes to those before it.
+            for kernels in groups[path]:
+                statistics = observe(network, path, kernels[0], leaves, streams, moment=moment, who=who)
+                chosen = tuple(name for name in kernels if matches(targets, f"{path}/{name}"))
+                norm = norm_before(kernels[0], network.layer(path))
+                group = Group(path, {name: leaves[name] for name in kernels}, chosen, norm, leaves, statistics)
+                leaves = leaves | dict(rule(group))
+            flat |= {f"{path}/{name}": leaf for name, leaf in leaves.items()}
+            if path == last_layer:
+                return lm.replace(params=unflatten(flat))
+            streams = [_advance(network, network.layer(path), unflatten(leaves), stream) for stream in streams]
+        encoded = [network.finish(lm.params, stream, side) for stream in streams]
+    return lm.replace(params=unflatten(flat))
+
+
+def groups_to_visit(network: Network, flat: Mapping[str, Any], targets: str, who: str) -> dict[str, list[list[str]]]:
+    """By path of the layer, in order, its groups of kernels with a target.
+
+    Raises:
+      ValueError: for targets that match nothing or lie outside the layers, or layers that share their parameters.
+    """
+    check_rules([(targets, None)], describe(unflatten(flat)).values(), f"{who}: targets")
+    paths = [path for side in network.sides() for path in network.layer_paths(side)]
+    for path in paths:
+        if not layer_leaves(flat, path):
             raise ValueError(
                 f"{who}: {path} shares the parameters of another layer, but is calibrated with inputs of its own; "
                 f"calibrate before layers are shared"
             )
-    groups = {path: layer_groups(path, flat, targets) for side in model.sides() for path in model.layer_paths(side)}
-    reached = {f"{path}/{name}" for path, found in groups.items() for kernels in found for name in kernels}
+    groups = {path: layer_groups(path, flat, targets) for path in paths}
+    reached = {f"{path}/{name}" for path, in_layer in groups.items() for kernels in in_layer for name in kernels}
     outside = [path for path in flat if matches(targets, path) and path not in reached]
     if outside:
         raise ValueError(
             f"{who}: targets {targets!r} match {', '.join(outside[:3])}, whose inputs calibration does not see; it "
             f"sees the kernels inside the layers ({KERNELS!r})"
         )
-    last = [path for path, found in groups.items() if found][-1]
-    finished: list[Any] = [None] * len(calibration.batches)
-    for side in model.sides():
-        streams = [
-            _embed(model, side, params, {n: jnp.asarray(a) for n, a in batch.items()}, source)
-            for batch, source in zip(calibration.batches, finished, strict=True)
-        ]
-        for path in model.layer_paths(side):
-            layer, own = model.layer(path), own_leaves(flat, path)
-            for kernels in groups[path]:
-                statistics = observe(model, path, own, streams, kernels[0], moment, who)
-                group = Group(
-                    path,
-                    {name: own[name] for name in kernels},
-                    tuple(name for name in kernels if matches(targets, f"{path}/{name}")),
-                    norm_before(kernels[0], layer),
-                    own,
-                    statistics,
-                )
-                own = own | dict(rule(group))
-            flat |= {f"{path}/{name}": leaf for name, leaf in own.items()}
-            if path == last:
-                return unflatten(flat)
-            streams = [_advance(model, layer, unflatten(own), stream) for stream in streams]
-        finished = [model.finish(params, stream, side) for stream in streams]
-    return unflatten(flat)
+    return groups
 
 
-def own_leaves(flat: Mapping[str, Any], path: str) -> dict[str, Any]:
+def layer_leaves(flat: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The leaves of a layer by path inside it."""
     return {name.removeprefix(f"{path}/"): leaf for name, leaf in flat.items() if name.startswith(f"{path}/")}
 
@@ -246,12 +245,23 @@ def norm_before(kernel: str, layer: Any) -> str | None:
 
 
 def observe(
-    model: Any, path: str, own: Mapping[str, Any], streams: Sequence[Any], kernel: str, moment: bool, who: str
+    network: Network,
+    path: str,
+    kernel: str,
+    leaves: Mapping[str, Any],
+    streams: Sequence[Any],
+    *,
+    moment: bool,
+    who: str,
 ) -> Statistics:
-    """Statistics of what one kernel of a layer reads, over all streams."""
-    layer, params = model.layer(path), unflatten(own)
-    found = [_inputs(model, layer, kernel, moment, params, stream) for stream in streams]
-    statistics = functools.reduce(Statistics.add, found)
+    """Statistics of what one kernel of a layer reads, over all streams.
+
+    Raises:
+      ValueError: for streams without a token, and inputs that are not finite.
+    """
+    layer, params = network.layer(path), unflatten(leaves)
+    by_stream = [_inputs(network, layer, kernel, moment, params, stream) for stream in streams]
+    statistics = functools.reduce(Statistics.add, by_stream)
     if not int(statistics.tokens):
         raise ValueError(f"{who}: the calibration data hold no token that {path}/{kernel} reads")
     if not np.isfinite(np.asarray(statistics.square)).all():
@@ -263,27 +273,27 @@ def observe(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _inputs(model: Any, layer: Any, kernel: str, moment: bool, params: Tree, stream: Any) -> Statistics:
+def _inputs(network: Network, layer: Any, kernel: str, moment: bool, params: Tree, stream: Any) -> Statistics:
     """Statistics of one product's inputs; the compiler leaves out what comes after it in the layer."""
-    seen: dict[str, jax.Array] = {}
+    inputs: dict[str, jax.Array] = {}
     flat = flatten(params)
     observed = unflatten(flat | {kernel: Observed(flat[kernel], kernel)})
-    model.block(layer, observed, stream, ctx=Context(observe=seen.__setitem__))
-    return Statistics.of(seen[kernel], model.valid(stream, kernel), moment)
+    network.block(layer, observed, stream, ctx=Context(observe=inputs.__setitem__))
+    return Statistics.of(inputs[kernel], network.valid(stream, kernel), moment)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _advance(model: Any, layer: Any, params: Tree, stream: Any) -> Any:
-    return model.block(layer, params, stream)
+def _advance(network: Network, layer: Any, params: Tree, stream: Any) -> Any:
+    return network.block(layer, params, stream)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed(model: Any, side: str, params: Tree, batch: Mapping[str, jax.Array], source: Any) -> Any:
-    return model.embed(params, batch, side, source)
+def _embed(network: Network, side: str, params: Tree, batch: Mapping[str, jax.Array], source: Any) -> Any:
+    return network.embed(params, batch, side, source)
 
 
-def each(change: Callable[[str, Any, Statistics], Any]) -> Rule:
-    """The rule that changes every target on its own: `change(path, leaf, statistics) -> leaf`.
+def each(change: LeafRule) -> Rule:
+    """The rule that changes every target by itself.
 
     Below an `InputScaled` the leaf is its base, and the statistics are those of the scaled inputs.
     """
@@ -299,8 +309,8 @@ def each(change: Callable[[str, Any, Statistics], Any]) -> Rule:
     return rule
 
 
-def matrix(who: str, path: str, leaf: Any) -> jax.Array:
-    """The float32 matrix of a leaf whose entries may be changed: an array, or one under a mask.
+def matrix(who: str, path: str, leaf: Any) -> Float32[Array, "in out"]:
+    """The dense matrix of a leaf whose entries may be changed: an array, or one under a mask.
 
     Raises:
       ValueError: for any other Weight, whose parts would no longer say what it is.

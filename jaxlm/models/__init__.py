@@ -22,7 +22,7 @@ def model_config(family: str, **fields: Any) -> ModelConfig:
     >>> model_config("gpt2", vocab_size=256, num_layers=2).activation
     'gelu_tanh'
     """
-    own: Family = lookup(FAMILIES, family, "model family")
-    values = {**own.defaults, **fields}
-    values |= {name: rule(values) for name, rule in own.derived.items() if name not in fields}
+    chosen: Family = lookup(FAMILIES, family, "model family")
+    values = {**chosen.defaults, **fields}
+    values |= {name: rule(values) for name, rule in chosen.derived.items() if name not in fields}
     return call(ModelConfig, values, f"the model {family!r}", family=family)

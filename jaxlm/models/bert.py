@@ -64,11 +64,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def roberta_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """RoBERTa's position table begins with rows that no token uses, up to that of the padding token."""
-    refuse(hf, "roberta", hidden_act="gelu")  # its head has gelu whatever the body has
+    """RoBERTa's position table begins with `pad_token_id + 1` rows that no token uses."""
+    refuse(hf, "roberta", hidden_act="gelu")  # its head always has gelu
     fields = from_hf(hf, ROBERTA_KEYS)
     if fields["pad_token_id"] is None:
-        raise ValueError("roberta needs a pad_token_id: its positions are counted from there")
+        raise ValueError("roberta needs a pad_token_id in config.json: its positions are counted from there")
     offset = fields["pad_token_id"] + 1
     return fields | {"position_offset": offset, "max_positions": fields["max_positions"] - offset}
 
@@ -78,25 +78,25 @@ def roberta_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _body(base: str) -> list[Row]:
-    hf, own = f"{base}.encoder.layer.{{i}}", "layers_{i}"
+    hf, layer = f"{base}.encoder.layer.{{i}}", "layers_{i}"
     return [
         table(f"{base}.embeddings.word_embeddings", "embed/tokens"),
         table(f"{base}.embeddings.position_embeddings", "embed/positions"),
         table(f"{base}.embeddings.token_type_embeddings", "embed/types"),
         *norm(f"{base}.embeddings.LayerNorm", "embed/norm"),
-        *linear(f"{hf}.attention.self.query", f"{own}/attention/query"),
-        *linear(f"{hf}.attention.self.key", f"{own}/attention/key"),
-        *linear(f"{hf}.attention.self.value", f"{own}/attention/value"),
-        *linear(f"{hf}.attention.output.dense", f"{own}/attention/output"),
-        *norm(f"{hf}.attention.output.LayerNorm", f"{own}/attention_norm"),
-        *linear(f"{hf}.intermediate.dense", f"{own}/mlp/up"),
-        *linear(f"{hf}.output.dense", f"{own}/mlp/down"),
-        *norm(f"{hf}.output.LayerNorm", f"{own}/mlp_norm"),
+        *linear(f"{hf}.attention.self.query", f"{layer}/attention/query"),
+        *linear(f"{hf}.attention.self.key", f"{layer}/attention/key"),
+        *linear(f"{hf}.attention.self.value", f"{layer}/attention/value"),
+        *linear(f"{hf}.attention.output.dense", f"{layer}/attention/output"),
+        *norm(f"{hf}.attention.output.LayerNorm", f"{layer}/attention_norm"),
+        *linear(f"{hf}.intermediate.dense", f"{layer}/mlp/up"),
+        *linear(f"{hf}.output.dense", f"{layer}/mlp/down"),
+        *norm(f"{hf}.output.LayerNorm", f"{layer}/mlp_norm"),
     ]
 
 
 def _masked_head(config: ModelConfig, hf: str, transform: str, normalization: str) -> list[Row]:
-    """An untied output has a bias of its own; transformers then keeps the tied one's too, and does not use it."""
+    """transformers stores the bias a second time beside an untied output; that copy is written, and not used."""
     rows = [*linear(f"{hf}.{transform}", "head/transform"), *norm(f"{hf}.{normalization}", "head/norm")]
     if config.tie_embeddings:
         return [*rows, Row(f"{hf}.bias", ("head/output/bias",))]
@@ -112,7 +112,7 @@ def names(config: ModelConfig) -> list[Row]:
 
 
 def roberta_names(config: ModelConfig) -> list[Row]:
-    """The classifier of sequences has a tanh layer of its own in the place of BERT's pooler."""
+    """The sequence classifier has its own tanh layer instead of BERT's pooler."""
     rows = _body("roberta")
     if config.head == "masked":
         return rows + _masked_head(config, "lm_head", "dense", "layer_norm")

@@ -14,9 +14,9 @@ from jaxlm.nn.layer import NORMS, Layer, Rotary
 
 HEADS = ("causal", "masked", "sequence", "token", "seq2seq", "pooled", "none")
 Sizes = Any
-"""One size, or one a layer; always a tuple once the config exists."""
+"""One size, or one per layer; always a tuple once the config exists."""
 MAX_LAYERS, MAX_SIZE = 1_000, 1 << 24
-"""What no model reaches: numbers beyond are mistakes, and would take memory and hours before they showed."""
+"""No model reaches these: larger numbers are mistakes, and would cost memory and hours before they showed."""
 LIMITS: dict[str, tuple[float, float]] = {
     "hidden_size": (1, MAX_SIZE),
     "num_layers": (1, MAX_LAYERS),
@@ -26,7 +26,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "window_from": (0, MAX_LAYERS),
     "norm_eps": (0, 1),
 }
-"""Smallest and largest value of a field; of other numbers 0 and MAX_SIZE."""
+"""Smallest and largest value of a field; other numbers lie between 0 and MAX_SIZE."""
 RATES = ("dropout", "attention_dropout", "head_dropout")
 CHOICES: dict[str, Collection[str]] = {
     "norm": NORMS,
@@ -34,41 +34,44 @@ CHOICES: dict[str, Collection[str]] = {
     "head": HEADS,
     "pooling": ("first", "last"),
 }
-"""Names that a field may have."""
+"""Valid names of a field."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Structure of a network. A size may be one number or one a layer, as structured pruning leaves it.
+    """Structure of a network. A size may be one number, or one per layer as after structured pruning.
 
     Attributes:
       family: `gpt2`, `bert`, `roberta`, `llama`, `mistral`, `qwen2` or `t5`.
       vocab_size: rows of the token table; hidden_size: width of the residual stream.
       num_layers, num_heads, num_kv_heads, head_dim, ffn_size: the stack (the encoder of a T5). `num_kv_heads` defaults
         to `num_heads`, `head_dim` to `hidden_size / num_heads`, `ffn_size` to `4 hidden_size`.
-      num_decoder_layers, decoder_num_heads, cross_num_heads, decoder_ffn_size: the decoder of a T5, by default as the
-        encoder; 0 layers: no decoder.
-      layer_map, decoder_layer_map: which stored layer each layer of the stack is, `(0, 0, 1, 1)` for four layers of two
-        sets of parameters; `None`: each is its own. Layers that share parameters have equal sizes.
+      num_decoder_layers, decoder_num_heads, cross_num_heads, decoder_ffn_size: the decoder of a T5, with the sizes of
+        the encoder by default; 0 layers: no decoder.
+      layer_map, decoder_layer_map: number of the stored layer whose parameters each layer of the stack uses,
+        `(0, 0, 1, 1)` for four layers with two sets of parameters; `None`: no sharing. Layers that share parameters
+        have equal sizes.
       max_positions: longest row, 0 where positions have no table; position_offset: first row used (2 in RoBERTa,
         which counts positions over tokens that are not `pad_token_id`).
       type_vocab_size: token types (BERT), 0 for none.
       relative_buckets, relative_max_distance: T5's relative positions, 0 for none; position_heads,
         decoder_position_heads: columns of their table that each layer's remaining heads use.
       rotary: rotary positions, or `None`.
-      norm, norm_eps, pre_norm, embed_norm, final_norm: kind and places of normalization.
+      norm, norm_eps, pre_norm, embed_norm, final_norm: kind and position of the norms.
       activation, gated, qkv_bias, output_bias, mlp_bias, scale_scores: see `Layer`.
-      causal, window, window_from: causality; sliding window of the layers from `window_from` on.
-      tie_embeddings: the head is the token table; scale_head: hidden states times hidden_size^-0.5 before it (T5).
-      head: what sits on top; pooling: token that a sequence head reads, `first` or `last`; pooler: it passes a tanh
-        layer; next_sentence: the masked head also predicts the next sentence.
+      causal, window, window_from: causal attention; sliding window of the layers from `window_from` on.
+      tie_embeddings: the output projection is the token table; scale_head: hidden states times hidden_size^-0.5 before
+        it (T5).
+      head: one of HEADS; pooling: token that a sequence head reads, `first` or `last`; pooler: it passes a tanh layer;
+        next_sentence: the masked head also predicts the next sentence.
       labels: names of the classes of a sequence or token head; regression: the sequence head predicts one number.
       pad_token_id: id that HF configs carry; decoder_start_token_id: first decoder input of a T5.
-      dropout, attention_dropout, head_dropout: rates.
-      init_std: deviation of initial kernels and tables.
+      dropout, attention_dropout, head_dropout: dropout rates.
+      init_std: standard deviation of initial kernels and tables.
 
     Raises:
-      ValueError: for a value of another kind, out of bounds, unknown, or that does not fit the others, by name.
+      ValueError: for a value of another type, out of bounds, unknown, or that contradicts another field; the message
+        names the field.
     """
 
     family: str
@@ -124,12 +127,14 @@ class ModelConfig:
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        # Every field by itself.
         for field in dataclasses.fields(self):
             put(field.name, check_field(field.name, getattr(self, field.name), field.name))
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; {nearest(getattr(self, name), known)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; {nearest(getattr(self, name), choices)}")
         self._check_labels()
+        # Sizes of the encoder, or of the only stack: one per layer.
         heads = self._per_layer("num_heads", self.num_heads, self.num_layers)
         if self.head_dim is None:
             if not heads[0] or self.hidden_size % heads[0]:
@@ -137,21 +142,23 @@ class ModelConfig:
                     f"hidden_size {self.hidden_size} is not a multiple of num_heads {heads[0]}; set head_dim"
                 )
             put("head_dim", self.hidden_size // heads[0])
-        kv_heads = self._per_layer("num_kv_heads", _or(self.num_kv_heads, heads), self.num_layers)
+        kv_heads = self._per_layer("num_kv_heads", _if_none(self.num_kv_heads, heads), self.num_layers)
         for i, (h, kv) in enumerate(zip(heads, kv_heads, strict=True)):
             if (kv == 0 and h) or (kv and h % kv):
                 raise ValueError(f"layer {i}: num_heads {h} is not a multiple of num_kv_heads {kv}")
         put("num_heads", heads)
         put("num_kv_heads", kv_heads)
-        put("ffn_size", self._per_layer("ffn_size", _or(self.ffn_size, 4 * self.hidden_size), self.num_layers))
+        put("ffn_size", self._per_layer("ffn_size", _if_none(self.ffn_size, 4 * self.hidden_size), self.num_layers))
+        # Sizes of the decoder, by default those of the encoder.
         if self.num_decoder_layers:
             for name, default in (
                 ("decoder_num_heads", heads),
                 ("cross_num_heads", heads),
                 ("decoder_ffn_size", self.ffn_size),
             ):
-                value = _or(getattr(self, name), default[0] if len(set(default)) == 1 else default)
+                value = _if_none(getattr(self, name), default[0] if len(set(default)) == 1 else default)
                 put(name, self._per_layer(name, value, self.num_decoder_layers))
+        # What depends on the sizes.
         self._check_map("layer_map", self.num_layers, "num_heads", "num_kv_heads", "ffn_size")
         self._check_map(
             "decoder_layer_map", self.num_decoder_layers, "decoder_num_heads", "cross_num_heads", "decoder_ffn_size"
@@ -159,18 +166,18 @@ class ModelConfig:
         self._check_positions()
 
     def _check_labels(self) -> None:
-        """Two classes of one name could not be told apart in data, and one number has no classes."""
+        """Class names must differ, and a regression has none."""
         counts = Counter(self.labels)
         if len(counts) < len(self.labels):
-            twice, count = counts.most_common(1)[0]
-            raise ValueError(f"labels: {count} classes have the name {twice!r}, each needs its own")
+            name, count = counts.most_common(1)[0]
+            raise ValueError(f"labels: {count} classes have the name {name!r}, each needs its own")
         if self.regression and self.labels:
             raise ValueError(f"regression predicts one number, but there are labels: {reprlib.repr(self.labels)}")
 
     def _check_positions(self) -> None:
-        """Positions that cannot be computed: pairs of an odd width, buckets without room, columns that lack a head."""
+        """Rotary positions need an even width; relative ones enough buckets, and a column of the table per head."""
         if self.rotary is not None and self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(f"rotary positions turn pairs of numbers, so head_dim must be even, not {self.head_dim}")
+            raise ValueError(f"rotary positions rotate pairs of numbers, so head_dim must be even, not {self.head_dim}")
         buckets, distance = self.relative_buckets, self.relative_max_distance
         if buckets and (buckets < 4 or distance <= buckets // 2):
             raise ValueError(
@@ -186,28 +193,28 @@ class ModelConfig:
                 raise ValueError(f"{name} needs a column for each head of each layer, {heads}")
 
     def _check_map(self, name: str, layers: int, *sizes: str) -> None:
-        """Checks a map of shared layers; one that shares nothing becomes `None`."""
-        shared = getattr(self, name)
-        if shared is None:
+        """Checks a map of shared layers; one without sharing becomes `None`."""
+        layer_map = getattr(self, name)
+        if layer_map is None:
             return
-        if len(shared) != layers or list(dict.fromkeys(shared)) != list(range(len(set(shared)))):
+        if len(layer_map) != layers or list(dict.fromkeys(layer_map)) != list(range(len(set(layer_map)))):
             raise ValueError(
-                f"{name} {shared} must name a stored layer for each of {layers} layers, numbered from 0 in the order "
-                "of their first use"
+                f"{name} {layer_map} must name a stored layer for each of {layers} layers, numbered from 0 in the "
+                "order of their first use"
             )
-        for i, owner in enumerate(shared):
-            first = shared.index(owner)
+        for i, stored in enumerate(layer_map):
+            first = layer_map.index(stored)
             for field in sizes:
-                own, other = getattr(self, field)[i], getattr(self, field)[first]
-                if own != other:
+                size, first_size = getattr(self, field)[i], getattr(self, field)[first]
+                if size != first_size:
                     raise ValueError(
-                        f"{name}: layers {first} and {i} share their parameters, but {field} is {other} and {own}"
+                        f"{name}: layers {first} and {i} share their parameters, but {field} is {first_size} and {size}"
                     )
-        if shared == tuple(range(layers)):
+        if layer_map == tuple(range(layers)):
             object.__setattr__(self, name, None)
 
     def stored_layers(self, decoder: bool = False) -> tuple[int, ...]:
-        """For every stored layer, the first layer of the stack that it is.
+        """For every stored layer, the first layer of the stack that uses it.
 
         >>> ModelConfig("gpt2", num_layers=4, layer_map=(0, 0, 1, 0)).stored_layers()
         (0, 2)
@@ -216,7 +223,7 @@ class ModelConfig:
         return tuple(owners.index(n) for n in sorted(set(owners)))
 
     def owners(self, decoder: bool = False) -> tuple[int, ...]:
-        """For every layer of the stack, the number of the stored layer that it is."""
+        """For every layer of the stack, the number of the stored layer that it uses."""
         if decoder:
             return self.decoder_layer_map or tuple(range(self.num_decoder_layers))
         return self.layer_map or tuple(range(self.num_layers))
@@ -226,7 +233,7 @@ class ModelConfig:
         if isinstance(value, int):
             return (value,) * layers
         if len(value) != layers:
-            raise ValueError(f"{name} lists {len(value)} sizes for {layers} layers")
+            raise ValueError(f"{name} lists {len(value)} sizes for {layers} layers; give one, or one per layer")
         return tuple(value)
 
     @property
@@ -267,9 +274,10 @@ class ModelConfig:
             for i, (h, c, f) in enumerate(sizes)
         )
 
-    def _layer(self, **own: Any) -> Layer:
-        shared = {f.name for f in dataclasses.fields(Layer)} & {f.name for f in dataclasses.fields(self)} - own.keys()
-        return Layer(hidden=self.hidden_size, **{name: getattr(self, name) for name in shared}, **own)
+    def _layer(self, **sizes: Any) -> Layer:
+        """A layer of these sizes; its other fields are those of the config that have the same name."""
+        shared = {f.name for f in dataclasses.fields(Layer)} & {f.name for f in dataclasses.fields(self)} - sizes.keys()
+        return Layer(hidden=self.hidden_size, **{name: getattr(self, name) for name in shared}, **sizes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; sizes that are equal in all layers as one number."""
@@ -295,17 +303,17 @@ class ModelConfig:
 SIZES = int | tuple[int, ...]
 KINDS = {name: SIZES | None if hint is Any else hint for name, hint in typing.get_type_hints(ModelConfig).items()}
 KINDS["num_heads"] = SIZES
-"""What every field may hold."""
+"""Type of every field."""
 
 
 def check_field(name: str, value: Any, what: str) -> Any:
-    """A value of the field `name`: of its kind and within its bounds, lists as tuples.
+    """A value of the field `name`, of its type and within its bounds, lists as tuples.
 
     >>> check_field("num_layers", 12, "num_hidden_layers")
     12
 
     Args:
-      what: what the value is called where it comes from.
+      what: what an error message calls the value: its key in the file it comes from.
 
     Raises:
       ValueError: `num_hidden_layers: expected a whole number, found 'x'`.
@@ -327,6 +335,6 @@ def _numbers(value: Any) -> list[int | float]:
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
-def _or(value: Any, default: Any) -> Any:
-    """`value` where it is set; 0 is."""
+def _if_none(value: Any, default: Any) -> Any:
+    """`default` for `None`, and for no other value: 0 heads are a size."""
     return default if value is None else value

@@ -1,4 +1,4 @@
-"""Family: what sets one model family apart. All of it is data and small pure functions; the network is one for all."""
+"""Family: what distinguishes a model family, as data and small pure functions; all families share one network."""
 
 import re
 import reprlib
@@ -12,21 +12,21 @@ from jaxlm.models.config import MAX_SIZE, ModelConfig, check_field
 
 
 class NotExpressible(ValueError):
-    """transformers has no configuration for this model; the message says which field is in the way."""
+    """transformers has no configuration for this model; the message names the field that it lacks."""
 
 
 class Row(NamedTuple):
     """One tensor of a transformers checkpoint, and the arrays it holds.
 
-    The arrays are laid side by side along their last dimension (GPT-2 keeps query, key and value in one matrix), and
-    the whole is transposed where torch stores `[out, in]`; so every row has an inverse by construction.
+    The arrays are concatenated along their last dimension (GPT-2 stores query, key and value in one matrix), and the
+    result is transposed where torch stores `[out, in]`; so every row is invertible by construction.
 
     Attributes:
       hf: name in transformers; `{i}` stands for the number of a layer.
       paths: paths of the arrays.
       transpose: the stored tensor is the transpose.
-      copy: transformers wants the tensor a second time, under this name; it is written, and read only when the first
-        is missing.
+      copy: a second copy of a tensor, which transformers expects under this name; it is written, and read only when
+        the first is missing.
     """
 
     hf: str
@@ -67,17 +67,17 @@ class Family(NamedTuple):
     """A model family.
 
     Attributes:
-      name: its name here, and its `model_type` in transformers.
-      defaults: fields of a fresh ModelConfig, small enough for a laptop.
-      architectures: class in transformers -> the fields of ModelConfig that it stands for, `head` among them.
-      base: prefix of the tensors below the head in transformers, "" where there is none.
+      name: its name, which is its `model_type` in transformers.
+      defaults: fields of a new ModelConfig, small enough for a laptop.
+      architectures: class in transformers -> the fields of ModelConfig that it implies, `head` among them.
+      base: prefix of the tensors below the head in transformers, "" for none.
       from_hf: transformers' config.json -> fields of ModelConfig, without those of the architecture.
       to_hf: the inverse; raises NotExpressible.
-      names: rows of all tensors that a config may have; a row whose arrays the config lacks is left out by the reader.
+      names: rows of all tensors that a config may have; the reader skips a row whose arrays the config lacks.
       aliases: names under which transformers stores a tensor a second time -> its first name.
-      ignored: regex of tensors that are no parameters (position counters and masks of old releases).
-      derived: fields of a fresh ModelConfig that follow from others when they are not given.
-      special_tokens: fields of a fresh ModelConfig that are ids of the tokenizer -> its name for them.
+      ignored: regex of tensors that are not parameters (position ids and masks of old releases).
+      derived: fields of a new ModelConfig that are computed from others when they are not set.
+      special_tokens: fields of a new ModelConfig that are ids of the tokenizer -> its name for them.
     """
 
     name: str
@@ -108,7 +108,7 @@ def table(hf: str, path: str) -> Row:
 
 
 def norm(hf: str, path: str) -> Iterator[Row]:
-    """LayerNorm, or without a bias RMSNorm."""
+    """LayerNorm, or RMSNorm where the model has no bias."""
     yield Row(f"{hf}.weight", (f"{path}/scale",))
     yield Row(f"{hf}.bias", (f"{path}/bias",))
 
@@ -116,7 +116,7 @@ def norm(hf: str, path: str) -> Iterator[Row]:
 # Configurations -----------------------------------------------------------------------------------------------------
 
 Keys = Mapping[str, tuple[str, Any]]
-"""Field of ModelConfig -> (key in transformers, the value that transformers takes where the key is absent)."""
+"""Field of ModelConfig -> (key in transformers, transformers' default)."""
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -128,11 +128,11 @@ ACTIVATIONS = {
     "swish": "silu",
     "tanh": "tanh",
 }
-"""Activation in transformers -> here. The first of several names is the one written."""
+"""Activation in transformers -> in jaxlm. The first of several names is the one written."""
 
 
 def read(hf: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
-    """Fields of ModelConfig out of a transformers config; `null` only where a field, or its default, may be that.
+    """Fields of ModelConfig from a transformers config; `null` only where a field, or its default, may be `None`.
 
     Raises:
       ValueError: for a value of another kind or out of bounds, by its key.
@@ -142,7 +142,7 @@ def read(hf: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
         value = hf.get(key, default)
         if isinstance(value, list):
             raise ValueError(f"{key}: expected one value for all layers, found {reprlib.repr(value)}")
-        if field == "pad_token_id" and value == -1:  # how old conversions of Llama say that there is none
+        if field == "pad_token_id" and value == -1:  # old conversions of Llama: no padding token
             value = None
         fields[field] = None if value is default is None else check_field(field, value, key)
     if "activation" in fields:
@@ -158,29 +158,29 @@ def write(config: ModelConfig, keys: Keys) -> dict[str, Any]:
 def _plain(config: ModelConfig, field: str) -> Any:
     value = getattr(config, field)
     if field == "activation":
-        names = [hf for hf, own in ACTIVATIONS.items() if own == value]
+        names = [hf for hf, activation in ACTIVATIONS.items() if activation == value]
         if not names:
             raise NotExpressible(f"transformers has no activation {value!r}")
         return names[0]
     if isinstance(value, tuple):
         if len(set(value)) > 1:
-            raise NotExpressible(f"transformers needs one {field} for all layers, these differ: {value}")
+            raise NotExpressible(f"transformers needs the same {field} in all layers, these differ: {value}")
         return value[0]
     return value
 
 
 def refuse(hf: Mapping[str, Any], family: str, **supported: Any) -> None:
-    """Raises ValueError for a setting whose value is not the one supported, naming it."""
+    """Raises ValueError for a key whose value is not the supported one; the message names it."""
     for key, value in supported.items():
         if key in hf and hf[key] != value:
             raise ValueError(f"{family} with {key}={reprlib.repr(hf[key])} is not supported (only {value!r})")
 
 
 def read_labels(hf: Mapping[str, Any], head: str) -> dict[str, Any]:
-    """`labels` and `regression` of a sequence or token head; transformers means regression by a single label.
+    """`labels` and `regression` of a sequence or token head; a single label means regression, as in transformers.
 
-    Names that are numbers are read as they are written. `label2id` is not read, as transformers computes without it:
-    many public files have set `id2label` alone, and an old `label2id` beside it.
+    Names that are numbers are read as they are written. `label2id` is not read, since transformers does not compute
+    with it, and in many public files it contradicts `id2label`.
     """
     if head not in ("sequence", "token"):
         return {}
@@ -198,19 +198,19 @@ def read_labels(hf: Mapping[str, Any], head: str) -> dict[str, Any]:
 
 
 def _class_names(hf: Mapping[str, Any]) -> list[Any]:
-    """What `id2label` calls the classes, in their order; without it there are `num_labels`, two by default."""
-    given = checked(hf.get("id2label"), dict | None, "id2label")
-    if not given:
+    """Names of the classes in `id2label`, in their order; without it there are `num_labels`, two by default."""
+    id2label = checked(hf.get("id2label"), dict | None, "id2label")
+    if not id2label:
         count = checked(hf.get("num_labels", 2), int, "num_labels")
         if not 1 <= count <= MAX_SIZE:
             raise ValueError(f"num_labels {count} must be from 1 to {MAX_SIZE}")
         return [f"LABEL_{i}" for i in range(count)]
-    if wrong := [number for number in given if not re.fullmatch(r"(0|[1-9][0-9]{0,8})", str(number))]:
+    if wrong := [number for number in id2label if not re.fullmatch(r"(0|[1-9][0-9]{0,8})", str(number))]:
         raise ValueError(f"id2label: expected the numbers of the classes, found {reprlib.repr(wrong[0])}")
-    numbers = sorted(map(int, given))
+    numbers = sorted(map(int, id2label))
     if numbers != list(range(len(numbers))):
         raise ValueError(f"id2label numbers its labels {reprlib.repr(numbers)}, expected 0 to {len(numbers) - 1}")
-    return [given[number] for number in sorted(given, key=int)]
+    return [id2label[number] for number in sorted(id2label, key=int)]
 
 
 def _class_name(name: Any, number: int) -> str:
@@ -245,33 +245,33 @@ def config_from_hf(family: Family, hf: Mapping[str, Any], head: str | None = Non
 
     Args:
       hf: contents of config.json.
-      head: the head to assume where the architecture is not a known one of the family; `None` raises instead.
+      head: the head to assume for an architecture that the family does not list; `None` raises instead.
 
     Raises:
-      ValueError: for an architecture or a setting that is not supported, by name.
+      ValueError: for an architecture or a setting that is not supported; the message names it.
     """
     architecture, *_ = checked(hf.get("architectures"), tuple[str, ...] | None, "architectures") or ("",)
     if architecture in family.architectures:
-        own = dict(family.architectures[architecture])
+        fields = dict(family.architectures[architecture])
     elif head is None:
         what = f"unknown architecture {architecture!r}" if architecture else "config.json names no architecture"
         hint = nearest(architecture, family.architectures)
         raise ValueError(f"{what}; {hint} (load(..., head=...) takes the body of any {family.name})")
     else:
-        own = {"head": head}
-    if head not in (None, own["head"]) and own["head"] in ("sequence", "token"):
-        # What the classes of a head are called that is not taken, or whether it has several a text, does not matter.
+        fields = {"head": head}
+    if head not in (None, fields["head"]) and fields["head"] in ("sequence", "token"):
+        # The stored head is dropped, so its class names and problem type need not be supported.
         labels: dict[str, Any] = {"labels": tuple(f"LABEL_{i}" for i in range(len(_class_names(hf))))}
     else:
-        labels = read_labels(hf, own["head"])
-    return ModelConfig(family.name, **{**family.defaults, **family.from_hf(hf), **own, **labels})
+        labels = read_labels(hf, fields["head"])
+    return ModelConfig(family.name, **{**family.defaults, **family.from_hf(hf), **fields, **labels})
 
 
 def config_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
     """transformers' config.json of a model.
 
     Raises:
-      NotExpressible: when reading the result back would give another function.
+      NotExpressible: when the result, read back, would be the config of a different function.
     """
     architecture = architecture_of(family, config)
     hf = {
@@ -281,42 +281,42 @@ def config_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
         **write_labels(config),
     }
     try:
-        again = config_from_hf(family, hf)
+        restored = config_from_hf(family, hf)
     except ValueError as error:
         raise NotExpressible(f"transformers cannot hold these sizes: {error}") from None
-    before, after = _function(config), _function(again)
+    before, after = _function_fields(config), _function_fields(restored)
     for field in before:
         if before[field] != after[field]:
             raise NotExpressible(
-                f"{architecture} has no place for {field}={before[field]!r}: it would become {after[field]!r}"
+                f"{architecture} cannot express {field}={before[field]!r}: it would be read back as {after[field]!r}"
             )
     return hf
 
 
 def architecture_of(family: Family, config: ModelConfig) -> str:
-    """The class that transformers uses for a config."""
-    for name, own in family.architectures.items():
-        if all(getattr(config, field) == value for field, value in own.items()):
+    """The class of transformers that a config is loaded into."""
+    for name, fields in family.architectures.items():
+        if all(getattr(config, field) == value for field, value in fields.items()):
             return name
     raise NotExpressible(f"transformers has no {family.name} with the head {config.head!r}")
 
 
-def _function(config: ModelConfig) -> dict[str, Any]:
-    """The fields that decide which function the network is, without those that its head does not read."""
+def _function_fields(config: ModelConfig) -> dict[str, Any]:
+    """The fields that determine the function the network computes at inference, without those its head ignores."""
     fields = dict(vars(config))
-    idle = {"dropout", "attention_dropout", "head_dropout", "init_std"}
+    unused = {"dropout", "attention_dropout", "head_dropout", "init_std"}
     if config.head not in ("sequence", "token"):
-        idle |= {"labels", "regression"}
+        unused |= {"labels", "regression"}
     if config.head not in ("sequence", "pooled") and not config.next_sentence:
-        idle |= {"pooling"}
+        unused |= {"pooling"}
     if config.head != "sequence":
-        idle |= {"pooler"}
+        unused |= {"pooler"}
     if config.head != "masked":
-        idle |= {"next_sentence"}
+        unused |= {"next_sentence"}
     if config.head not in ("causal", "masked", "seq2seq"):
-        idle |= {"tie_embeddings", "scale_head"}
+        unused |= {"tie_embeddings", "scale_head"}
     if config.window is None:
-        idle |= {"window_from"}
+        unused |= {"window_from"}
     if not config.relative_buckets:
-        idle |= {"relative_max_distance"}
-    return {name: value for name, value in fields.items() if name not in idle}
+        unused |= {"relative_max_distance"}
+    return {name: value for name, value in fields.items() if name not in unused}

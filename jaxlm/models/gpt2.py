@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, pre-norm, a decoder alone. Radford et al. 2019."""
+"""GPT-2: learned positions, pre-norm, decoder-only. Radford et al. 2019."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ KEYS: Keys = {
 
 
 def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """One dropout rate stands for embeddings and residuals: that of the residuals."""
+    """`dropout` is `resid_pdrop`: one rate for the embeddings and the residuals."""
     refuse(hf, "gpt2", scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, pruned_heads={})
     fields = read(hf, KEYS)
     if fields["head_dropout"] is None:
@@ -39,22 +39,22 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def names(config: ModelConfig) -> list[Row]:
-    """GPT-2's Conv1D keeps kernels as `[in, out]`, and query, key and value in one."""
-    hf, own = "transformer.h.{i}", "layers_{i}"
+    """GPT-2's Conv1D stores kernels as `[in, out]`, and query, key and value in one tensor."""
+    hf, layer = "transformer.h.{i}", "layers_{i}"
 
     def conv(name: str, *paths: str) -> list[Row]:
         return [
-            Row(f"{hf}.{name}.weight", tuple(f"{own}/{path}/kernel" for path in paths)),
-            Row(f"{hf}.{name}.bias", tuple(f"{own}/{path}/bias" for path in paths)),
+            Row(f"{hf}.{name}.weight", tuple(f"{layer}/{path}/kernel" for path in paths)),
+            Row(f"{hf}.{name}.bias", tuple(f"{layer}/{path}/bias" for path in paths)),
         ]
 
     return [
         table("transformer.wte", "embed/tokens"),
         table("transformer.wpe", "embed/positions"),
-        *norm(f"{hf}.ln_1", f"{own}/attention_norm"),
+        *norm(f"{hf}.ln_1", f"{layer}/attention_norm"),
         *conv("attn.c_attn", "attention/query", "attention/key", "attention/value"),
         *conv("attn.c_proj", "attention/output"),
-        *norm(f"{hf}.ln_2", f"{own}/mlp_norm"),
+        *norm(f"{hf}.ln_2", f"{layer}/mlp_norm"),
         *conv("mlp.c_fc", "mlp/up"),
         *conv("mlp.c_proj", "mlp/down"),
         *norm("transformer.ln_f", "final_norm"),

@@ -1,4 +1,4 @@
-"""What sits on top of the stack: language-model heads, classifiers, poolers."""
+"""Heads: language modelling, classifiers, poolers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,26 +13,25 @@ from jaxlm.parallel.vocab_padding import mask_padded_logits
 
 
 def head_spec(config: ModelConfig) -> dict[str, Any]:
-    """Parameters of `config.head`; a tied output product has none of its own."""
+    """Parameters of `config.head`; an output projection that is tied to the token embeddings has none."""
     width, inner = dim(embed=config.hidden_size), dim(pooled=config.hidden_size)
     vocab, labels = dim(vocab=config.vocab_size), dim(labels=config.num_labels)
     pooler = {"pooler": dense_spec(width, inner, True, config.init_std)}
-    own_output = {} if config.tie_embeddings else {"output": dense_spec(width, vocab, False, config.init_std)}
+    untied = {} if config.tie_embeddings else {"output": dense_spec(width, vocab, False, config.init_std)}
     if config.head in ("causal", "seq2seq"):
-        return own_output
+        return untied
     if config.head == "masked":
         spec = {"transform": dense_spec(width, dim(embed_out=config.hidden_size), True, config.init_std)}
         spec["norm"] = norm_spec(config.norm, config.hidden_size)
-        output = own_output.get("output", {}) | {"bias": Parameter((vocab,))}
-        spec["output"] = output
+        spec["output"] = untied.get("output", {}) | {"bias": Parameter((vocab,))}
         if config.next_sentence:
             spec |= pooler | {"next_sentence": dense_spec(inner, dim(labels=2), True, config.init_std)}
         return spec
     if config.head == "sequence":
         inputs = inner if config.pooler else width
         bias = config.pooling == "first"
-        own = {"output": dense_spec(inputs, labels, bias, config.init_std)}
-        return pooler | own if config.pooler else own
+        output = {"output": dense_spec(inputs, labels, bias, config.init_std)}
+        return pooler | output if config.pooler else output
     if config.head == "token":
         return {"output": dense_spec(width, labels, True, config.init_std)}
     return pooler if config.head == "pooled" else {}
@@ -43,41 +42,43 @@ def apply_head(
 ) -> dict[str, jax.Array]:
     """Outputs of the head on `x [batch, length, hidden]`.
 
-    `logits` are float32, in which the last product adds up whatever the dtype of `x`: `[batch, length, vocab]` (causal,
-    masked, seq2seq), `[batch, labels]` (sequence) or `[batch, length, labels]` (token). Also
-    `next_sentence_logits [batch, 2]` and `pooled [batch, hidden]` where the config has them.
+    `logits` are float32, accumulated in float32 for every dtype of `x`: `[batch, length, vocab]` (causal, masked,
+    seq2seq), `[batch, labels]` (sequence) or `[batch, length, labels]` (token). Also `next_sentence_logits [batch, 2]`
+    and `pooled [batch, hidden]` where the config has them.
     """
-    head, own, ctx = config.head, params.get("head", {}), ctx.at("head")
+    head, layers, ctx = config.head, params.get("head", {}), ctx.at("head")
     outputs: dict[str, jax.Array] = {}
     if head == "none":
         return outputs
-    if "pooler" in own:
-        outputs["pooled"] = ctx.gated(jnp.tanh(dense(own["pooler"], _pool(config, x, segments), ctx.at("pooler"))))
+    if "pooler" in layers:
+        outputs["pooled"] = ctx.gated(jnp.tanh(dense(layers["pooler"], _pool(config, x, segments), ctx.at("pooler"))))
     if head in ("causal", "seq2seq"):
-        x = x * config.hidden_size**-0.5 if config.scale_head else x
-        if config.tie_embeddings:
-            logits = attend(x, params["embed"]["tokens"]["embedding"], ctx, jnp.float32)
-        else:
-            logits = dense(own["output"], x, ctx, jnp.float32)
+        h = x * config.hidden_size**-0.5 if config.scale_head else x
+        logits = _vocabulary_logits(config, params, h, ctx)
     elif head == "masked":
-        h = ACTIVATIONS[config.activation](dense(own["transform"], x, ctx.at("transform")))
-        h = norm(config.norm, own["norm"], h, config.norm_eps, ctx.hidden)
-        if config.tie_embeddings:
-            logits = attend(h, params["embed"]["tokens"]["embedding"], ctx, jnp.float32) + own["output"]["bias"]
-        else:
-            logits = dense(own["output"], h, ctx, jnp.float32)
+        h = ACTIVATIONS[config.activation](dense(layers["transform"], x, ctx.at("transform")))
+        h = norm(config.norm, layers["norm"], h, config.norm_eps, ctx.hidden)
+        logits = _vocabulary_logits(config, params, h, ctx)
         if config.next_sentence:
-            outputs["next_sentence_logits"] = dense(own["next_sentence"], outputs["pooled"], ctx, jnp.float32)
+            outputs["next_sentence_logits"] = dense(layers["next_sentence"], outputs["pooled"], ctx, jnp.float32)
     elif head == "sequence":
         h = outputs["pooled"] if config.pooler else _pool(config, x, segments)
-        logits = dense(own["output"], dropout(h, config.head_dropout, ctx.at("dropout")), ctx, jnp.float32)
+        logits = dense(layers["output"], dropout(h, config.head_dropout, ctx.at("dropout")), ctx, jnp.float32)
     elif head == "token":
-        logits = dense(own["output"], dropout(x, config.head_dropout, ctx.at("dropout")), ctx, jnp.float32)
+        logits = dense(layers["output"], dropout(x, config.head_dropout, ctx.at("dropout")), ctx, jnp.float32)
     else:
         return outputs
     if head in ("causal", "seq2seq", "masked"):
         logits = mask_padded_logits(ctx.place(logits, ("batch", "length", "vocab")), config.vocab_size)
     return outputs | {"logits": logits}
+
+
+def _vocabulary_logits(config: ModelConfig, params: Mapping[str, Any], h: jax.Array, ctx: Context) -> jax.Array:
+    """The output projection, with the token table as its kernel if it is tied; a masked head adds a bias then too."""
+    if not config.tie_embeddings:
+        return dense(params["head"]["output"], h, ctx, jnp.float32)
+    logits = attend(h, params["embed"]["tokens"]["embedding"], ctx, jnp.float32)
+    return logits + params["head"]["output"]["bias"] if config.head == "masked" else logits
 
 
 def _pool(config: ModelConfig, x: jax.Array, segments: jax.Array) -> jax.Array:
@@ -88,7 +89,7 @@ def _pool(config: ModelConfig, x: jax.Array, segments: jax.Array) -> jax.Array:
 
 
 def last_token(segments: jax.Array) -> jax.Array:
-    """Where the last real token of every row is: int `[batch]` for segments `[batch, length]`; 0 without any.
+    """Index of the last real token of every row: int `[batch]` for segments `[batch, length]`; 0 without any.
 
     >>> last_token(jnp.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]])).tolist()
     [1, 2, 0]

@@ -1,4 +1,4 @@
-"""Llama and what differs from it in biases and windows: Mistral, Qwen2.
+"""Llama, and two families that differ from it in biases and attention windows: Mistral and Qwen2.
 
 Touvron et al. 2023, Jiang et al. 2023, Yang et al. 2024.
 """
@@ -66,54 +66,57 @@ SCALINGS = {
     },
 }
 """Scaling of rotary frequencies -> field of Rotary -> key in transformers."""
-PLACES = ("rope_scaling", "rope_parameters")
-"""Where transformers 4 and transformers 5 keep the scaling; the latter takes the first where a file has both."""
+ROPE_KEYS = ("rope_scaling", "rope_parameters")
+"""Keys of the scaling in transformers 4 and transformers 5; the latter takes the first of a file with both."""
 
 
 def read_rotary(hf: Mapping[str, Any]) -> Rotary:
     """Rotary positions of a config of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`).
 
     Raises:
-      ValueError: for positions that are not supported, or two places that do not agree.
+      ValueError: for positions that are not supported, or keys that do not agree.
     """
-    places = {place: checked(hf.get(place), dict | None, place) or {} for place in PLACES}
-    bases = {"rope_theta": hf} | {f"{place}.rope_theta": given for place, given in places.items()}
-    theta = _agreed({where: given["rope_theta"] for where, given in bases.items() if "rope_theta" in given}, 10000.0)
-    lengths = {"original_max_position_embeddings": hf}
-    lengths |= {f"{place}.original_max_position_embeddings": given for place, given in places.items()}
-    key = "original_max_position_embeddings"
-    _agreed({where: given[key] for where, given in lengths.items() if given.get(key) is not None}, None)
+    tables = {name: checked(hf.get(name), dict | None, name) or {} for name in ROPE_KEYS}
+    theta = _agreed(_values_of(hf, tables, "rope_theta"), 10000.0)
+    lengths = _values_of(hf, tables, "original_max_position_embeddings")
+    _agreed({key: value for key, value in lengths.items() if value is not None}, None)
     refuse(hf, "rotary embedding", partial_rotary_factor=1.0)
-    scalings = {place: _scaling(given, place) for place, given in places.items() if given.keys() - {"rope_theta"}}
+    scalings = {name: _scaling(table, name) for name, table in tables.items() if table.keys() - {"rope_theta"}}
     scaling = _agreed(scalings, {"scaling": "default"})
     return Rotary(theta=checked(theta, float, "rope_theta"), **scaling)
 
 
-def _scaling(given: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Fields of Rotary, all but the base, out of one of the places."""
-    for name, value in given.items():
+def _values_of(hf: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """`{full key: value}` of a setting in the config itself and in its tables of rotary parameters."""
+    values = {key: hf[key]} if key in hf else {}
+    return values | {f"{name}.{key}": table[key] for name, table in tables.items() if key in table}
+
+
+def _scaling(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Fields of Rotary, all but the base, from the table called `name`."""
+    for key, value in table.items():
         if isinstance(value, Mapping):
-            raise ValueError(f"{place}: positions of their own for the layers of type {name!r} are not supported")
-    refuse(given, f"{place}: rotary embedding", partial_rotary_factor=1.0)
-    types = {f"{place}.{key}": given[key] for key in ("rope_type", "type") if given.get(key) is not None}
-    kind = checked(_agreed(types, "default"), str, f"{place}: the rope type")
+            raise ValueError(f"{name}: different positions for the layers of type {key!r} are not supported")
+    refuse(table, f"{name}: rotary embedding", partial_rotary_factor=1.0)
+    types = {f"{name}.{key}": table[key] for key in ("rope_type", "type") if table.get(key) is not None}
+    kind = checked(_agreed(types, "default"), str, f"{name}: the rope type")
     if kind not in SCALINGS:
-        raise ValueError(f"{place}: the rope type {kind!r} is not supported; {nearest(kind, SCALINGS)}")
-    missing = [key for key in SCALINGS[kind].values() if key not in given]
+        raise ValueError(f"{name}: the rope type {kind!r} is not supported; {nearest(kind, SCALINGS)}")
+    missing = [key for key in SCALINGS[kind].values() if key not in table]
     if missing:
-        raise ValueError(f"{place}: the rope type {kind!r} needs {missing[0]!r}")
+        raise ValueError(f"{name}: the rope type {kind!r} needs {missing[0]!r}")
     kinds = typing.get_type_hints(Rotary)
-    values = {field: checked(given[key], kinds[field], f"{place}.{key}") for field, key in SCALINGS[kind].items()}
+    values = {field: checked(table[key], kinds[field], f"{name}.{key}") for field, key in SCALINGS[kind].items()}
     return {"scaling": kind, **values}
 
 
-def _agreed(places: Mapping[str, Any], default: Any) -> Any:
-    """The one value that all places have which have any."""
-    values = list(places.values())
-    for place, value in places.items():
+def _agreed(settings: Mapping[str, Any], default: Any) -> Any:
+    """The value of all these settings, which must be equal; `default` if there are none."""
+    values = list(settings.values())
+    for key, value in settings.items():
         if value != values[0]:
-            first = next(iter(places))
-            shown = f"{first} {reprlib.repr(values[0])} and {place} {reprlib.repr(value)}"
+            first = next(iter(settings))
+            shown = f"{first} {reprlib.repr(values[0])} and {key} {reprlib.repr(value)}"
             raise ValueError(f"{shown} do not agree; remove the wrong one")
     return values[0] if values else default
 
@@ -121,7 +124,7 @@ def _agreed(places: Mapping[str, Any], default: Any) -> Any:
 def write_rotary(rotary: Rotary | None) -> dict[str, Any]:
     """The inverse of `read_rotary`, in both forms."""
     if rotary is None:
-        return {}  # reading this back gives rotary positions, so the caller finds that it is not expressible
+        return {}  # reading this back gives rotary positions, so `config_to_hf` raises NotExpressible
     scaling = {"rope_type": rotary.scaling}
     scaling |= {key: getattr(rotary, field) for field, key in SCALINGS[rotary.scaling].items()}
     return {
@@ -138,7 +141,7 @@ def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """transformers refuses a Llama whose width its heads do not divide, although they have a width of their own."""
+    """transformers refuses a Llama whose hidden_size is not a multiple of num_heads, even if head_dim is set."""
     if config.hidden_size % max(config.num_heads[0], 1):
         heads, hidden = config.num_heads[0], config.hidden_size
         raise NotExpressible(f"transformers needs a hidden_size that num_heads divides, not {hidden} and {heads}")
@@ -156,12 +159,12 @@ def mistral_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def qwen2_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The window begins at some layer and stays: given by the layers' types, or by `max_window_layers`."""
+    """The window holds from some layer on, which `layer_types` or else `max_window_layers` gives."""
     fields = read(hf, QWEN2_KEYS) | {"rotary": read_rotary(hf)}
     layers = fields["num_layers"]
     first = checked(hf.get("max_window_layers", 28), int, "max_window_layers")
-    slides = checked(hf.get("use_sliding_window", False), bool, "use_sliding_window")
-    window = check_field("window", hf.get("sliding_window", 4096), "sliding_window") if slides else None
+    windowed = checked(hf.get("use_sliding_window", False), bool, "use_sliding_window")
+    window = check_field("window", hf.get("sliding_window", 4096), "sliding_window") if windowed else None
     if types := checked(hf.get("layer_types"), tuple[str, ...] | None, "layer_types"):
         first = sum(kind == "full_attention" for kind in types)
         if list(types) != _layer_types(layers, first):
@@ -187,7 +190,7 @@ def qwen2_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _one_type(hf: Mapping[str, Any], kind: str) -> None:
-    """Refuses layers of several types: what transformers has for those are families of their own."""
+    """Raises ValueError for layers of several types, which transformers has in other families only."""
     types = checked(hf.get("layer_types"), tuple[str, ...] | None, "layer_types") or ()
     if set(types) - {kind}:
         raise ValueError(f"layer_types {reprlib.repr(types)} are not supported (only {kind})")
@@ -198,32 +201,32 @@ def _layer_types(layers: int, first: int) -> list[str]:
 
 
 def names(config: ModelConfig) -> list[Row]:
-    hf, own = "model.layers.{i}", "layers_{i}"
+    hf, layer = "model.layers.{i}", "layers_{i}"
     return [
         table("model.embed_tokens", "embed/tokens"),
-        *norm(f"{hf}.input_layernorm", f"{own}/attention_norm"),
-        *linear(f"{hf}.self_attn.q_proj", f"{own}/attention/query"),
-        *linear(f"{hf}.self_attn.k_proj", f"{own}/attention/key"),
-        *linear(f"{hf}.self_attn.v_proj", f"{own}/attention/value"),
-        *linear(f"{hf}.self_attn.o_proj", f"{own}/attention/output"),
-        *norm(f"{hf}.post_attention_layernorm", f"{own}/mlp_norm"),
-        *linear(f"{hf}.mlp.gate_proj", f"{own}/mlp/gate_proj"),
-        *linear(f"{hf}.mlp.up_proj", f"{own}/mlp/up"),
-        *linear(f"{hf}.mlp.down_proj", f"{own}/mlp/down"),
+        *norm(f"{hf}.input_layernorm", f"{layer}/attention_norm"),
+        *linear(f"{hf}.self_attn.q_proj", f"{layer}/attention/query"),
+        *linear(f"{hf}.self_attn.k_proj", f"{layer}/attention/key"),
+        *linear(f"{hf}.self_attn.v_proj", f"{layer}/attention/value"),
+        *linear(f"{hf}.self_attn.o_proj", f"{layer}/attention/output"),
+        *norm(f"{hf}.post_attention_layernorm", f"{layer}/mlp_norm"),
+        *linear(f"{hf}.mlp.gate_proj", f"{layer}/mlp/gate_proj"),
+        *linear(f"{hf}.mlp.up_proj", f"{layer}/mlp/up"),
+        *linear(f"{hf}.mlp.down_proj", f"{layer}/mlp/down"),
         *norm("model.norm", "final_norm"),
         *linear("score" if config.head in ("sequence", "token") else "lm_head", "head/output"),
     ]
 
 
 def _gated_ffn(fields: Mapping[str, Any]) -> int:
-    """Two thirds of four times the width, in multiples of 64: as many parameters as a plain FFN of four times."""
+    """`8/3 hidden_size`, rounded to a multiple of 64: as many parameters as an ungated FFN of `4 hidden_size`."""
     return max(64, round(fields["hidden_size"] * 8 / 3 / 64) * 64)
 
 
-def _family(name: str, classes: str, read_config, write_config, **own: Any) -> Family:
+def _family(name: str, classes: str, read_config, write_config, **defaults: Any) -> Family:
     return Family(
         name=name,
-        defaults={**BODY, **own},
+        defaults={**BODY, **defaults},
         architectures={
             f"{classes}ForCausalLM": {"head": "causal"},
             f"{classes}ForSequenceClassification": {"head": "sequence"},

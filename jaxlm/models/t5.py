@@ -27,7 +27,7 @@ KEYS: Keys = {
 
 
 def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """`tie_word_embeddings: false` (T5 1.1) also says that the output is not scaled; transformers 5 says it apart."""
+    """`tie_word_embeddings: false` (T5 1.1) implies an output that is not scaled; transformers 5 has a separate key."""
     fields = read(hf, KEYS)
     fields["attention_dropout"] = fields["dropout"]
     if fields["num_decoder_layers"] is None:
@@ -39,7 +39,9 @@ def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     feed_forward = checked(hf.get("feed_forward_proj", "relu"), str, "feed_forward_proj")
     *gated, name = feed_forward.split("-")
     if gated not in ([], ["gated"]):
-        raise ValueError(f"feed_forward_proj {feed_forward!r} is not supported (only gated-<activation>)")
+        raise ValueError(
+            f"feed_forward_proj {feed_forward!r} is not supported (only <activation> and gated-<activation>)"
+        )
     fields["gated"] = bool(gated)
     fields["activation"] = "gelu_tanh" if gated and name == "gelu" else lookup(ACTIVATIONS, name, "activation")
     return fields
@@ -47,27 +49,27 @@ def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.gated:
-        names = {"gelu_tanh": "gated-gelu", "relu": "gated-relu", "silu": "gated-silu"}
+        projections = {"gelu_tanh": "gated-gelu", "relu": "gated-relu", "silu": "gated-silu"}
     else:
-        names = {"gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", "gelu": "gelu"}
-    if config.activation not in names:
+        projections = {"gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", "gelu": "gelu"}
+    if config.activation not in projections:
         raise NotExpressible(f"transformers' T5 has no {'gated ' * config.gated}activation {config.activation!r}")
     return {
         **write(config, KEYS),
-        "feed_forward_proj": names[config.activation],
+        "feed_forward_proj": projections[config.activation],
         "scale_decoder_outputs": config.scale_head,
         "is_encoder_decoder": config.encoder_decoder,
     }
 
 
 def names(config: ModelConfig) -> list[Row]:
-    def attention(hf: str, own: str) -> Iterator[Row]:
+    def attention(hf: str, path: str) -> Iterator[Row]:
         for letter, name in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output")):
-            yield from linear(f"{hf}.{letter}", f"{own}/{name}")
+            yield from linear(f"{hf}.{letter}", f"{path}/{name}")
 
-    def stack(side: str, own: str) -> Iterator[Row]:
-        block, layer = f"{side}.block.{{i}}.layer", f"{own}layers_{{i}}"
-        yield table(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{own}relative_positions")
+    def stack(side: str, prefix: str) -> Iterator[Row]:
+        block, layer = f"{side}.block.{{i}}.layer", f"{prefix}layers_{{i}}"
+        yield table(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{prefix}relative_positions")
         yield from norm(f"{block}.0.layer_norm", f"{layer}/attention_norm")
         yield from attention(f"{block}.0.SelfAttention", f"{layer}/attention")
         last = 1
@@ -80,7 +82,7 @@ def names(config: ModelConfig) -> list[Row]:
             yield from linear(f"{block}.{last}.DenseReluDense.wi_0", f"{layer}/mlp/gate_proj")
         yield from linear(f"{block}.{last}.DenseReluDense.{'wi_1' if config.gated else 'wi'}", f"{layer}/mlp/up")
         yield from linear(f"{block}.{last}.DenseReluDense.wo", f"{layer}/mlp/down")
-        yield from norm(f"{side}.final_layer_norm", f"{own}final_norm")
+        yield from norm(f"{side}.final_layer_norm", f"{prefix}final_norm")
 
     return [
         table("shared", "embed/tokens"),

@@ -1,4 +1,4 @@
-"""The one network: embeddings, a stack (or an encoder and a decoder), and a head, all read from a ModelConfig."""
+"""The network of every family: embeddings, a stack (or an encoder and a decoder) and a head, as a ModelConfig says."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from jaxlm.core import Context, Parameter, Tap, dim, dropout, initialize
 from jaxlm.models import heads
 from jaxlm.models.config import ModelConfig
 from jaxlm.nn.attention import Tokens
-from jaxlm.nn.block import Surroundings, block_spec
+from jaxlm.nn.block import BlockInputs, block_spec
 from jaxlm.nn.dense import embed, embedding_spec, norm, norm_spec, residual_std
 from jaxlm.nn.layer import Layer
 from jaxlm.nn.position import relative_bucket
@@ -47,7 +47,7 @@ def _stack_spec(config: ModelConfig, layers: tuple[Layer, ...], stored: tuple[in
         )
         shape = (dim(buckets=config.relative_buckets), dim(position_heads=columns))
         spec["relative_positions"] = {"embedding": Parameter(shape, std=config.init_std)}
-    for number, first in enumerate(stored):
+    for number, first in enumerate(stored):  # a shared layer has the structure of the first that uses it
         spec[f"layers_{number}"] = block_spec(layers[first], residual_std(len(layers), config.init_std))
     if config.final_norm:
         spec["final_norm"] = norm_spec(config.norm, config.hidden_size)
@@ -70,36 +70,36 @@ def forward(
 
     Args:
       config: structure.
-      params: canonical or run view; the site `hidden` at their root gates the residual stream everywhere.
+      params: canonical or run view; the site `hidden` at the root gates the residual stream of all layers.
       batch: `input_ids` int `[batch, length]`, and optionally `attention_mask` (1 = token) or `segment_ids` (0 =
         padding) with `positions`, `token_type_ids`, and for an encoder-decoder `decoder_input_ids` and
         `decoder_attention_mask`.
       ctx: dropout key and placement.
-      taps: activations wanted in `outputs["taps"]`; of an encoder, with the site prefixed `encoder_`.
-      cache: of `empty_cache`; `input_ids` (`decoder_input_ids`) are then the tokens that follow.
-      head_at: int `[batch]`, the one token of each row that the head reads; all of them if not given. The logits of a
-        language model are then `[batch, 1, vocab]`.
+      taps: activations returned in `outputs["taps"]`; those of an encoder have the prefix `encoder_` in their site.
+      cache: of `empty_cache`; `input_ids` (`decoder_input_ids`) are then the tokens that follow those in the cache.
+      head_at: int `[batch]`, index of the only token of each row that the head reads; by default it reads all. The
+        logits of a language model are then `[batch, 1, vocab]`.
       remat: what layers keep for the backward pass (`none`, `full`, `dots`).
       dtype: of activations and products; norms, softmax and logits stay float32.
 
     Returns:
-      `logits` float32 as the head gives them, `last_hidden`, `taps`, and with a cache `cache`.
+      `logits` float32 (see `apply_head`), `last_hidden`, `taps`, and `cache` if one was passed.
     """
     check_length(config, batch["input_ids"].shape[1] if "input_ids" in batch and cache is None else 0)
-    ctx = opened(params, ctx)
+    ctx = with_stream_gate(params, ctx)
     run = _encoder_decoder if config.encoder_decoder else _single_stack
-    x, segments_of_x, outputs = run(
+    x, segments, outputs = run(
         config, params, batch, ctx=ctx, taps=frozenset(taps), cache=cache, remat=remat, dtype=dtype
     )
-    read = x
+    head_inputs = x
     if head_at is not None:
-        read = jnp.take_along_axis(x, head_at[:, None, None], axis=1)
-        segments_of_x = jnp.take_along_axis(segments_of_x, head_at[:, None], axis=1)
-    return {"last_hidden": x} | outputs | heads.apply_head(config, params, read, segments_of_x, ctx)
+        head_inputs = jnp.take_along_axis(x, head_at[:, None, None], axis=1)
+        segments = jnp.take_along_axis(segments, head_at[:, None], axis=1)
+    return {"last_hidden": x} | outputs | heads.apply_head(config, params, head_inputs, segments, ctx)
 
 
 def check_length(config: ModelConfig, length: int) -> None:
-    """Raises ValueError for rows longer than the table of positions: what lies beyond it is not a number."""
+    """Raises ValueError for rows longer than the table of positions, whose embeddings would be NaN."""
     if config.max_positions and length > config.max_positions:
         raise ValueError(
             f"rows of {length} tokens, but the model has {config.max_positions} positions; shorten the rows "
@@ -107,20 +107,26 @@ def check_length(config: ModelConfig, length: int) -> None:
         )
 
 
-def opened(params: Mapping[str, Any], ctx: Context) -> Context:
-    """The context of a pass through a model: how far its residual stream is open, where the tree has that site."""
+def with_stream_gate(params: Mapping[str, Any], ctx: Context) -> Context:
+    """The context with the gate of the residual stream, if the parameters have the site `hidden`."""
     return ctx.replace(hidden=params["hidden"].open(ctx.at("hidden"))) if "hidden" in params else ctx
 
 
 class Stream(NamedTuple):
-    """A stack at work: the residual stream `[batch, length, hidden]`, and what every layer reads besides."""
+    """The state of a stack between two layers.
+
+    Attributes:
+      x: residual stream `[batch, length, hidden]`.
+      inputs: the other inputs of every layer.
+      hidden: gate of the residual stream `[hidden]`, or `None`.
+    """
 
     x: jax.Array
-    around: Surroundings
+    inputs: BlockInputs
     hidden: jax.Array | None = None
 
 
-def enter(
+def embed_inputs(
     config: ModelConfig,
     params: Mapping[str, Any],
     batch: Mapping[str, jax.Array],
@@ -131,118 +137,121 @@ def enter(
     ctx: Context = Context(),
     dtype: Any = jnp.float32,
 ) -> Stream:
-    """What the first layer of a stack receives: the embedded tokens, and their places.
+    """The input of the first layer of a stack: embedded tokens, with their segments and positions.
 
     Args:
       side: `""` for a single stack, `encoder/` or `decoder/`.
-      source: the finished encoder, which a decoder reads.
+      source: the finished stream of the encoder, which a decoder reads.
     """
     prefix = "decoder_" if side == "decoder/" else ""
     ids = batch[f"{prefix}input_ids"]
     tokens, start, keys = _tokens(ids, batch, cache, prefix)
     if config.position_offset and config.pad_token_id is not None and cache is None and "positions" not in batch:
-        # RoBERTa counts positions over real tokens; padding has the row before the first.
+        # RoBERTa counts positions over real tokens; padding has position -1.
         real = jnp.asarray(ids) != config.pad_token_id
         tokens = tokens._replace(positions=jnp.cumsum(real, axis=1) * real - 1)
     x = _embed(config, params["embed"], ids, tokens, None if side else batch.get("token_type_ids"), ctx, dtype)
-    bias = _bias(config, own_params(params, side), tokens, keys, config.causal if not side else bool(prefix))
-    around = Surroundings(tokens, keys, bias, start=start)
+    bias = _bias(config, stack_params(params, side), tokens, keys, config.causal if not side else bool(prefix))
+    inputs = BlockInputs(tokens, keys, bias, start=start)
     if source is not None:
-        around = around._replace(source=source.x, source_tokens=source.around.queries)
-    return Stream(x, around, ctx.hidden)
+        inputs = inputs._replace(source=source.x, source_tokens=source.inputs.queries)
+    return Stream(x, inputs, ctx.hidden)
 
 
-def leave(config: ModelConfig, params: Mapping[str, Any], x: jax.Array, ctx: Context, side: str = "") -> jax.Array:
-    """What a stack gives out: the residual stream after its last layer, and after the final norm where there is one."""
+def finalize(config: ModelConfig, params: Mapping[str, Any], x: jax.Array, ctx: Context, side: str = "") -> jax.Array:
+    """The output of a stack from the residual stream after its last layer: the final norm, where the config has one."""
     if not config.final_norm:
         return x
-    return norm(config.norm, own_params(params, side)["final_norm"], x, config.norm_eps, ctx.hidden)
+    return norm(config.norm, stack_params(params, side)["final_norm"], x, config.norm_eps, ctx.hidden)
 
 
-def own_params(params: Mapping[str, Any], side: str) -> Mapping[str, Any]:
-    """The subtree of a stack."""
+def stack_params(params: Mapping[str, Any], side: str) -> Mapping[str, Any]:
+    """The parameters of a stack: the subtree `encoder` or `decoder`, or the whole tree."""
     return params[side.removesuffix("/")] if side else params
 
 
 def _single_stack(config, params, batch, *, ctx, taps, cache, remat, dtype):
-    """An encoder or a decoder alone: its output, the segments of its tokens, and taps and cache."""
-    x, around, _ = enter(config, params, batch, cache=cache, ctx=ctx, dtype=dtype)
-    own_cache = None if cache is None else cache["layers"]
-    x, tapped, own_cache = stack(
-        params, x, config.layers(), around, config.layer_map, cache=own_cache, ctx=ctx, taps=taps, remat=remat
+    """An encoder-only or decoder-only model: its output, the segments of its tokens, and taps and cache."""
+    x, inputs, _ = embed_inputs(config, params, batch, cache=cache, ctx=ctx, dtype=dtype)
+    layer_cache = None if cache is None else cache["layers"]
+    x, tapped, layer_cache = stack(
+        params, x, config.layers(), inputs, config.layer_map, cache=layer_cache, ctx=ctx, taps=taps, remat=remat
     )
     outputs: dict[str, Any] = {"taps": tapped}
     if cache is not None:
-        length = around.start + batch["input_ids"].shape[1]
-        outputs["cache"] = {"layers": own_cache, "segments": around.keys.segments, "length": length}
-    return leave(config, params, x, ctx), around.queries.segments, outputs
+        length = inputs.start + batch["input_ids"].shape[1]
+        outputs["cache"] = {"layers": layer_cache, "segments": inputs.keys.segments, "length": length}
+    return finalize(config, params, x, ctx), inputs.queries.segments, outputs
 
 
 def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
-    """An encoder read by a decoder; once the cache holds the encoder's keys and values, the decoder alone."""
-    tapped: dict[Tap, jax.Array] = {}
+    """An encoder-decoder; once the cache holds the encoder's keys and values, the decoder alone."""
     if "input_ids" in batch:
-        own_ctx = ctx.at("encoder")
-        x, around, _ = enter(config, params, batch, "encoder/", ctx=own_ctx, dtype=dtype)
-        inner = {Tap(t.site.removeprefix("encoder_"), t.depth) for t in taps if t.site.startswith("encoder_")}
-        x, found, _ = stack(
-            params["encoder"], x, config.layers(), around, config.layer_map, ctx=own_ctx, taps=inner, remat=remat
-        )
-        source = dropout(leave(config, params, x, ctx, "encoder/"), config.dropout, ctx.at("source"))
-        source_tokens = around.queries
-        tapped = {Tap(f"encoder_{t.site}", t.depth): value for t, value in found.items()}
+        source, source_tokens, encoder_taps = _encoder(config, params, batch, ctx, taps, remat, dtype)
     else:
-        source, source_tokens = None, _at(cache["source_segments"])
-    own_ctx = ctx.at("decoder")
-    x, around, _ = enter(config, params, batch, "decoder/", cache=cache, ctx=own_ctx, dtype=dtype)
-    around = around._replace(source=source, source_tokens=source_tokens)
-    inner = {t for t in taps if not t.site.startswith("encoder_")}
-    own_cache = None if cache is None else cache["layers"]
-    x, found, own_cache = stack(
+        source, source_tokens, encoder_taps = None, _tokens_in_order(cache["source_segments"]), {}
+    decoder_ctx = ctx.at("decoder")
+    x, inputs, _ = embed_inputs(config, params, batch, "decoder/", cache=cache, ctx=decoder_ctx, dtype=dtype)
+    inputs = inputs._replace(source=source, source_tokens=source_tokens)
+    layer_cache = None if cache is None else cache["layers"]
+    x, tapped, layer_cache = stack(
         params["decoder"],
         x,
         config.decoder_layers(),
-        around,
+        inputs,
         config.decoder_layer_map,
-        cache=own_cache,
-        ctx=own_ctx,
-        taps=inner,
+        cache=layer_cache,
+        ctx=decoder_ctx,
+        taps={t for t in taps if not t.site.startswith("encoder_")},
         remat=remat,
     )
-    x = dropout(leave(config, params, x, ctx, "decoder/"), config.dropout, ctx.at("output"))
-    outputs: dict[str, Any] = {"taps": tapped | found}
+    x = dropout(finalize(config, params, x, ctx, "decoder/"), config.dropout, ctx.at("output"))
+    outputs: dict[str, Any] = {"taps": encoder_taps | tapped}
     if cache is not None:
         outputs["cache"] = {
-            "layers": own_cache,
-            "segments": around.keys.segments,
-            "length": around.start + batch["decoder_input_ids"].shape[1],
+            "layers": layer_cache,
+            "segments": inputs.keys.segments,
+            "length": inputs.start + batch["decoder_input_ids"].shape[1],
             "source_segments": source_tokens.segments,
         }
-    return x, around.queries.segments, outputs
+    return x, inputs.queries.segments, outputs
 
 
-def _at(segments: jax.Array) -> Tokens:
+def _encoder(config, params, batch, ctx, taps, remat, dtype) -> tuple[jax.Array, Tokens, dict[Tap, jax.Array]]:
+    """The encoder of an encoder-decoder: its output `[batch, length, hidden]`, its tokens, and its taps."""
+    encoder_ctx = ctx.at("encoder")
+    x, inputs, _ = embed_inputs(config, params, batch, "encoder/", ctx=encoder_ctx, dtype=dtype)
+    sites = {Tap(t.site.removeprefix("encoder_"), t.depth) for t in taps if t.site.startswith("encoder_")}
+    x, tapped, _ = stack(
+        params["encoder"], x, config.layers(), inputs, config.layer_map, ctx=encoder_ctx, taps=sites, remat=remat
+    )
+    output = dropout(finalize(config, params, x, ctx, "encoder/"), config.dropout, ctx.at("source"))
+    return output, inputs.queries, {Tap(f"encoder_{t.site}", t.depth): value for t, value in tapped.items()}
+
+
+def _tokens_in_order(segments: jax.Array) -> Tokens:
+    """Tokens whose positions are their indices in the row."""
     order = jnp.arange(segments.shape[1])
     return Tokens(segments, order, jnp.broadcast_to(order, segments.shape))
 
 
-def _tokens(ids: jax.Array, batch: Mapping[str, Any], cache: Any, side: str) -> tuple[Tokens, Any, Tokens]:
-    """Tokens of the input, where they start, and the tokens they may attend to (those in the cache too)."""
-    segments = batch.get(f"{side}segment_ids", batch.get(f"{side}attention_mask"))
+def _tokens(ids: jax.Array, batch: Mapping[str, Any], cache: Any, prefix: str) -> tuple[Tokens, Any, Tokens]:
+    """The input tokens, their first index in the cache, and the tokens they may attend to (the cached ones too)."""
+    segments = batch.get(f"{prefix}segment_ids", batch.get(f"{prefix}attention_mask"))
     segments = jnp.ones_like(ids) if segments is None else jnp.asarray(segments)
     if cache is None:
-        tokens = _at(segments)
-        positions = batch.get(f"{side}positions")
+        tokens = _tokens_in_order(segments)
+        positions = batch.get(f"{prefix}positions")
         if positions is not None:
             tokens = tokens._replace(positions=jnp.asarray(positions))
         return tokens, 0, tokens
     start = cache["length"]
-    known = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments.astype(jnp.int32), start, axis=1)
-    # A prompt may be padded on either side: a token's position counts the real tokens of its row that precede it.
-    counted = jnp.cumsum(known > 0, axis=1) - 1
-    positions = jax.lax.dynamic_slice_in_dim(counted, start, ids.shape[1], axis=1)
+    cached = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments.astype(jnp.int32), start, axis=1)
+    # A prompt may be padded on either side: a token's position is the number of real tokens before it in its row.
+    counts = jnp.cumsum(cached > 0, axis=1) - 1
+    positions = jax.lax.dynamic_slice_in_dim(counts, start, ids.shape[1], axis=1)
     tokens = Tokens(segments, start + jnp.arange(ids.shape[1]), jnp.maximum(positions, 0))
-    return tokens, start, Tokens(known, jnp.arange(known.shape[1]), jnp.maximum(counted, 0))
+    return tokens, start, Tokens(cached, jnp.arange(cached.shape[1]), jnp.maximum(counts, 0))
 
 
 def _embed(config, params, ids, tokens: Tokens, types, ctx: Context, dtype) -> jax.Array:
@@ -270,16 +279,16 @@ def _bias(config: ModelConfig, params, queries: Tokens, keys: Tokens, causal: bo
 def empty_cache(
     config: ModelConfig, params: Mapping[str, Any], batch: int, length: int, dtype: Any = jnp.float32, source: int = 0
 ) -> dict[str, Any]:
-    """A cache for `length` tokens of `batch` rows (and `source` encoder positions), shaped as `params` is."""
-    own = params["decoder"] if config.encoder_decoder else params
+    """A cache for `length` tokens of `batch` rows (and `source` encoder positions), by the runs of the parameters."""
+    stacked = stack_params(params, "decoder/" if config.encoder_decoder else "")
     layers = config.decoder_layers() if config.encoder_decoder else config.layers()
-    shared = config.decoder_layer_map if config.encoder_decoder else config.layer_map
+    layer_map = config.decoder_layer_map if config.encoder_decoder else config.layer_map
 
     def zeros(lead, kv_heads, positions, head_dim):
         return {n: jnp.zeros((*lead, batch, positions, kv_heads, head_dim), dtype) for n in ("key", "value")}
 
     layer_cache = {}
-    for run in runs(own, layers, shared):
+    for run in runs(stacked, layers, layer_map):
         layer = layers[run.first]
         lead = () if run.length is None else (run.length,)
         layer_cache[run.name] = {"attention": zeros(lead, layer.kv_heads, length, layer.head_dim)}
@@ -290,7 +299,7 @@ def empty_cache(
 
 
 class LanguageModel(linen.Module):
-    """The linen shell: declares the network's parameters and calls the pure forward pass.
+    """The network as a linen module: it declares the parameters and calls the pure forward pass.
 
     `LanguageModel(config).init(key, batch)["params"]` is `initialize(key, model_spec(config))`, leaf by leaf a linen
     parameter; `apply({"params": params}, batch)` is `forward(config, params, batch)`, for trees with Weights too.

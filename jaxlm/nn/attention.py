@@ -13,13 +13,13 @@ from jaxlm.nn.position import rotate
 
 
 class Tokens(NamedTuple):
-    """Where the tokens of one side of an attention are.
+    """Segments and positions of the queries, or of the keys, of an attention.
 
     Attributes:
-      segments: int `[batch, length]`; 0 is padding, tokens see only their own segment.
-      order: int `[length]` or `[batch, length]`, place in the row (what causality compares).
-      positions: int `[batch, length]`, position inside the document (what rotary reads and windows compare: padding
-        inside a prompt takes no room in them).
+      segments: int `[batch, length]`; 0 is padding, and a token attends to its own segment only.
+      order: int `[length]` or `[batch, length]`, index in the row: what the causal mask compares.
+      positions: int `[batch, length]`, position in the document: what rotary embeddings read and sliding windows
+        compare. Padding inside a prompt is not counted.
     """
 
     segments: jax.Array
@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
 
 
 def attention_spec(layer: Layer, residual_std: float, cross: bool = False) -> dict[str, Any]:
-    """Query, key, value and output products. Heads are laid out `(kv_heads, q_per_kv, head_dim)`."""
+    """Parameters of the four projections; heads are in the order `(kv_heads, q_per_kv, head_dim)`."""
     kv_heads, q_per_kv = (layer.cross_heads, 1) if cross else (layer.kv_heads, layer.q_per_kv)
     width = dim(embed=layer.hidden)
     queries = dim(kv_heads=kv_heads, q_per_kv=q_per_kv, head_dim=layer.head_dim)
@@ -41,27 +41,27 @@ def attention_spec(layer: Layer, residual_std: float, cross: bool = False) -> di
     }
 
 
-def allowed(layer: Layer, queries: Tokens, keys: Tokens, causal: bool) -> jax.Array:
-    """Which key each query may see: bool `[batch, queries, keys]`."""
+def attention_mask(layer: Layer, queries: Tokens, keys: Tokens, causal: bool) -> jax.Array:
+    """Which keys each query attends to: bool `[batch, queries, keys]`, of segments, causality and the window."""
     order_q, order_k = queries.order[..., :, None], keys.order[..., None, :]
-    seen = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (keys.segments > 0)[:, None, :]
+    mask = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (keys.segments > 0)[:, None, :]
     if causal:
-        seen &= order_k <= order_q
+        mask &= order_k <= order_q
     if layer.window is not None:
-        behind = queries.positions[:, :, None] - keys.positions[:, None, :]
-        seen &= behind < layer.window
+        distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+        mask &= distance < layer.window
         if not causal:
-            seen &= -behind < layer.window
-    return seen
+            mask &= -distance < layer.window
+    return mask
 
 
 def project(params: Mapping[str, Any], x: jax.Array, heads: tuple[int, ...], ctx: Context) -> jax.Array:
-    """A dense product split into heads: `[batch, length, *heads]`."""
+    """A dense projection split into heads: `[batch, length, *heads]`."""
     return dense(params, x, ctx).reshape(*x.shape[:-1], *heads)
 
 
-class Attended(NamedTuple):
-    """What attention gives: the output, the tapped activations by site (see `Tap`), and keys and values."""
+class AttentionOutput(NamedTuple):
+    """Output `[batch, queries, hidden]`, the tapped activations by site (see `Tap`), and the updated cache."""
 
     output: jax.Array
     taps: dict[str, jax.Array]
@@ -82,46 +82,51 @@ def attention(
     cache: Mapping[str, jax.Array] | None = None,
     start: jax.Array | int = 0,
     taps: Collection[str] = (),
-) -> Attended:
+) -> AttentionOutput:
     """`softmax(q kᵀ · s + bias) v`, projected back; softmax in float32.
 
     Args:
       params: `query`, `key`, `value`, `output`, and optionally the site `gate` over KV heads.
       x: `[batch, queries, hidden]`.
       layer: structure; with `cross` its heads are `cross_heads` and nothing is causal.
-      queries, keys: places of the tokens on both sides.
+      queries, keys: segments and positions of the tokens on both sides.
       bias: `[1, heads, queries, keys]`, added to the scores (relative positions).
-      source: `[batch, keys, hidden]` that a cross-attention reads; `None` when its keys and values are in the cache.
+      cross: a cross-attention, which reads `source`.
+      source: encoder output `[batch, keys, hidden]` of a cross-attention; `None` when the cache holds its keys and
+        values.
       cache: `key` and `value` `[batch, keys, kv_heads, head_dim]` of a decoder; the new ones are written at `start`.
-      taps: sites of activations to give out; the others are not kept.
+      taps: sites of the activations to return; the others are not kept.
     """
+    # Projections, rotary positions and the cache.
     kv_heads, q_per_kv = (layer.cross_heads, 1) if cross else (layer.kv_heads, layer.q_per_kv)
     rotary = None if cross else layer.rotary
     q = project(params["query"], x, (kv_heads, q_per_kv, layer.head_dim), ctx.at("query"))
-    found = {"query": q.reshape(*q.shape[:2], -1, q.shape[-1])}
+    activations = {"query": q.reshape(*q.shape[:2], -1, q.shape[-1])}
     q = q if rotary is None else rotate(q, queries.positions, rotary)
-    inputs = source if cross else x
-    if inputs is None:
+    kv_inputs = source if cross else x
+    if kv_inputs is None:
         assert cache is not None, "a cross-attention without source reads its cache"
         k, v = cache["key"], cache["value"]
     else:
-        k = project(params["key"], inputs, (kv_heads, layer.head_dim), ctx.at("key"))
-        v = project(params["value"], inputs, (kv_heads, layer.head_dim), ctx.at("value"))
-        found |= {"key": k, "value": v}
+        k = project(params["key"], kv_inputs, (kv_heads, layer.head_dim), ctx.at("key"))
+        v = project(params["value"], kv_inputs, (kv_heads, layer.head_dim), ctx.at("value"))
+        activations |= {"key": k, "value": v}
         k = k if rotary is None else rotate(k, queries.positions, rotary)
         if cache is not None and not cross:
             k = jax.lax.dynamic_update_slice_in_dim(cache["key"], k.astype(cache["key"].dtype), start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["value"], v.astype(cache["value"].dtype), start, axis=1)
     new_cache = None if cache is None else {"key": k, "value": v}
+    # Attention of every query head on the keys and values of its group.
     q, k, v = (ctx.place(t, ("batch", None, "kv_heads") + (None,) * (t.ndim - 3)) for t in (q, k, v))
     if layer.scale_scores:
         q = q * layer.head_dim**-0.5
     if bias is not None:
         bias = bias.reshape(bias.shape[0], kv_heads, q_per_kv, *bias.shape[2:])
-    seen = allowed(layer, queries, keys, causal=layer.causal and not cross)
-    mixed = dot_product_attention(layer.attention_dropout, q, k, v, bias, seen, ctx.at("probabilities").key)
-    output = dense(params["output"], visit(params, "gate", mixed, ctx).reshape(*x.shape[:-1], -1), ctx.at("output"))
-    if not found.keys() >= set(taps):
-        found["scores"] = scores(q, k, bias, seen).reshape(x.shape[0], -1, *seen.shape[1:])
-        found["attention"] = jax.nn.softmax(found["scores"], axis=-1).astype(x.dtype)
-    return Attended(output, {site: found[site] for site in taps}, new_cache)
+    mask = attention_mask(layer, queries, keys, causal=layer.causal and not cross)
+    heads = dot_product_attention(layer.attention_dropout, q, k, v, bias, mask, ctx.at("probabilities").key)
+    output = dense(params["output"], visit(params, "gate", heads, ctx).reshape(*x.shape[:-1], -1), ctx.at("output"))
+    # The scores, which attention itself does not keep, are computed a second time for a tap.
+    if not activations.keys() >= set(taps):
+        activations["scores"] = scores(q, k, bias, mask).reshape(x.shape[0], -1, *mask.shape[1:])
+        activations["attention"] = jax.nn.softmax(activations["scores"], axis=-1).astype(x.dtype)
+    return AttentionOutput(output, {site: activations[site] for site in taps}, new_cache)

@@ -1,6 +1,6 @@
 """One Transformer layer: attention, optional cross-attention, feed-forward network, residuals and norms."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,14 +29,14 @@ def block_spec(layer: Layer, residual_std: float) -> dict[str, Any]:
     return spec | {"mlp": mlp, "mlp_norm": norm_spec(layer.norm, layer.hidden)}
 
 
-class Surroundings(NamedTuple):
-    """What every layer of a stack reads besides the residual stream.
+class BlockInputs(NamedTuple):
+    """Inputs of every layer of a stack, apart from the residual stream.
 
     Attributes:
-      queries, keys: tokens of the stream and of what it may attend to (the same without a cache).
-      bias: relative position bias `[1, heads, queries, keys]`, if any.
+      queries, keys: tokens of the residual stream and of what it may attend to (the same without a cache).
+      bias: relative position bias `[1, heads, queries, keys]`, or `None`.
       source, source_tokens: encoder output and its tokens, for cross-attention.
-      start: where new keys and values go in the cache.
+      start: index in the cache at which new keys and values are written.
     """
 
     queries: Tokens
@@ -59,7 +59,7 @@ def block(
     params: Mapping[str, Any],
     x: jax.Array,
     layer: Layer,
-    around: Surroundings,
+    inputs: BlockInputs,
     cache: Mapping[str, Any] | None,
     ctx: Context,
     taps: Collection[str] = (),
@@ -67,39 +67,40 @@ def block(
     """One layer on `x [batch, length, hidden]`; `taps` are sites of `Tap`.
 
     Pre-norm: `x + f(norm(x))` for each sublayer f; post-norm: `norm(x + f(x))`. The site `gate` scales the whole
-    layer's change of the stream: `x + g · (layer(x) - x)`.
+    layer's update of the residual stream: `x + g · (layer(x) - x)`.
     """
     new_cache: dict[str, Any] = {}
     tapped: dict[str, jax.Array] = {}
 
     def attend_to(name: str, h: jax.Array) -> jax.Array:
         cross = name == "cross_attention"
-        done = attention(
+        attended = attention(
             params[name],
             h,
             layer,
-            around.queries,
-            around.source_tokens if cross and around.source_tokens is not None else around.keys,
+            inputs.queries,
+            inputs.source_tokens if cross and inputs.source_tokens is not None else inputs.keys,
             ctx=ctx.at(name),
-            bias=None if cross else _own_heads(layer, around.bias),
+            bias=None if cross else _bias_of_heads(layer, inputs.bias),
             cross=cross,
-            source=around.source,
+            source=inputs.source,
             cache=None if cache is None else cache[name],
-            start=around.start,
+            start=inputs.start,
             taps=() if cross else [site for site in taps if site != "hidden"],
         )
-        if done.cache is not None:
-            new_cache[name] = done.cache
-        tapped.update(done.taps)
-        return visit(params, f"after_{name}", done.output, ctx)
+        if attended.cache is not None:
+            new_cache[name] = attended.cache
+        tapped.update(attended.taps)
+        return visit(params, f"after_{name}", attended.output, ctx)
 
-    def sublayer(h: jax.Array, name: str, function) -> jax.Array:
+    def sublayer(h: jax.Array, name: str, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
         normed = lambda x: norm(layer.norm, params[f"{name}_norm"], x, layer.norm_eps, ctx.hidden)  # noqa: E731
-        inputs = normed(h) if layer.pre_norm else h
-        h = h + ctx.gated(dropout(function(inputs), layer.dropout, ctx.at(f"{name}_dropout")))
+        update = function(normed(h) if layer.pre_norm else h)
+        h = h + ctx.gated(dropout(update, layer.dropout, ctx.at(f"{name}_dropout")))
         h = ctx.place(h, ("batch", "length", "activation"))
         return h if layer.pre_norm else normed(h)
 
+    # The sublayers in their order, then the gate of the whole layer.
     y = sublayer(x, "attention", lambda h: attend_to("attention", h))
     if layer.cross_heads:
         y = sublayer(y, "cross_attention", lambda h: attend_to("cross_attention", h))
@@ -113,16 +114,16 @@ def block(
 
 def mlp(params: Mapping[str, Any], x: jax.Array, layer: Layer, ctx: Context) -> jax.Array:
     """`act(x up) down`, or gated: `(act(x gate_proj) * (x up)) down`; the site `gate` acts on the units."""
-    function = lookup(ACTIVATIONS, layer.activation, "activation")
-    activate = lambda h: function(h.astype(jnp.float32)).astype(h.dtype)  # noqa: E731
+    activation = lookup(ACTIVATIONS, layer.activation, "activation")
+    activate = lambda h: activation(h.astype(jnp.float32)).astype(h.dtype)  # noqa: E731
     h = dense(params["up"], x, ctx.at("up"))
     h = activate(dense(params["gate_proj"], x, ctx.at("gate_proj"))) * h if layer.gated else activate(h)
     h = visit(params, "gate", ctx.place(h, ("batch", "length", "ffn")), ctx)
     return dense(params["down"], h, ctx.at("down"))
 
 
-def _own_heads(layer: Layer, bias: jax.Array | None) -> jax.Array | None:
-    """The shared relative-position bias, for the heads that this layer still has."""
+def _bias_of_heads(layer: Layer, bias: jax.Array | None) -> jax.Array | None:
+    """The columns of the shared relative-position bias that belong to the heads this layer still has."""
     if bias is None or layer.position_heads is None:
         return bias
     return bias[:, jnp.array(layer.position_heads)]

@@ -13,20 +13,20 @@ from jaxlm.core import Context, Dim, Parameter, dim, dot, take
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """`x Φ(x)` with the normal distribution Φ; its derivative `Φ(x) + x φ(x)` is computed anew from `x`.
+    """`x Φ(x)` with the normal distribution Φ; its derivative `Φ(x) + x φ(x)` is recomputed from `x`.
 
     >>> round(float(gelu(jnp.float32(1.0))), 4)
     0.8413
     """
-    return x * _normal(x)
+    return x * _normal_cdf(x)
 
 
-def _normal(x: jax.Array) -> jax.Array:
+def _normal_cdf(x: jax.Array) -> jax.Array:
     return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
 
 
 def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    return (g * (_normal(x) + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))),)
+    return (g * (_normal_cdf(x) + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
@@ -47,7 +47,7 @@ def dense_spec(inputs: Dim, outputs: Dim, bias: bool, std: float = 0.02) -> dict
 
 
 def dense(params: Mapping[str, Any], x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
-    """`x @ kernel + bias` for `x [..., in]`, in `dtype`, which is that of `x` if not given.
+    """`x @ kernel + bias` for `x [..., in]`, in `dtype`, by default that of `x`.
 
     The bias is added, and its gradient summed, in float32.
     """
@@ -74,15 +74,15 @@ def norm_spec(kind: str, width: int) -> dict[str, Parameter]:
 def norm(kind: str, params: Mapping[str, Any], x: jax.Array, eps: float, hidden: jax.Array | None = None) -> jax.Array:
     """`layer`: `(x - mean) / sqrt(var + ε) · scale + bias`; `rms`: `x / sqrt(mean(x²) + ε) · scale`. In float32.
 
-    With a gate `hidden [width]` the means are weighted by it and the result is gated: what the norm of a stream without
-    the closed dimensions gives, and zeros for those.
+    With a gate `hidden [width]` the means are weighted by it and the result is gated: equal to the norm of a residual
+    stream without the closed dimensions, and zero in those.
     """
     y = x.astype(jnp.float32)
     if hidden is not None:
-        share = hidden / jnp.sum(hidden)
+        weights = hidden / jnp.sum(hidden)
         if kind == "layer":
-            y = y - jnp.sum(y * share, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.sum(jnp.square(y) * share, axis=-1, keepdims=True) + eps) * params["scale"]
+            y = y - jnp.sum(y * weights, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.sum(jnp.square(y) * weights, axis=-1, keepdims=True) + eps) * params["scale"]
         return ((y + params["bias"] if kind == "layer" else y) * hidden).astype(x.dtype)
     if kind == "layer":
         y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -92,5 +92,5 @@ def norm(kind: str, params: Mapping[str, Any], x: jax.Array, eps: float, hidden:
 
 
 def residual_std(layers: int, std: float = 0.02) -> float:
-    """Initial deviation of projections into the residual stream: `std / sqrt(2 · layers)` (GPT-2)."""
+    """Initial standard deviation of projections into the residual stream: `std / sqrt(2 · layers)` (GPT-2)."""
     return std / math.sqrt(2 * max(layers, 1))

@@ -1,4 +1,4 @@
-"""The block vocabulary: everything a Transformer layer can be, whatever its family."""
+"""The structure of a Transformer layer in all families: sizes, norms, biases, positions."""
 
 import typing
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class Rotary:
 
     Attributes:
       theta: base of the geometric series of frequencies.
-      scaling: `default`, `linear` (frequencies divided by `factor`) or `llama3` (only the slow ones divided).
+      scaling: `default`, `linear` (frequencies divided by `factor`) or `llama3` (only the low ones divided).
       factor, low_freq_factor, high_freq_factor, original_max_positions: parameters of the scaling.
 
     Raises:
-      ValueError: for a value that its field cannot have, by name.
+      ValueError: for a value that its field cannot have; the message names the field.
     """
 
     theta: float = 10000.0
@@ -42,18 +42,18 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's structure. Layers with equal values (and equal parameter trees) are stacked and scanned.
+    """Structure of one layer. Layers with equal values (and equal parameter trees) are stacked and scanned.
 
     Attributes:
       hidden: width of the residual stream.
       kv_heads: key/value heads; q_per_kv: query heads that share each of them; head_dim: width of a head.
       cross_heads: heads of the cross-attention (decoder layers of an encoder-decoder), else 0.
-      ffn: units of the feed-forward network; gated: `act(x gate) * (x up)` instead of `act(x up)`.
+      ffn: hidden units of the feed-forward network; gated: `act(x gate) * (x up)` instead of `act(x up)`.
       activation: `gelu` (erf), `gelu_tanh`, `relu`, `silu` or `tanh`.
       norm: `layer` (with bias), or `rms` (without mean and bias); norm_eps: its ε; pre_norm: norms before the sublayers
         (GPT-2, Llama, T5) or after the residual sum (BERT).
-      qkv_bias, output_bias, mlp_bias: which products add a bias.
-      causal: a token sees itself and what precedes it; window: at most this many tokens back, itself included.
+      qkv_bias, output_bias, mlp_bias: which projections add a bias.
+      causal: a token attends to itself and what precedes it; window: to at most this many tokens, itself included.
       rotary: rotary positions; scale_scores: divide attention scores by sqrt(head_dim) (T5 does not).
       position_heads: columns of the shared relative-position table that the heads use (T5 after pruning), else `None`.
       dropout: on embeddings' and sublayers' outputs; attention_dropout: on attention probabilities.

@@ -17,15 +17,15 @@ def frequencies(rotary: Rotary, head_dim: int) -> jax.Array:
     if rotary.scaling == "linear":
         return inverse / rotary.factor
     if rotary.scaling == "llama3":
-        turns = rotary.original_max_positions * inverse / (2 * math.pi)
+        rotations = rotary.original_max_positions * inverse / (2 * math.pi)
         low, high = rotary.low_freq_factor, rotary.high_freq_factor
-        smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        smooth = jnp.clip((rotations - low) / (high - low), 0.0, 1.0)
         return inverse * ((1 - smooth) / rotary.factor + smooth)
     return inverse
 
 
 def rotate(x: jax.Array, positions: jax.Array, rotary: Rotary) -> jax.Array:
-    """Rotates the pairs `(x_i, x_{i + d/2})` by `position · frequency_i`.
+    """Rotary embedding: the pairs `(x_i, x_{i + d/2})` rotated by `position · frequency_i`.
 
     Args:
       x: `[batch, length, ..., head_dim]`.

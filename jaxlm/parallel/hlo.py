@@ -1,4 +1,4 @@
-"""Reading a compiled program: which collectives it runs, how often, and how many bytes they move."""
+"""Parsing of compiled programs: which collectives they run, how often, and how many bytes these move."""
 
 import math
 import re
@@ -28,22 +28,22 @@ class Instruction(NamedTuple):
 
 
 class Result(NamedTuple):
-    """An array that an operation gives: its dtype as HLO writes it (`bf16`, `s32`) and its shape."""
+    """A result of an operation: its dtype as HLO writes it (`bf16`, `s32`) and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class Collective(NamedTuple):
-    """One collective operation of a program, as one chip sees it.
+    """One collective operation of a program, per chip.
 
     Attributes:
       kind: `all-gather`, `reduce-scatter`, `all-reduce`, `all-to-all` or `collective-permute`.
-      results: the arrays that it gives (with its operands, if it is an asynchronous start).
+      results: its results (and its operands, for an asynchronous start).
       bytes: size of its results in one execution; of its operands for a reduce-scatter, whose results are smaller.
       times: executions in one run of the program; a loop whose trip count is unknown counts once.
       in_loop: whether it runs inside a loop.
-      source: the operation it comes from, as the compiler remembers it.
+      source: the operation that the compiler made it from (`op_name`).
     """
 
     kind: str
@@ -55,7 +55,7 @@ class Collective(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind, added up: operations in the program, in its loops, executions and bytes in one run."""
+    """Totals of one kind of collective: operations in the program and in its loops, executions and bytes per run."""
 
     operations: int
     in_loops: int
@@ -67,20 +67,21 @@ def collectives(hlo_text: str) -> list[Collective]:
     """Every collective of an optimized program (`compiled.as_text()`).
 
     An asynchronous pair counts once, at its start. A collective that the TPU compiler spreads over several fusions, to
-    overlap it with products, counts once, where it begins. A TPU's reduce-scatter is a fusion around an all-reduce, and
-    is reported as what it is.
+    overlap it with products, counts once, where it begins. On TPUs a reduce-scatter is a fusion around an all-reduce;
+    it is reported as a reduce-scatter.
     """
     entry, computations = parse(hlo_text)
-    runs = _runs(entry, computations)
-    found: dict[str, Collective] = {}
+    executions = _executions(entry, computations)
+    unique: dict[str, Collective] = {}
     for name, body in computations.items():
-        if name not in runs:
+        if name not in executions:
             continue
         types = {instruction.name: instruction.type for instruction in body}
         for instruction in body:
             match = _COLLECTIVE.fullmatch(instruction.opcode)
             if match is None:
                 continue
+            # The bytes that it moves.
             kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else match[1]
             operands = sum(_size(types.get(operand, "")) for operand in instruction.operands)
             moved = _size(instruction.type)
@@ -88,29 +89,35 @@ def collectives(hlo_text: str) -> list[Collective]:
                 moved -= operands  # the type of this start is (operands, results)
             elif instruction.opcode != kind or kind == "reduce-scatter":
                 moved = max(moved, operands) if name.startswith("all-reduce-scatter") else operands
+            # One entry per operation; of the parts of one that is spread over fusions, that which runs least often.
             results = tuple(Result(dtype, _dims(dims)) for dtype, dims in _ARRAY.findall(instruction.type))
             source = re.search(r'op_name="([^"]*)"', instruction.attributes)
-            this = Collective(kind, results, moved, *runs[name], source[1] if source else "")
-            key = _spread(instruction) or f"{name}/{instruction.name}"
-            if key not in found or this.times < found[key].times:
-                found[key] = this
-    return list(found.values())
+            collective = Collective(kind, results, moved, *executions[name], source[1] if source else "")
+            key = _chain_key(instruction) or f"{name}/{instruction.name}"
+            if key not in unique or collective.times < unique[key].times:
+                unique[key] = collective
+    return list(unique.values())
 
 
-def traffic(found: Iterable[Collective]) -> dict[str, Traffic]:
-    """Totals by kind, kinds that do not occur left out."""
-    found = list(found)
-    return {
-        kind: Traffic(
-            len(own), sum(c.in_loop for c in own), sum(c.times for c in own), sum(c.times * c.bytes for c in own)
-        )
-        for kind in KINDS
-        if (own := [c for c in found if c.kind == kind])
-    }
+def traffic(operations: Iterable[Collective]) -> dict[str, Traffic]:
+    """Totals by kind; kinds that do not occur are left out."""
+    by_kind: dict[str, list[Collective]] = {kind: [] for kind in KINDS}
+    for operation in operations:
+        by_kind[operation.kind].append(operation)
+    return {kind: _total(same_kind) for kind, same_kind in by_kind.items() if same_kind}
 
 
-def _spread(instruction: Instruction) -> str | None:
-    """What the parts of a collective that is spread over several fusions have in common."""
+def _total(operations: list[Collective]) -> Traffic:
+    return Traffic(
+        operations=len(operations),
+        in_loops=sum(c.in_loop for c in operations),
+        times=sum(c.times for c in operations),
+        bytes=sum(c.times * c.bytes for c in operations),
+    )
+
+
+def _chain_key(instruction: Instruction) -> str | None:
+    """A key that the parts of a collective spread over several fusions have in common, `None` for any other."""
     chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
     channel = re.search(r"channel_id=(\d+)", instruction.attributes)
     return f"chain {chain[1]} {channel[1]}" if chain and channel else None
@@ -120,7 +127,7 @@ def parse(hlo_text: str) -> tuple[str, dict[str, list[Instruction]]]:
     """`(name of the entry, {computation: instructions})`.
 
     Raises:
-      ValueError: when the text has no entry computation.
+      ValueError: for a text without entry computation.
     """
     computations: dict[str, list[Instruction]] = {}
     entry, body = "", None
@@ -171,31 +178,37 @@ def _size(type_text: str) -> int:
     )
 
 
-def _runs(entry: str, computations: Mapping[str, list[Instruction]]) -> dict[str, tuple[int, bool]]:
+def _executions(entry: str, computations: Mapping[str, list[Instruction]]) -> dict[str, tuple[int, bool]]:
     """`{computation: (executions in one run, whether inside a loop)}` of everything that the entry reaches."""
-    runs: dict[str, tuple[int, bool]] = {entry: (1, False)}
-    order, seen = [], set()
+    executions: dict[str, tuple[int, bool]] = {entry: (1, False)}
+    for name in reversed(_callees_first(entry, computations)):
+        times, in_loop = executions[name]
+        definitions = {instruction.name: instruction for instruction in computations[name]}
+        for instruction in computations[name]:
+            loop = instruction.opcode == "while"
+            trips = (trip_count(instruction, definitions, computations) or 1) if loop else 1
+            for _, callee in _calls(instruction):
+                times_before, in_loop_before = executions.get(callee, (0, True))
+                executions[callee] = (times_before + times * trips, in_loop_before and (in_loop or loop))
+    return executions
+
+
+def _callees_first(entry: str, computations: Mapping[str, list[Instruction]]) -> list[str]:
+    """Names of the computations that the entry reaches, callees before their callers."""
+    order: list[str] = []
+    visited: set[str] = set()
 
     def visit(name: str) -> None:
-        if name in seen or name not in computations:
+        if name in visited or name not in computations:
             return
-        seen.add(name)
+        visited.add(name)
         for instruction in computations[name]:
             for _, callee in _calls(instruction):
                 visit(callee)
         order.append(name)
 
     visit(entry)
-    for name in reversed(order):  # callers before callees
-        times, in_loop = runs[name]
-        definitions = {instruction.name: instruction for instruction in computations[name]}
-        for instruction in computations[name]:
-            loop = instruction.opcode == "while"
-            trips = (trip_count(instruction, definitions, computations) or 1) if loop else 1
-            for _, callee in _calls(instruction):
-                before = runs.get(callee, (0, True))
-                runs[callee] = (before[0] + times * trips, before[1] and (in_loop or loop))
-    return runs
+    return order
 
 
 def _calls(instruction: Instruction) -> Iterable[tuple[str, str]]:
@@ -207,20 +220,20 @@ def _calls(instruction: Instruction) -> Iterable[tuple[str, str]]:
 def trip_count(
     loop: Instruction, definitions: Mapping[str, Instruction], computations: Mapping[str, list[Instruction]]
 ) -> int | None:
-    """How often a while loop runs, or `None`.
+    """Iterations of a while loop, or `None` if they are unknown.
 
-    Read from `known_trip_count` where the compiler left it, else from a condition `counter < constant`, for a counter
-    that steps by one, as that of a scan does; where the start cannot be seen it is taken to be 0.
+    Read from `known_trip_count` if the compiler left it, else from a condition `counter < constant` of a counter that
+    steps by one, as that of a scan does; a start that is not a constant is taken to be 0.
     """
-    known = re.search(r'known_trip_count[^\d}]*?"?n"?\D*?(\d+)', loop.attributes)
-    if known:
-        return int(known[1])
-    condition = next((callee for role, callee in _calls(loop) if role == "condition"), "")
-    inside = {instruction.name: instruction for instruction in computations.get(condition, ())}
-    compare = next((i for i in inside.values() if i.opcode == "compare" and "direction=LT" in i.attributes), None)
-    if compare is None or not all(operand in inside for operand in compare.operands):
+    annotation = re.search(r'known_trip_count[^\d}]*?"?n"?\D*?(\d+)', loop.attributes)
+    if annotation:
+        return int(annotation[1])
+    name = next((callee for role, callee in _calls(loop) if role == "condition"), "")
+    condition = {instruction.name: instruction for instruction in computations.get(name, ())}
+    compare = next((i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.attributes), None)
+    if compare is None or not all(operand in condition for operand in compare.operands):
         return None
-    counter, limit = (inside[operand] for operand in compare.operands)
+    counter, limit = (condition[operand] for operand in compare.operands)
     index = re.search(r"index=(\d+)", counter.attributes)
     if limit.opcode != "constant" or not limit.arguments.isdecimal() or index is None:
         return None

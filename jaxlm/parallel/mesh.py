@@ -1,4 +1,4 @@
-"""The mesh: three named axes over all devices, and the start of a multi-host run."""
+"""The mesh: three named axes over all devices, and the initialization of a multi-host run."""
 
 import math
 import os
@@ -12,15 +12,15 @@ from jax.sharding import AxisType, Mesh
 from jaxlm.core import nearest
 
 MESH_AXES = ("data", "fsdp", "tensor")
-"""Slowest to fastest: neighbours in `tensor` exchange activations in every layer, so they are nearest each other."""
+"""Slowest to fastest: neighbours in `tensor` exchange activations in every layer, so they are closest together."""
 
 
 def initialize() -> int:
-    """Joins the other processes of the run, if there are any, and returns this process's number.
+    """Initializes jax.distributed if the run has several processes, and returns the index of this process.
 
-    Call it before anything else touches a device. The cluster is read from the environment: `JAX_COORDINATOR_ADDRESS`
-    with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, a Slurm step, Open MPI, or the hosts of a TPU slice. A lone process
-    stays alone.
+    Call it before anything else uses a device. The cluster is read from the environment: `JAX_COORDINATOR_ADDRESS`
+    with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, a Slurm step, Open MPI, or the hosts of a TPU slice. A single
+    process does nothing.
 
     Raises:
       ValueError: when `JAX_COORDINATOR_ADDRESS` is set without the other two.
@@ -34,7 +34,7 @@ def initialize() -> int:
         elif _may_be_compute_engine(os.environ):
             try:
                 jax.distributed.initialize()
-            except ValueError as error:  # jax found no cluster: a lone TPU host
+            except ValueError as error:  # jax found no cluster: a single TPU host
                 logging.info("running on this host alone: %s", error)
     return jax.process_index()
 
@@ -46,7 +46,7 @@ def _number(name: str) -> int:
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether several processes were started together in a way that jax recognises."""
+    """Whether the process belongs to a group that jax recognises."""
     if any(int(environment.get(name, 1)) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
         return True
     if any("," in environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")):
@@ -55,7 +55,7 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def _may_be_compute_engine(environment: Mapping[str, str]) -> bool:
-    """Whether this is a TPU machine (jax then sets the first variable) whose metadata server may know other hosts."""
+    """Whether this is a TPU machine (jax sets the first variable there) whose metadata server may list other hosts."""
     return environment.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in environment
 
 
@@ -63,9 +63,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """A mesh with the axes `data`, `fsdp` and `tensor` over all devices.
 
     Args:
-      shape: size of each axis; axes left out have size 1, and one may be -1: whatever is left. `None` puts all devices
-        on `data`.
-      devices: by default every device of the run. Their order follows the interconnect where that is known.
+      shape: size of each axis; axes left out have size 1, and one may be -1: the remaining devices. `None` puts all
+        devices on `data`.
+      devices: by default every device of the run. Their order follows the interconnect if it is known.
 
     Raises:
       ValueError: for an unknown axis, a size that is not positive, more than one -1, or a product that is not the
@@ -82,7 +82,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def mesh_sizes(shape: Mapping[str, int], devices: int) -> dict[str, int]:
-    """Size of every mesh axis, with -1 filled in.
+    """Size of every mesh axis, -1 replaced by the remaining devices.
 
     >>> mesh_sizes({"fsdp": -1, "tensor": 2}, devices=8)
     {'data': 1, 'fsdp': 4, 'tensor': 2}
@@ -91,13 +91,13 @@ def mesh_sizes(shape: Mapping[str, int], devices: int) -> dict[str, int]:
         if name not in MESH_AXES:
             raise ValueError(f"unknown mesh axis {name!r}; {nearest(name, MESH_AXES)}")
         if size < 1 and size != -1:
-            raise ValueError(f"mesh axis {name} has size {size}; use a positive number, or -1 for what is left")
+            raise ValueError(f"mesh axis {name} has size {size}; use a positive number, or -1 for all other devices")
     sizes = {name: shape.get(name, 1) for name in MESH_AXES}
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise ValueError(f"mesh axes {' and '.join(open_axes)} are both -1; at most one can be filled in")
-    known = math.prod(size for size in sizes.values() if size != -1)
-    if devices % known or (not open_axes and known != devices):
-        wanted = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(f"a mesh of {wanted} does not fit {devices} devices; their product must be {devices}")
-    return sizes | dict.fromkeys(open_axes, devices // known)
+    product = math.prod(size for size in sizes.values() if size != -1)
+    if devices % product or (not open_axes and product != devices):
+        text = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"a mesh of {text} does not fit {devices} devices; their product must be {devices}")
+    return sizes | dict.fromkeys(open_axes, devices // product)

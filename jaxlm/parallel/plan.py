@@ -1,7 +1,7 @@
-"""Planning ahead of time: compile a step for a TPU slice without a TPU, and read what it needs and what it sends.
+"""Ahead-of-time planning: compile a step for a TPU slice without a TPU, and read its memory and communication.
 
 The compiler is the one that runs on the machines (libtpu), so "it compiles and fits" is a fact and not an estimate.
-It needs an environment of its own (`make plan-env`), started with `JAX_PLATFORMS=cpu`.
+It needs a separate environment (`make plan-env`), started with `JAX_PLATFORMS=cpu`.
 """
 
 import itertools
@@ -27,10 +27,10 @@ class Memory(NamedTuple):
     """Bytes that a compiled program needs on one chip.
 
     Attributes:
-      arguments: everything passed in: parameters, optimizer state, batch.
-      outputs: everything returned.
+      arguments: parameters, optimizer state, batch.
+      outputs: the results.
       aliased: the part of the outputs that reuses donated arguments.
-      temporary: activations, gathered weights, gradients: what lives only inside the program.
+      temporary: activations, gathered weights, gradients, which exist only inside the program.
       code: the program itself.
     """
 
@@ -42,12 +42,12 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Most bytes in use at once: `arguments + (outputs - aliased) + temporary + code`."""
+        """Largest number of bytes in use at once: `arguments + (outputs - aliased) + temporary + code`."""
         return self.arguments + self.outputs - self.aliased + self.temporary + self.code
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
-    """What the compiler says of a program's memory, per chip."""
+    """The compiler's analysis of a program's memory, per chip."""
     stats: Any = compiled.memory_analysis()
     return Memory(
         stats.argument_size_in_bytes,
@@ -59,7 +59,7 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 class Stack(NamedTuple):
-    """A stacked argument of a program: its dtype, its whole shape, and the shape of one chip's share."""
+    """A stacked argument of a program: its dtype, its whole shape, and the shape of one chip's shard."""
 
     dtype: Any
     whole: tuple[int, ...]
@@ -67,29 +67,29 @@ class Stack(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """A collective whose result holds all layers of a stacked argument, and more of it than the chip's share."""
+    """A collective whose result holds all layers of a stacked argument, and more of it than the chip's shard."""
 
     argument: str
     result: Result
     collective: Collective
 
 
-def gathered_parameters(found: Iterable[Collective], stacks: Mapping[str, Stack]) -> list[Gathered]:
-    """Stacked arrays that some collective assembles for all layers at once, where one layer at a time would do.
+def gathered_parameters(operations: Iterable[Collective], stacks: Mapping[str, Stack]) -> list[Gathered]:
+    """Stacked arrays that a collective gathers for all layers at once, although one layer at a time would do.
 
     A result counts when it is of the same kind (float or integer) and has the shape of the stack with one or more of
-    the split dimensions whole, whatever the order of the dimensions. An activation of just that shape counts too; the
-    collective's `source` tells. An empty list means that only the layer in use is ever gathered.
+    the split dimensions whole, in any order of the dimensions. An activation of exactly that shape counts too; the
+    collective's `source` tells them apart. An empty list means that only the layer in use is ever gathered.
     """
     shapes: dict[tuple[bool, tuple[int, ...]], str] = {}
     for name, stack in stacks.items():
-        for mixed in itertools.product(*({w, s} for w, s in zip(stack.whole[1:], stack.share[1:], strict=True))):
-            shapes.setdefault((_is_float(stack.dtype), _sorted((stack.whole[0], *mixed))), name)
-    for stack in stacks.values():  # a share is where it belongs, also if another stack's whole looks like it
+        for sizes in itertools.product(*({w, s} for w, s in zip(stack.whole[1:], stack.share[1:], strict=True))):
+            shapes.setdefault((_is_float(stack.dtype), _sorted((stack.whole[0], *sizes))), name)
+    for stack in stacks.values():  # a shard is not gathered, even if another stack has its shape
         shapes.pop((_is_float(stack.dtype), _sorted(stack.share)), None)
     return [
         Gathered(shapes[key], result, collective)
-        for collective in found
+        for collective in operations
         for result in collective.results
         if (key := ("f" in result.dtype, _sorted(result.shape))) in shapes
     ]
@@ -105,27 +105,27 @@ def _sorted(shape: Iterable[int]) -> tuple[int, ...]:
 
 def stacked_arguments(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> dict[str, Stack]:
     """The arguments of a program that hold several layers (`layers_0-11/...` in their name), parameters and optimizer
-    state alike, with the share of one chip."""
+    state alike, with the shard of one chip."""
     infos = jax.tree.leaves_with_path(lowered.args_info)
-    places = jax.tree.leaves(compiled.input_shardings)
-    found = {}
-    for (path, info), sharding in zip(infos, places, strict=True):
+    shardings = jax.tree.leaves(compiled.input_shardings)
+    stacks = {}
+    for (path, info), sharding in zip(infos, shardings, strict=True):
         name = "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path[1:])
         if re.search(rf"(^|/){SEGMENT}/", name):
-            found[name] = Stack(info.dtype, info.shape, sharding.shard_shape(info.shape))
-    return found
+            stacks[name] = Stack(info.dtype, info.shape, sharding.shard_shape(info.shape))
+    return stacks
 
 
 class Plan(NamedTuple):
-    """What a step needs on a TPU slice.
+    """Memory and communication of a step on a TPU slice.
 
     Attributes:
-      topology: as asked for, `v5e:4x4`.
+      topology: generation and shape of the slice, `v5e:4x4`.
       mesh: size of each mesh axis.
-      seconds: time that the compiler took.
-      memory: bytes a chip; limit: bytes that a chip has.
-      collectives: everything that the chips send each other.
-      gathered: stacks that are assembled whole; there should be none.
+      seconds: compilation time.
+      memory: bytes needed per chip; limit: bytes of HBM per chip.
+      collectives: all communication between chips.
+      gathered: stacks that are gathered whole; there should be none.
     """
 
     topology: str
@@ -173,7 +173,7 @@ def plan(lower: Callable[[Mesh], jax.stages.Lowered], topology: str, shape: Mapp
 
     Raises:
       ValueError: for an unknown generation, or a mesh that does not fit the slice.
-      RuntimeError: when the TPU compiler is not installed, or the program does not fit the chip.
+      RuntimeError: when the TPU compiler is not installed, or the program does not fit in a chip's memory.
     """
     limit = lookup(CHIP_MEMORY, topology.partition(":")[0], "TPU generation")
     mesh = make_mesh(shape, topology_devices(topology))
@@ -188,13 +188,13 @@ def plan(lower: Callable[[Mesh], jax.stages.Lowered], topology: str, shape: Mapp
             f"the step does not fit {topology}: {error}\nUse remat='full', a smaller batch, or more chips on fsdp"
         ) from error
     seconds = time.perf_counter() - start
-    found = collectives(compiled.as_text() or "")
-    gathered = gathered_parameters(found, stacked_arguments(lowered, compiled))
-    return Plan(topology, dict(mesh.shape), seconds, memory(compiled), limit, found, gathered)
+    operations = collectives(compiled.as_text() or "")
+    gathered = gathered_parameters(operations, stacked_arguments(lowered, compiled))
+    return Plan(topology, dict(mesh.shape), seconds, memory(compiled), limit, operations, gathered)
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """Devices of a TPU slice that need not exist; programs can be compiled for them, not run."""
+    """Devices of a TPU slice that need not exist: programs can be compiled for them, not run on them."""
     from jax.experimental import topologies
 
     try:

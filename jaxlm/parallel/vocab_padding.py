@@ -1,4 +1,4 @@
-"""A vocabulary that divides: padded in a run, masked in the logits, stripped on save."""
+"""Padding of the vocabulary to a multiple of its shards: added in a run, masked in the logits, removed on save."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,21 +34,21 @@ def _resize(params: Tree, axes: Mapping[str, Axes], new_size) -> dict[str, Any]:
 
 
 def _fit(name: str, x: Any, dimension: int, size: int) -> Any:
-    have = x.shape[dimension]
-    if size == have:
+    old_size = x.shape[dimension]
+    if size == old_size:
         return x
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((*x.shape[:dimension], size, *x.shape[dimension + 1 :]), x.dtype)
-    if size > have:
-        return jnp.pad(x, [(0, size - have if d == dimension else 0) for d in range(x.ndim)])
+    if size > old_size:
+        return jnp.pad(x, [(0, size - old_size if d == dimension else 0) for d in range(x.ndim)])
     return jax.lax.slice_in_dim(x, 0, size, axis=dimension)
 
 
 def mask_padded_logits(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """Logits `[..., padded vocab]` with those of padded entries at the dtype's lowest finite number.
+    """Logits `[..., padded vocab]` with those of padded entries set to the dtype's lowest finite number.
 
-    Their probability is exactly 0 and so is their gradient; finite, so that `0 · log 0` in a cross-entropy is 0. A mean
-    of log-probabilities over the vocabulary (label smoothing) must leave them out.
+    Their probability and their gradient are exactly 0; they are finite, so that `0 · log 0` in a cross-entropy is 0. A
+    mean of log-probabilities over the vocabulary (label smoothing) must leave them out.
 
     >>> mask_padded_logits(jnp.zeros((1, 3)), 2).argmin().item()
     2

@@ -44,7 +44,7 @@ def written(value: Value, unit: str) -> str:
     """A value with its interval; `%` shows fractions in percent, `points` differences of such, `×` ratios."""
     if isinstance(value, Ratio):
         return f"{times(value.median)} ({spread(value)})"
-    number, error = (value.value, value.error) if isinstance(value, Estimate) else (value, None)
+    number, error = value if isinstance(value, Estimate) else (value, None)
     if unit == "×":
         return times(number)
     scale, decimals, end = (100, 1, "%" if unit == "%" else " points") if unit in ("%", "points") else (1, 3, "")
@@ -72,55 +72,55 @@ class Results:
         return lookup(self.rows, name, "model in the report:")
 
     def held_out(self, name: str) -> PerExampleResults:
-        found = self.row(name).held_out
-        if found is None:
+        results = self.row(name).held_out
+        if results is None:
             raise ValueError(f"the quality of {name} was not measured")
-        return found
+        return results
 
     def agreement(self, name: str) -> Estimate:
         """How far its predictions are the first model's."""
-        found = self.held_out(name).agreement
-        if found is None:
+        agreement = self.held_out(name).agreement
+        if agreement is None:
             raise ValueError(f"{name} was not compared with the first model's predictions")
-        return found
+        return agreement
 
     def share(self, name: str, of: str) -> Estimate:
         """Its quality divided by another's."""
         return combine(lambda a, b: a / b, self.held_out(name), self.held_out(of))
 
     def gain(self, name: str, over: str) -> Estimate:
-        """How much better its quality is than another's; above 0 is better, whichever way the measure runs."""
+        """How much better its quality is than another's; above 0 is better, whichever way the metric runs."""
         sign = 1 if self.held_out(name).measures[0].higher else -1
         return combine(lambda a, b: sign * (a - b), self.held_out(name), self.held_out(over))
 
-    def rise(self, name: str, over: str, measure: str) -> Estimate:
-        """How much larger one of its measures is than another model's, as a fraction of that."""
-        known = {each.name: each for each in self.held_out(name).measures}
-        chosen = lookup(known, measure, "measure")
-        return combine(lambda a, b: a / b - 1, self.held_out(name), self.held_out(over), measure=chosen)
+    def rise(self, name: str, over: str, metric: str) -> Estimate:
+        """How much larger one of its metrics is than another model's, as a fraction of that."""
+        by_metric = {compared.name: compared for compared in self.held_out(name).measures}
+        chosen = lookup(by_metric, metric, "metric")
+        return combine(lambda a, b: a / b - 1, self.held_out(name), self.held_out(over), metric=chosen)
 
     def recovered(self, name: str, control: str, of: str) -> Estimate:
-        """`(q - q_control) / (q_of - q_control)`: how much of what the control lost is recovered."""
-        models = (self.held_out(each) for each in (name, control, of))
-        return combine(lambda a, b, c: (a - b) / (c - b), *models)
+        """`(q - q_control) / (q_of - q_control)`: how much of the control's drop is recovered."""
+        results = map(self.held_out, (name, control, of))
+        return combine(lambda q, q_control, q_of: (q - q_control) / (q_of - q_control), *results)
 
     def recovers(self, what: str, name: str, control: str, of: str, bar: float) -> Criterion:
-        """A criterion that enough of what the control lost is recovered.
+        """A criterion that enough of the control's drop is recovered.
 
         Where the control's interval reaches what it is compared with, no loss is shown, and no share of it can be.
         """
-        lost, left = self.gain(control, of), self.gain(name, of)
-        if lost.value + (lost.error or 0.0) < 0:
+        without, with_it = self.gain(control, of), self.gain(name, of)
+        if without.value + (without.error or 0.0) < 0:
             return at_least(what, self.recovered(name, control, of), bar, "%")
-        measured = f"no loss shown: {written(lost, 'points')} without, {written(left, 'points')} with"
+        measured = f"no loss shown: {written(without, 'points')} without, {written(with_it, 'points')} with"
         return Criterion(what, measured, f"≥ {_bar(bar, '%')}", None)
 
     def speed(self, name: str, over: str) -> Ratio:
         """Times as fast in batches."""
-        found = compare(self.row(name), self.row(over)).speed
-        if found is None:
+        speed = compare(self.row(name), self.row(over)).speed
+        if speed is None:
             raise ValueError(f"{name} and {over} were not timed")
-        return found
+        return speed
 
     def bytes(self, name: str, of: str) -> float:
         """Its size on disk, as a fraction of another's."""

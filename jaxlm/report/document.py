@@ -10,7 +10,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -23,8 +23,7 @@ from jaxlm.evaluate.per_example import PerExampleResults
 from jaxlm.evaluate.timing import Timing
 from jaxlm.report import layer_plot, pareto_plot
 from jaxlm.report.formatting import NOT_MEASURED, estimate, one_line, plain, printable, scaled, spread, times
-from jaxlm.report.summary import chips, described, picks, verdict
-from jaxlm.tasks import TASKS
+from jaxlm.report.summary import NO_GAIN, badges, described, recommendations, summary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,15 +34,17 @@ PICTURES = ("pareto.png", "layers.png")
 CAPTION = (
     "Small print: against the reference. Speed and latency: median over rounds in which all models took turns; in "
     "brackets the quartiles of the ratio within a round, above 1× is faster; of the reference, its own quartiles. "
-    "±: two standard errors over the held-out pieces (jackknife), for a difference from the reference paired piece by "
-    "piece. Tokens/s, memory and compile time are of a forward pass over a batch."
+    "±: two standard errors over the held-out examples (jackknife), for a difference from the reference paired example "
+    "by example. Tokens/s, memory and compile time are of a forward pass over a batch."
 )
+MODELS_HEADING = "Gains, losses and samples"
 SIGNS = {1: "▲", 0: "=", -1: "▼", None: ""}
-CLASSES = {1: "won", 0: "even", -1: "lost", None: "even"}
+CLASSES = {1: "better", 0: "equal", -1: "worse", None: "equal"}
+"""Of the style sheet."""
 
 
 class Cell(NamedTuple):
-    """One entry of the table: the number, how it compares with the reference, and whether it won (1) or lost (-1)."""
+    """One entry of the table: the number, how it compares with the reference, and its outcome, better 1 to worse -1."""
 
     label: str
     value: str
@@ -65,7 +66,7 @@ def write(
       rows: the models, in the order they are to appear.
       protocol: how everything was measured; the entries named in `PROTOCOL` must be there (ValueError).
       title: heading.
-      tolerance: the verdict recommends models whose quality is at most this fraction worse than the reference's.
+      tolerance: recommended are models whose quality is at most this fraction worse than the reference's.
     """
     by_name(rows)
     if missing := [key for key in PROTOCOL if key not in protocol]:
@@ -88,11 +89,11 @@ def _save(path: Path, text: str) -> None:
 def cells(row: ModelResult, rows: Mapping[str, ModelResult]) -> list[Cell]:
     """The numbers of one model, in the order of the table."""
     against = against_reference(row, rows)
-    outcome = {} if against is None else against.outcomes()
+    outcomes = {} if against is None else against.outcomes()
     size = speed = latency = flops = ""
     if against is not None:
         size = f"{times(against.size)} smaller" if against.size >= 1 else f"{times(1 / against.size)} larger"
-        size = "same size" if outcome["size"] == 0 else size
+        size = "same size" if outcomes["size"] == 0 else size
         speed = f"{times(against.speed.median)} ({spread(against.speed)})" if against.speed else ""
         latency = f"{times(against.latency.median)} ({spread(against.latency)})" if against.latency else ""
         flops = f"{times(against.flops)} fewer" if against.flops and against.flops > 1.005 else ""
@@ -102,13 +103,13 @@ def cells(row: ModelResult, rows: Mapping[str, ModelResult]) -> list[Cell]:
         latency = f"{plain(slow.low)}–{plain(slow.high)} ms" if slow else ""
     return [
         Cell("Parameters", scaled(row.parameters), f"{scaled(row.parameters_non_embedding)} non-embedding"),
-        Cell("Size on disk", scaled(row.bytes_on_disk, "B"), size, outcome.get("size")),
+        Cell("Size on disk", scaled(row.bytes_on_disk, "B"), size, outcomes.get("size")),
         Cell("FLOPs per token", scaled(row.flops_per_token), flops),
-        Cell("Tokens/s in batches", scaled(fast and fast.median), speed, outcome.get("speed")),
+        Cell("Tokens/s in batches", scaled(fast and fast.median), speed, outcomes.get("speed")),
         Cell(
-            "Latency at batch 1", f"{plain(slow.median)} ms" if slow else NOT_MEASURED, latency, outcome.get("latency")
+            "Latency at batch 1", f"{plain(slow.median)} ms" if slow else NOT_MEASURED, latency, outcomes.get("latency")
         ),
-        *_quality_cells(row, rows, outcome.get("quality")),
+        *_quality_cells(row, rows, outcomes.get("quality")),
         Cell(
             "Peak memory",
             scaled(row.peak_bytes, "B"),
@@ -118,18 +119,22 @@ def cells(row: ModelResult, rows: Mapping[str, ModelResult]) -> list[Cell]:
 
 
 def _quality_cells(row: ModelResult, rows: Mapping[str, ModelResult], outcome: int | None) -> list[Cell]:
-    """Every measure of the task, the first with its difference from the reference, and the agreement."""
-    task = next((r.held_out for r in rows.values() if r.held_out is not None), None)
-    if task is None:
+    """Every metric of the task, the first with its difference from the reference, and the agreement."""
+    measured = _measured(rows.values())
+    if measured is None:
         return [Cell("Quality", NOT_MEASURED)]
-    found, against = [], against_reference(row, rows)
-    for i, measure in enumerate(task.measures):
-        value = estimate(row.held_out.estimate(measure), measure) if row.held_out else NOT_MEASURED
-        change = estimate(against.quality, measure, signed=True) if not i and against and against.quality else ""
-        found.append(Cell(measure.label, value, change, None if i else outcome))
-    agreement = TASKS[task.task].quality.agreement
-    agreed = estimate(row.held_out.agreement if row.held_out else None, agreement)
-    return [*found, Cell(agreement.label, agreed)]
+    entries, against = [], against_reference(row, rows)
+    for i, metric in enumerate(measured.measures):
+        value = estimate(row.held_out.estimate(metric), metric) if row.held_out else NOT_MEASURED
+        change = estimate(against.quality, metric, signed=True) if not i and against and against.quality else ""
+        entries.append(Cell(metric.label, value, change, None if i else outcome))
+    agreement = measured.spec.agreement
+    return [*entries, Cell(agreement.label, estimate(row.held_out.agreement if row.held_out else None, agreement))]
+
+
+def _measured(rows: Iterable[ModelResult]) -> PerExampleResults | None:
+    """The results of the first model whose quality was measured."""
+    return next((row.held_out for row in rows if row.held_out is not None), None)
 
 
 # ---- console
@@ -141,16 +146,16 @@ def table(rows: Sequence[ModelResult]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    named = by_name(rows)
-    task = next((row.held_out for row in rows if row.held_out is not None), None)
+    named, measured = by_name(rows), _measured(rows)
     shown = {
         "Parameters": "Params",
         "Size on disk": "Size",
         "Tokens/s in batches": "Tokens/s",
         "Latency at batch 1": "Latency",
     }
-    if task is not None:
-        shown |= {task.measures[0].label: task.measures[0].label, TASKS[task.task].quality.agreement.label: "Agrees"}
+    if measured is not None:
+        quality = measured.measures[0].label
+        shown |= {quality: quality, measured.spec.agreement.label: "Agrees"}
     styles = {1: "cyan", 0: "dim", -1: "yellow"}
     result = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False, show_edge=False)
     result.add_column("Model", overflow="fold", min_width=10, max_width=24)
@@ -175,9 +180,9 @@ def to_json(rows: Sequence[ModelResult], protocol: Mapping[str, Any], title: str
     named = by_name(rows)
     content = {
         "title": title,
-        "verdict": verdict(rows, tolerance),
+        "verdict": summary(rows, tolerance),
         "tolerance": tolerance,
-        "picks": [pick._asdict() for pick in picks(rows, tolerance)],
+        "picks": [choice._asdict() for choice in recommendations(rows, tolerance)],
         "models": [_model(row, named) for row in rows],
         "protocol": protocol,
     }
@@ -218,12 +223,12 @@ def _model(row: ModelResult, rows: Mapping[str, ModelResult]) -> dict[str, Any]:
     raw = asdict(row)
     timing = {"batch": raw.pop("batch"), "single": raw.pop("single"), "batch_tokens": raw.pop("batch_tokens")}
     held_out = raw.pop("held_out")
-    measures = row.held_out.measures if row.held_out else ()
+    metrics = row.held_out.measures if row.held_out else ()
     return raw | {
         "layers": row.layers,
         "tokens_per_second": row.tokens_per_second,
         "latency_ms": row.latency_ms,
-        "quality": {measure.name: row.held_out.estimate(measure) for measure in measures if row.held_out},
+        "quality": {metric.name: row.held_out.estimate(metric) for metric in metrics if row.held_out},
         "agreement": row.held_out.agreement if row.held_out else None,
         "against_reference": None if against is None else against._asdict() | {"outcomes": against.outcomes()},
         "summary": described(row, rows),
@@ -241,7 +246,7 @@ def to_markdown(rows: Sequence[ModelResult], protocol: Mapping[str, Any], title:
     lines = [
         f"# {_md(title)}",
         "",
-        _md(verdict(rows, tolerance)),
+        _md(summary(rows, tolerance)),
         "",
         "![Quality, size and speed](pareto.png)",
         "",
@@ -251,15 +256,15 @@ def to_markdown(rows: Sequence[ModelResult], protocol: Mapping[str, Any], title:
     for row in rows:
         entries = [_md(c.value) + (f"<br><sub>{_md(c.note)}</sub>" if c.note else "") for c in cells(row, named)]
         lines.append(f"| **{_md(row.name)}**<br><sub>{_md(row.description)}</sub> | " + " | ".join(entries) + " |")
-    lines += ["", f"<sub>{_md(CAPTION)}</sub>", "", "## What each one won, and what it writes"]
+    lines += ["", f"<sub>{_md(CAPTION)}</sub>", "", f"## {MODELS_HEADING}"]
     for row in rows:
         lines += ["", f"### {_md(row.name)}", ""]
         lines += [f"- {_md(text)}" for text in [*described(row, named), *_stored(row)]]
         if row.sample is not None:
             text = printable(row.prompt + row.sample)
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-            lines += ["", _md(_wrote(row)), "", f"{fence}text", text, fence]
-    lines += ["", "## Protocol", "", *(f"- **{_md(key)}**: {_md(_said(value))}" for key, value in protocol.items())]
+            lines += ["", _md(_sample_heading(row)), "", f"{fence}text", text, fence]
+    lines += ["", "## Protocol", "", *(f"- **{_md(key)}**: {_md(_readable(value))}" for key, value in protocol.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -274,17 +279,17 @@ def _stored(row: ModelResult) -> list[str]:
     return [*([f"Stored as {', '.join(parts)}."] if parts else []), *facts]
 
 
-def _wrote(row: ModelResult) -> str:
+def _sample_heading(row: ModelResult) -> str:
     speed = row.sample_tokens_per_second
-    asked = f"What it wrote, continuing {one_line(row.prompt)!r}" if row.prompt else "What it wrote"
-    return f"{asked}{'' if speed is None else f', at {plain(speed)} tokens per second'}:"
+    text = f"What it wrote, continuing {one_line(row.prompt)!r}" if row.prompt else "What it wrote"
+    return f"{text}{'' if speed is None else f', at {plain(speed)} tokens per second'}:"
 
 
-def _said(value: Any) -> str:
+def _readable(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "; ".join(f"{key} {_said(item)}" for key, item in value.items())
+        return "; ".join(f"{key} {_readable(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_said(item) for item in value)
+        return ", ".join(_readable(item) for item in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -292,32 +297,35 @@ def _said(value: Any) -> str:
 
 
 def to_html(
-    rows: Sequence[ModelResult], protocol: Mapping[str, Any], title: str, tolerance: float, picture: str, left: str
+    rows: Sequence[ModelResult], protocol: Mapping[str, Any], title: str, tolerance: float, pareto: str, layers: str
 ) -> str:
     """One file: style inside, no script, light and dark, for screens of any width and for paper.
 
-    `picture` and `left` are the only things that are not escaped: elements that show the Pareto fronts, and what is
+    `pareto` and `layers` are the only things that are not escaped: elements that show the Pareto fronts, and what is
     left of the layers ("" for none).
     """
     named = by_name(rows)
     labels = [cell.label for cell in cells(rows[0], named)]
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     chosen = "".join(
-        f'<div class="pick"><dt>{_html(pick.wish)}</dt><dd class="name">{_html(pick.name)}</dd>'
-        f'<dd class="faint">{_html(pick.numbers)}</dd></div>'
-        for pick in picks(rows, tolerance)
+        f'<div class="recommendation"><dt>{_html(choice.wish)}</dt><dd class="name">{_html(choice.name)}</dd>'
+        f'<dd class="faint">{_html(choice.numbers)}</dd></div>'
+        for choice in recommendations(rows, tolerance)
     )
     return template.substitute(
         title=_html(title),
-        verdict=_html(verdict(rows, tolerance)),
-        picks=f'<dl class="picks">{chosen}</dl>' if chosen and len(rows) > 1 else "",
-        picture=picture,
-        layers=f"<h2>What is left of every layer</h2><figure>{left}</figure>" if left else "",
+        summary=_html(summary(rows, tolerance)),
+        recommendations=f'<dl class="recommendations">{chosen}</dl>' if chosen and len(rows) > 1 else "",
+        pareto=pareto,
+        layers=f"<h2>What is left of every layer</h2><figure>{layers}</figure>" if layers else "",
+        heading=MODELS_HEADING,
         caption=_html(CAPTION),
         head='<th scope="col">Model</th>' + "".join(f'<th scope="col">{_html(label)}</th>' for label in labels),
         body="\n".join(_html_row(row, named) for row in rows),
         models="\n".join(_html_model(row, named) for row in rows),
-        protocol="\n".join(f"<dt>{_html(key)}</dt><dd>{_html(_said(value))}</dd>" for key, value in protocol.items()),
+        protocol="\n".join(
+            f"<dt>{_html(key)}</dt><dd>{_html(_readable(value))}</dd>" for key, value in protocol.items()
+        ),
     )
 
 
@@ -337,17 +345,18 @@ def _html_row(row: ModelResult, rows: Mapping[str, ModelResult]) -> str:
 
 def _html_model(row: ModelResult, rows: Mapping[str, ModelResult]) -> str:
     marks = "".join(
-        f'<span class="chip {CLASSES[f.outcome]}">{SIGNS[f.outcome]} {_html(f.words)}</span>' for f in chips(row, rows)
+        f'<span class="badge {CLASSES[badge.outcome]}">{SIGNS[badge.outcome]} {_html(badge.phrase)}</span>'
+        for badge in badges(row, rows)
     )
     lines = "".join(
-        f"<p{' class=nothing' * text.startswith('Nothing won')}>{_html(text)}</p>"
+        f"<p{' class=negative' * text.startswith(NO_GAIN)}>{_html(text)}</p>"
         for text in [*described(row, rows), *_stored(row)]
     )
     sample = ""
     if row.sample is not None:
         prompt, written = escape(printable(row.prompt)), escape(printable(row.sample))
-        said = f'<p class="faint">{_html(_wrote(row))}</p>'
-        sample = f'{said}<pre dir="auto"><span class="prompt">{prompt}</span>{written}</pre>'
+        above = f'<p class="faint">{_html(_sample_heading(row))}</p>'
+        sample = f'{above}<pre dir="auto"><span class="prompt">{prompt}</span>{written}</pre>'
     head = f'<h3>{_html(row.name)}</h3><p class="faint">{_html(row.description)}</p>'
     return f"<article><div>{head}<div>{marks}</div>{lines}</div><div>{sample}</div></article>"
 
@@ -365,8 +374,8 @@ def _picture(rows: Sequence[ModelResult], wide: Path) -> str:
     draw = pareto_plot.draw if wide.name == "pareto.png" else layer_plot.draw
     narrow, dark = "(max-width: 46rem)", "(prefers-color-scheme: dark)"
     tags = []
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "picture.png"
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "picture.png"
         for media, is_dark, is_narrow in (
             (f"{narrow} and {dark}", True, True),
             (narrow, False, True),

@@ -60,8 +60,8 @@ def spread(r: Ratio) -> str:
     return f"{times(r.low)[:-1]}–{times(r.high)[:-1]}"
 
 
-def estimate(e: Estimate | None, measure: Metric | None = None, signed: bool = False) -> str:
-    """A value with its interval: `2.193 ± 0.012`, or of a measure in percent `87.3 ± 0.6%`.
+def estimate(e: Estimate | None, metric: Metric | None = None, signed: bool = False) -> str:
+    """A value with its interval: `2.193 ± 0.012`, or of a metric in percent `87.3 ± 0.6%`.
 
     `signed` is for differences: `+0.120 ± 0.011`, and in points `+1.2 ± 0.6 points`.
     """
@@ -69,7 +69,7 @@ def estimate(e: Estimate | None, measure: Metric | None = None, signed: bool = F
         return NOT_MEASURED
     if not math.isfinite(e.value):
         return plain(e.value)
-    if measure is not None and measure.percent:
+    if metric is not None and metric.percent:
         unit = (" point" if f"{abs(100 * e.value):.1f}" == "1.0" and e.error is None else " points") if signed else "%"
         return _figure(100 * e.value, None if e.error is None else 100 * e.error, 1, signed) + unit
     if abs(e.value) >= 1000:

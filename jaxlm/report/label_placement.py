@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right and top."""
-PLACES = [(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0), (1.0, 1.0), (-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)]
-PLACES += [(0.5, 1.0), (-0.5, 1.0), (0.5, -1.0), (-0.5, -1.0)]
+OFFSETS = [(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0), (1.0, 1.0), (-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)]
+OFFSETS += [(0.5, 1.0), (-0.5, 1.0), (0.5, -1.0), (-0.5, -1.0)]
 """Where a label may stand: to the right of its point, to the left, above, …"""
 
 
@@ -17,17 +17,17 @@ def candidates(
     centre: tuple[float, ...], others: Sequence[tuple[float, ...]], width: float, dot: float
 ) -> list[tuple[float, Box]]:
     """Places for a label around its point, each with a cost for its distance and for being closer to another point."""
-    found = []
+    options = []
     for gap in (10, 20, 34, 50):
-        for across, up in PLACES:
+        for across, up in OFFSETS:
             reach = gap * dot * (0.75 if across and up else 1)
             left = centre[0] + across * (reach + width / 2) - width / 2
             bottom = centre[1] + up * (reach + 12 * dot) - 12 * dot
             box = (left, bottom, left + width, bottom + 24 * dot)
             near = min((math.dist(other, nearest(box, other)) for other in others), default=math.inf)
             ambiguous = near < 1.5 * math.dist(centre, nearest(box, centre))
-            found.append((4.0 * gap + 90 * ambiguous, box))
-    return found
+            options.append((4.0 * gap + 90 * ambiguous, box))
+    return options
 
 
 def nearest(box: Box, point: Sequence[float]) -> tuple[float, float]:

@@ -92,7 +92,7 @@ def _panel(axes: Any, panel: Panel, rows: Sequence[ModelResult], names: list[str
     for i, row in enumerate(rows):
         at = {layer.name: panel.value(layer) for layer in row.layers}
         table[i] = [at.get(name, np.nan) for name in names]
-    colors = LinearSegmentedColormap.from_list("left", [theme.beaten, "#56B4E9", "#0072B2"])
+    colors = LinearSegmentedColormap.from_list("left", [theme.dominated, "#56B4E9", "#0072B2"])
     shares = table / (np.nanmax(table) or 1.0)
     axes.imshow(shares, cmap=colors, vmin=0, vmax=1, aspect="auto")
     axes.set_title(panel.title, loc="left", color=theme.ink, fontsize=11, fontweight="bold", pad=6)

@@ -30,11 +30,11 @@ class Theme(NamedTuple):
     ink: str
     faint: str
     grid: str
-    beaten: str
+    dominated: str
 
 
-LIGHT = Theme(paper="#ffffff", ink="#1b1f24", faint="#5d6671", grid="#e3e6ea", beaten="#f3f5f7")
-DARK = Theme(paper="#14171b", ink="#e8eaed", faint="#9aa3ad", grid="#2b3138", beaten="#1b1f25")
+LIGHT = Theme(paper="#ffffff", ink="#1b1f24", faint="#5d6671", grid="#e3e6ea", dominated="#f3f5f7")
+DARK = Theme(paper="#14171b", ink="#e8eaed", faint="#9aa3ad", grid="#2b3138", dominated="#1b1f25")
 
 
 class Point(NamedTuple):
@@ -56,18 +56,18 @@ class Point(NamedTuple):
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats, by their first coordinate; both coordinates are costs, ties are kept.
+    """Indices of the points that no other dominates, by the first coordinate; both are costs, ties are kept.
 
     >>> front([(1.0, 3.0), (2.0, 2.0), (2.0, 4.0), (3.0, 1.0), (float("nan"), 0.0)])
     [0, 1, 3]
     """
     finite = [i for i, point in enumerate(points) if all(map(math.isfinite, point))]
 
-    def beaten(i: int) -> bool:
+    def dominated(i: int) -> bool:
         x, y = points[i]
         return any(a <= x and b <= y and (a < x or b < y) for a, b in (points[j] for j in finite))
 
-    return sorted((i for i in finite if not beaten(i)), key=lambda i: points[i])
+    return sorted((i for i in finite if not dominated(i)), key=lambda i: points[i])
 
 
 def knee(points: Sequence[tuple[float, float]]) -> int | None:
@@ -111,9 +111,9 @@ def draw(rows: Sequence[ModelResult], path: str | Path, *, dark: bool = False, s
     canvas = FigureCanvasAgg(figure)
     size_axes, speed_axes = figure.subplots(2, 1) if stacked else figure.subplots(1, 2)
     sizes, speeds, absent = _points(rows, brief=stacked)
-    measure, references = _measure(rows), {_short(row.name) for row in rows if row.reference is None}
-    size_front = _panel(size_axes, sizes, theme, measure, smaller_is_better=True)
-    speed_front = _panel(speed_axes, speeds, theme, measure, smaller_is_better=False)
+    metric, references = _metric(rows), {_short(row.name) for row in rows if row.reference is None}
+    size_front = _panel(size_axes, sizes, theme, metric, smaller_is_better=True)
+    speed_front = _panel(speed_axes, speeds, theme, metric, smaller_is_better=False)
     ringed = any(axes.findobj(lambda artist: artist.get_gid() == "knee") for axes in (size_axes, speed_axes))
     figure.supxlabel(
         fill(_legend(absent, ringed, len(sizes) > MOST_NAMED), 64 if stacked else 195),
@@ -149,8 +149,8 @@ def _points(rows: Sequence[ModelResult], brief: bool) -> tuple[list[Point], list
     """Points of the size panel, of the speed panel, and the names of models that cannot be placed."""
     named = by_name(rows)
     sizes, speeds, absent = [], [], []
-    measure = _measure(rows)
-    scale = 100 if measure and measure.percent else 1
+    metric = _metric(rows)
+    scale = 100 if metric and metric.percent else 1
     for i, row in enumerate(rows):
         name, quality = _short(row.name), row.quality
         if quality is None or not math.isfinite(quality.value):
@@ -182,7 +182,7 @@ def _points(rows: Sequence[ModelResult], brief: bool) -> tuple[list[Point], list
     return sizes, speeds, absent
 
 
-def _measure(rows: Sequence[ModelResult]) -> Metric | None:
+def _metric(rows: Sequence[ModelResult]) -> Metric | None:
     """What quality is measured in, `None` where it was not."""
     return next((row.measure for row in rows if row.measure is not None), None)
 
@@ -205,7 +205,7 @@ def _short(name: str) -> str:
 
 
 def _panel(
-    axes: Any, points: Sequence[Point], theme: Theme, measure: Metric | None, smaller_is_better: bool
+    axes: Any, points: Sequence[Point], theme: Theme, metric: Metric | None, smaller_is_better: bool
 ) -> list[int]:
     """Draws axes, front and points; returns the points on the front."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -214,7 +214,7 @@ def _panel(
     title = "Quality against size" if smaller_is_better else "Quality against speed"
     axes.set_title(title, loc="left", color=theme.ink, fontsize=12, fontweight="bold", pad=10)
     axes.set_xlabel(what, fontsize=9.5, color=theme.faint)
-    axes.set_ylabel(_what(measure), fontsize=9.5, color=theme.faint)
+    axes.set_ylabel(_what(metric), fontsize=9.5, color=theme.faint)
     axes.set_facecolor(theme.paper)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(theme.grid)
@@ -229,7 +229,7 @@ def _panel(
     _limits(axes, points)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: re.sub(r"\.0+(?=\D|$)", "", scaled(x, unit))))
-    on_front, bend = _draw_front(axes, points, theme, smaller_is_better, measure is not None and measure.higher)
+    on_front, bend = _draw_front(axes, points, theme, smaller_is_better, metric is not None and metric.higher)
     crowd = len(points) > MOST_NAMED
     for i, p in enumerate(points):
         axes.errorbar(p.x, p.y, yerr=p.error, xerr=[[p.x - p.low], [p.high - p.x]], color=p.color, lw=1.4)
@@ -240,10 +240,11 @@ def _panel(
     return on_front
 
 
-def _what(measure: Metric | None) -> str:
-    if measure is None:
+def _what(metric: Metric | None) -> str:
+    if metric is None:
         return "quality on held-out data"
-    return f"{measure.unit}{' in %' * measure.percent} on held-out {'text' if 'text' in measure.words[0] else 'data'}"
+    data = "text" if "text" in metric.comparatives[0] else "data"
+    return f"{metric.unit}{' in %' * metric.percent} on held-out {data}"
 
 
 def _limits(axes: Any, points: Sequence[Point]) -> None:
@@ -269,7 +270,7 @@ def _limits(axes: Any, points: Sequence[Point]) -> None:
 def _draw_front(
     axes: Any, points: Sequence[Point], theme: Theme, smaller_is_better: bool, higher: bool
 ) -> tuple[list[int], int | None]:
-    """The staircase of what is reachable; the shaded side is beaten by a model on it.
+    """The staircase of what is reachable; the shaded side is dominated by a model on it.
 
     Returns:
       the points on it, and the one at its knee.
@@ -279,11 +280,11 @@ def _draw_front(
     best = front(costs)
     worst_x, worst_y = axes.get_xlim()[1 if smaller_is_better else 0], axes.get_ylim()[0 if higher else 1]
     corners = [(points[best[0]].x, worst_y)]
-    for here, following in zip(best, [*best[1:], None], strict=True):
-        corners.append((points[here].x, points[here].y))
-        corners.append((worst_x if following is None else points[following].x, points[here].y))
+    for current, following in zip(best, [*best[1:], None], strict=True):
+        corners.append((points[current].x, points[current].y))
+        corners.append((worst_x if following is None else points[following].x, points[current].y))
     shaded = [*corners, (worst_x, worst_y)]
-    axes.fill(*zip(*shaded, strict=True), color=theme.beaten, zorder=0, lw=0)
+    axes.fill(*zip(*shaded, strict=True), color=theme.dominated, zorder=0, lw=0)
     axes.plot(*zip(*corners, strict=True), color=theme.faint, linewidth=1.3, zorder=2, gid="front")
     at, side = (0.012, "left") if smaller_is_better else (0.988, "right")
     arrow = {(True, False): "↙ better", (False, False): "better ↘", (True, True): "↖ better", (False, True): "better ↗"}
@@ -330,15 +331,15 @@ def _label(axes: Any, points: Sequence[Point], named: Sequence[int], theme: Them
 def _obstacles(axes: Any, points: Sequence[Point]) -> list[Box]:
     """What labels should not cover: points, bars, the front, the hint."""
     dot = axes.figure.dpi / 72
-    found: list[Box] = []
+    boxes: list[Box] = []
     for p in points:
         x, y = axes.transData.transform((p.x, p.y))
-        found.append((x - 7 * dot, y - 7 * dot, x + 7 * dot, y + 7 * dot))
+        boxes.append((x - 7 * dot, y - 7 * dot, x + 7 * dot, y + 7 * dot))
         (left, low), (right, high) = axes.transData.transform([(p.low, p.y - p.error), (p.high, p.y + p.error)])
-        found += [(left, y - dot, right, y + dot), (x - dot, low, x + dot, high)]
+        boxes += [(left, y - dot, right, y + dot), (x - dot, low, x + dot, high)]
     for line in (line for line in axes.lines if line.get_gid() == "front"):
         corners = axes.transData.transform(line.get_xydata())
         for (x0, y0), (x1, y1) in pairwise(corners):
-            found.append((min(x0, x1) - dot, min(y0, y1) - dot, max(x0, x1) + dot, max(y0, y1) + dot))
+            boxes.append((min(x0, x1) - dot, min(y0, y1) - dot, max(x0, x1) + dot, max(y0, y1) + dot))
     hints = (text for text in axes.texts if text.get_gid() == "obstacle")
-    return found + [tuple(text.get_window_extent().extents) for text in hints]
+    return boxes + [tuple(text.get_window_extent().extents) for text in hints]

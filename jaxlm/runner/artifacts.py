@@ -24,12 +24,12 @@ PLACEMENT = ("mesh", "sharding")
 """Sections that say where a run takes place and not what it is: it may go on on another mesh."""
 
 
-def refuse_other(config: dict[str, Any], workdir: Path) -> None:
+def check_same_config(config: dict[str, Any], workdir: Path) -> None:
     """Raises ValueError when `workdir` holds a run of another config, naming the fields that differ."""
     path = workdir / "config.json"
     if not path.exists():
         return
-    before, now = ({k: v for k, v in each.items() if k not in PLACEMENT} for each in (read_json(path), config))
+    before, now = ({k: v for k, v in values.items() if k not in PLACEMENT} for values in (read_json(path), config))
     now = json.loads(json.dumps(now))
     changes = [f"{name}: {old!r} there, {new!r} now" for name, old, new in differences(before, now, "config")]
     if changes:
@@ -39,21 +39,21 @@ def refuse_other(config: dict[str, Any], workdir: Path) -> None:
         )
 
 
-def data_contents(config: Mapping[str, Any], known: Mapping[str, Any] = {}) -> dict[str, Any]:
+def data_contents(config: Mapping[str, Any], earlier: Mapping[str, Any] = {}) -> dict[str, Any]:
     """What lies at every place of a config that data are read from, by field, see `contents`.
 
     Args:
-      config: plain values or a ConfigDict; known: an earlier answer.
+      config: plain values or a ConfigDict; earlier: an answer from before.
     """
     data, calibration = DataSettings(**config["data"]), CalibrationSettings(**config["calibration"])
     places = {f"config.data.{split}": (data.format, getattr(data, split)) for split in ("train", "eval", "test")}
     places["config.data.unlabelled"] = data.unlabelled_format, data.unlabelled
     if config["surgery"] and calibration.source != "train":
         places["config.calibration.source"] = data.format, calibration.source
-    return {field: contents(*place, known.get(field, {})) for field, place in places.items() if place[1]}
+    return {field: contents(*place, earlier.get(field, {})) for field, place in places.items() if place[1]}
 
 
-def refuse_changed(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+def check_same_data(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     """What the data of a run hold now.
 
     Raises:
@@ -71,7 +71,7 @@ def refuse_changed(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     return now
 
 
-def differences(before: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, field: str) -> Iterator[tuple[str, Any, Any]]:
     """`(field, before, now)` of every field that differs.
 
     >>> list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, "config"))
@@ -79,12 +79,12 @@ def differences(before: Any, now: Any, where: str) -> Iterator[tuple[str, Any, A
     """
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            yield from differences(before.get(key), now.get(key), f"{where}.{key}")
+            yield from differences(before.get(key), now.get(key), f"{field}.{key}")
     elif before != now:
-        yield where, before, now
+        yield field, before, now
 
 
-def remember(config: dict[str, Any], workdir: Path, data: Mapping[str, Any]) -> None:
+def write_provenance(config: dict[str, Any], workdir: Path, data: Mapping[str, Any]) -> None:
     """Saves the resolved config, and the data (see `data_contents`), versions, commit and devices of the beginning."""
     if (workdir / "config.json").exists() or jax.process_index():
         return

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.core import Calibration
 from jaxlm.data.packing import counted
 from jaxlm.data.settings import CalibrationSettings, DataSettings
-from jaxlm.methods.calibration import Calibration
 from jaxlm.models.config import ModelConfig
 from jaxlm.tasks import Task
 from jaxlm.tasks.encode import batches_of, prepare
@@ -38,9 +38,11 @@ def read_calibration(
         raise ValueError(
             f"config.calibration.length = {length}, but the model has {model.max_positions} positions; choose fewer"
         )
-    own = dataclasses.replace(data, train=place, unlabelled="", max_length=length, buckets=1)  # one shape to compile
-    prepared = prepare(name, task, tokenizer, model.labels, own, "train")
-    batches = batches_of(model, task, prepared, tokenizer, own, min(settings.batch_size, settings.samples), seed)
+    one_shape = dataclasses.replace(
+        data, train=place, unlabelled="", max_length=length, buckets=1
+    )  # one shape to compile
+    prepared = prepare(name, task, tokenizer, model.labels, one_shape, "train")
+    batches = batches_of(model, task, prepared, tokenizer, one_shape, min(settings.batch_size, settings.samples), seed)
     kept: list[dict[str, np.ndarray]] = []
     missing = settings.samples
     for step in range(batches.steps_per_epoch):

@@ -27,17 +27,17 @@ def code_version(module: str = "jaxlm.runner.stage", package: Path = PACKAGE) ->
 
 def reachable(module: str, package: Path) -> dict[str, ast.Module]:
     """The syntax trees of a module and of what it imports from its package, by dotted name; also where functions do."""
-    found: dict[str, ast.Module] = {}
+    trees: dict[str, ast.Module] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
         path = source_of(name, package)
-        if name in found or path is None:
+        if name in trees or path is None:
             continue
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
-        waiting += imported_by(found[name])
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+        waiting += imported_by(trees[name])
         waiting += [name.rpartition(".")[0]] if "." in name else []  # a package runs its __init__ first
-    return found
+    return trees
 
 
 def source_of(name: str, package: Path) -> Path | None:
@@ -67,7 +67,7 @@ def without_strings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            node.body = [each for each in body if not _is_string(each)]  # type: ignore[attr-defined]
+            node.body = [statement for statement in body if not _is_string(statement)]  # type: ignore[attr-defined]
     return tree
 
 

@@ -73,8 +73,8 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 def _placeholders(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    own = [f.name for f in dataclasses.fields(cls) if f.name not in NOT_SET_BY_HAND | {"family"}]
-    return {name: config_dict.placeholder(_simple(hints[name])) for name in own}
+    names = [f.name for f in dataclasses.fields(cls) if f.name not in NOT_SET_BY_HAND | {"family"}]
+    return {name: config_dict.placeholder(_simple(hints[name])) for name in names}
 
 
 def _simple(hint: Any) -> type:
@@ -83,17 +83,17 @@ def _simple(hint: Any) -> type:
     return options[0] if len(options) == 1 and options[0] in (int, float, str, bool) else object
 
 
-def overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
+def overlay(config: ConfigDict, values: Mapping[str, Any], section: str) -> None:
     """Sets fields of a config, section by section; `None` leaves a field as it is.
 
     Raises:
       ValueError: for a field that the config does not have, naming the nearest.
     """
     for key, value in values.items():
-        if key not in config and not where.endswith(".sharding"):  # the one section whose keys are free: axis names
-            raise ValueError(f"{where} has no field {key!r}; {nearest(key, config.keys())}")
+        if key not in config and not section.endswith(".sharding"):  # the one section whose keys are free: axis names
+            raise ValueError(f"{section} has no field {key!r}; {nearest(key, config.keys())}")
         if isinstance(value, Mapping) and key in config and isinstance(config[key], ConfigDict):
-            overlay(config[key], value, f"{where}.{key}")
+            overlay(config[key], value, f"{section}.{key}")
         elif value is not None:
             with config.unlocked():
                 config[key] = tuple(value) if isinstance(value, list) else value

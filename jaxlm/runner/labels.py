@@ -11,7 +11,6 @@ from jaxlm.runner.config import plain
 from jaxlm.runner.distillation import teachers_in
 from jaxlm.tasks import Task
 from jaxlm.tasks.classification import unnamed
-from jaxlm.tasks.task import no_labels
 
 Names = tuple[str, ...]
 
@@ -21,21 +20,21 @@ class Classes:
     """The names of the classes that could count, of each side that has some.
 
     Attributes:
-      own: of the model that the run starts from; asked: of `config.data.labels`; taught: of the teachers.
-      seen: reads those of the training data, which is a pass over it.
+      model: of the model that the run starts from; config: of `config.data.labels`; teachers: of the teachers.
+      read_data: reads those of the training data, which is a pass over it.
       trains: whether the run trains, so that a fresh head would become one.
       init: the model, for messages.
     """
 
-    own: Names
-    asked: Names
-    taught: Names
-    seen: Callable[[], Names]
+    model: Names
+    config: Names
+    teachers: Names
+    read_data: Callable[[], Names]
     trains: bool
     init: str
 
     def resolve(self, info: Callable[[str], None]) -> Names:
-        """The classes in the order of the head's outputs; where they are not `own`, the head is fresh, which is said.
+        """The classes in the order of the head's outputs; where they are not the model's, a fresh head is announced.
 
         A model's own classes win: their order is that of its outputs. Only training may give it others, and then only
         where the config asks for them, or the data have a class that it does not know; a distillation learns its
@@ -44,42 +43,42 @@ class Classes:
         Raises:
           ValueError: for classes that nothing can be said of with this model.
         """
-        if not self.own:
-            return self.asked or self.taught or self.seen()
-        if unnamed(self.own):
+        if not self.model:
+            return self.config or self.teachers or self.read_data()
+        if unnamed(self.model):
             return self._of_numbers(info)
-        other = self._other()
-        if not other or other == self.own:
-            return self.own
-        if set(other) == set(self.own):
+        wanted = self._wanted()
+        if not wanted or wanted == self.model:
+            return self.model
+        if set(wanted) == set(self.model):
             raise ValueError(
                 f"config.data.labels gives the classes of {self.init} in another order: its outputs are "
-                f"{', '.join(self.own)}; leave config.data.labels out"
+                f"{', '.join(self.model)}; leave config.data.labels out"
             )
-        return self._fresh(other, info)
+        return self._fresh(wanted, info)
 
-    def _other(self) -> Names:
+    def _wanted(self) -> Names:
         """The classes that someone wants instead of the model's own; none where the data have no further ones."""
-        if self.asked or self.taught:
-            return self.asked or (self.taught if set(self.taught) != set(self.own) else ())
-        seen = self.seen() if self.trains else ()
-        return seen if set(seen) - set(self.own) else ()
+        if self.config or self.teachers:
+            return self.config or (self.teachers if set(self.teachers) != set(self.model) else ())
+        names = self.read_data() if self.trains else ()
+        return names if set(names) - set(self.model) else ()
 
     def _of_numbers(self, info: Callable[[str], None]) -> Names:
         """The classes of a head whose outputs have numbers for names, `LABEL_0`, `LABEL_1`, …"""
-        names = self.asked or self.taught
-        numbers = {*self.own, *map(str, range(len(self.own)))}
+        names = self.config or self.teachers
+        numbers = {*self.model, *map(str, range(len(self.model)))}
         if not names and self.trains:
-            seen = self.seen()
-            names = () if set(seen) <= numbers else seen
-        if not names or names == self.own:
-            return self.own
-        if len(names) != len(self.own):
+            data = self.read_data()
+            names = () if set(data) <= numbers else data
+        if not names or names == self.model:
+            return self.model
+        if len(names) != len(self.model):
             return self._fresh(names, info)
-        if not self.asked:
-            if not self.trains or self.taught:
+        if not self.config:
+            if not self.trains or self.teachers:
                 raise ValueError(
-                    f"the classes of {self.init} have no names ({', '.join(self.own[:3])}, …): say with "
+                    f"the classes of {self.init} have no names ({', '.join(self.model[:3])}, …): say with "
                     f"config.data.labels which of {', '.join(names)} each of them is"
                 )
             info(
@@ -89,44 +88,45 @@ class Classes:
         return names
 
     def _fresh(self, names: Names, info: Callable[[str], None]) -> Names:
-        if not self.trains or (self.taught and not names == self.asked == self.taught):
-            whose = "the teacher" if self.taught and not self.asked else "config.data.labels"
+        if not self.trains or (self.teachers and not names == self.config == self.teachers):
+            whose = "the teacher" if self.teachers and not self.config else "config.data.labels"
             raise ValueError(
-                f"{self.init} has the classes {', '.join(self.own)}, {whose} has {', '.join(names)}: a model is "
+                f"{self.init} has the classes {', '.join(self.model)}, {whose} has {', '.join(names)}: a model is "
                 "evaluated, compressed and distilled with its own classes; choose the model that has these, or begin "
                 "from one without a head"
             )
         info(
-            f"{self.init}: its classes are {', '.join(self.own)}, those to learn {', '.join(names)}: its head is left "
-            "out, and a fresh one begins"
+            f"{self.init}: its classes are {', '.join(self.model)}, those to learn {', '.join(names)}: its head is "
+            "left out, and a fresh one begins"
         )
         return names
 
 
-def classes(config: Any, task: Task, data: DataSettings, info: Callable[[str], None]) -> Names:
-    """The classes of a run, `()` for a task without any.
+def class_names(
+    config: Any, task: Task, data: DataSettings, info: Callable[[str], None], read: Callable[[], Names] | None = None
+) -> Names:
+    """The classes of a run of a task that has some.
+
+    Args:
+      read: gives the classes of the training data; by default they are read.
 
     Raises:
       ValueError: for classes that do not go together, naming whose they are.
     """
-    if task.labels is no_labels:
-        return ()
-    own: Names = ()
-    if config.model.init:
-        own = stored_classes(config.model.init, task)
-    taught = {stored_classes(place, task) for place in teachers_in(plain(config.losses))} - {()}
-    if len(taught) > 1:
+    init = config.model.init
+    by_teacher = {stored_classes(place, task) for place in teachers_in(plain(config.losses))} - {()}
+    if len(by_teacher) > 1:
         raise ValueError(
             "config.losses: the teachers have different classes, or the same in another order: "
-            + "; ".join(", ".join(names) for names in sorted(taught))
+            + "; ".join(", ".join(names) for names in sorted(by_teacher))
         )
     return Classes(
-        own=own,
-        asked=asked_classes(data.labels),
-        taught=next(iter(taught), ()),
-        seen=lambda: seen_classes(config, task, data),
+        model=stored_classes(init, task) if init else (),
+        config=configured_classes(data.labels),
+        teachers=next(iter(by_teacher), ()),
+        read_data=read or (lambda: data_classes(config, task, data)),
         trains=bool(config.train.steps or config.train.epochs),
-        init=config.model.init,
+        init=init,
     ).resolve(info)
 
 
@@ -136,7 +136,7 @@ def stored_classes(place: str, task: Task) -> Names:
     return stored.labels if stored.head == task.structure["head"] and not stored.regression else ()
 
 
-def seen_classes(config: Any, task: Task, data: DataSettings) -> Names:
+def data_classes(config: Any, task: Task, data: DataSettings) -> Names:
     """The classes of the training data, sorted."""
     if not data.train:
         raise ValueError(
@@ -146,10 +146,10 @@ def seen_classes(config: Any, task: Task, data: DataSettings) -> Names:
     return task.labels(data.source("train"))
 
 
-def asked_classes(labels: Sequence[Any] | None) -> Names:
+def configured_classes(labels: Sequence[Any] | None) -> Names:
     """`config.data.labels` as names.
 
-    >>> asked_classes(("neg", "pos")), asked_classes(None)
+    >>> configured_classes(("neg", "pos")), configured_classes(None)
     (('neg', 'pos'), ())
 
     Raises:

@@ -35,14 +35,16 @@ def stage_config(config: ConfigDict, entry: Mapping[str, Any], done: Mapping[str
     `after` names the stage whose model it starts from (the pipeline's `model` section then does not apply), and a
     `teacher` may be the name of a stage too.
     """
-    own = default_config()
-    overlay(own, {k: v for k, v in plain(config).items() if k not in ("stages", "report", "search")}, "config")
+    settings = default_config()
+    overlay(settings, {k: v for k, v in plain(config).items() if k not in ("stages", "report", "search")}, "config")
     if entry.get("after"):
-        own.model = default_config().model
-        own.model.init = str(lookup(done, entry["after"], "stage (stages come in order)") / "model")
-    overlay(own, {k: v for k, v in entry.items() if k not in STAGE_FIELDS}, f"stage {entry['name']}: config")
-    own.losses = teacher_places(plain(own.losses), lambda name: str(done[name] / "model") if name in done else name)
-    return own
+        settings.model = default_config().model
+        settings.model.init = str(lookup(done, entry["after"], "stage (stages come in order)") / "model")
+    overlay(settings, {k: v for k, v in entry.items() if k not in STAGE_FIELDS}, f"stage {entry['name']}: config")
+    settings.losses = teacher_places(
+        plain(settings.losses), lambda name: str(done[name] / "model") if name in done else name
+    )
+    return settings
 
 
 def fingerprint(config: ConfigDict, done: Mapping[str, Path], code: str) -> str:
@@ -132,26 +134,26 @@ def run(config: ConfigDict, workdir: Path) -> list[ModelResult]:
     console, workdir = Console(stderr=True), workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     stages = run_stages(config, lambda name, inputs: workdir / name, console)
-    said = [{field: stage.entry.get(field) for field in STAGE_FIELDS} for stage in stages]
+    descriptions = [{field: stage.entry.get(field) for field in STAGE_FIELDS} for stage in stages]
     code = code_version("jaxlm.runner.pipeline")
-    inputs = digest([plain(config.report), said, code, *(stage.inputs for stage in stages)])
+    inputs = digest([plain(config.report), descriptions, code, *(stage.inputs for stage in stages)])
     rows = measured_rows(config, workdir, stages, inputs, console)
     console.print(document.table(rows))
     console.print(f"report: {workdir / 'report.html'}")
     return rows
 
 
-def run_stages(config: ConfigDict, place: Callable[[str, str], Path], console: Console) -> list[Finished]:
-    """Every stage of `config.stages` in order; `place(name, hash of its inputs)` is where a stage lies."""
+def run_stages(config: ConfigDict, directory_of: Callable[[str, str], Path], console: Console) -> list[Finished]:
+    """Every stage of `config.stages` in order; `directory_of(name, hash of its inputs)` is where a stage lies."""
     code = code_version()
     done: dict[str, Path] = {}
     stages: list[Finished] = []
     for entry in plain(config.stages):
         name = entry["name"]
-        own = stage_config(config, entry, done)
-        inputs = fingerprint(own, done, code)
-        done[name] = place(name, inputs)
-        stages.append(Finished(entry, done[name], run_stage(own, done[name], name, inputs, console), inputs))
+        stage_settings = stage_config(config, entry, done)
+        inputs = fingerprint(stage_settings, done, code)
+        done[name] = directory_of(name, inputs)
+        stages.append(Finished(entry, done[name], run_stage(stage_settings, done[name], name, inputs, console), inputs))
     return stages
 
 
@@ -165,7 +167,7 @@ def candidate(name: str, stages: Mapping[str, Finished]) -> Candidate:
         reference=stage.entry.get("reference"),
         beside=tuple(stage.entry.get("beside", ())),
         train_tokens=stage.result["tokens"] or None,
-        facts=facts([each.result for each in lineage(name, stages)]),
+        facts=facts([stage.result for stage in lineage(name, stages)]),
     )
 
 
@@ -190,8 +192,8 @@ def write_report(
     settings = ReportSettings(**config.report)
     trial = Trial(config.task, DataSettings(**config.data), settings)
     rows = compare_models(candidates, trial, console.print)
-    said = protocol(trial, rows, load(candidates[0].directory), config.seed)
-    document.write(workdir, rows, said, title=settings.title or "Which model to ship", tolerance=settings.tolerance)
+    how = protocol(trial, rows, load(candidates[0].directory), config.seed)
+    document.write(workdir, rows, how, title=settings.title or "Which model to ship", tolerance=settings.tolerance)
     return rows
 
 
@@ -204,12 +206,12 @@ def lineage(name: str, stages: Mapping[str, Finished]) -> list[Finished]:
 def facts(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What the report says of a model beyond what can be measured of it: what the stages that it comes from were
     calibrated on, what the answers of their teachers take on disk, and how long they trained."""
-    found: dict[str, list[str]] = {"Calibrated on": [], "Teacher's answers on disk": [], "Training": []}
+    lines: dict[str, list[str]] = {"Calibrated on": [], "Teacher's answers on disk": [], "Training": []}
     for result in results:
         if read := result["data"].get("calibration"):
-            found["Calibrated on"] += [f"{read['samples']:,} rows, {read['tokens']:,} tokens of {read['source']}"]
-        for each in result.get("teacher_caches", ()):
-            found["Teacher's answers on disk"] += [f"{each['bytes_per_token']:.1f} bytes per token"]
+            lines["Calibrated on"] += [f"{read['samples']:,} rows, {read['tokens']:,} tokens of {read['source']}"]
+        for cache in result.get("teacher_caches", ()):
+            lines["Teacher's answers on disk"] += [f"{cache['bytes_per_token']:.1f} bytes per token"]
         if result["steps"]:
-            found["Training"] += [f"{result['steps']:,} steps in {result['train_seconds']:.0f} s"]
-    return {name: ", then ".join(values) for name, values in found.items() if values}
+            lines["Training"] += [f"{result['steps']:,} steps in {result['train_seconds']:.0f} s"]
+    return {name: ", then ".join(values) for name, values in lines.items() if values}

@@ -1,10 +1,9 @@
 """Every method, loss and surgery by the name that a config uses. One line enrols a new one."""
 
-import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from jaxlm.core import Method, call, lookup
+from jaxlm.core import LM, NO_DATA, Method, NoData, SurgeryContext, call, lookup
 from jaxlm.methods.bake import bake
 from jaxlm.methods.distill.method import distill
 from jaxlm.methods.factorize.svd import activation_svd, svd
@@ -29,7 +28,7 @@ from jaxlm.methods.quantize.static import quantize_static
 from jaxlm.methods.share.clustering import cluster
 from jaxlm.methods.share.layers import share, unshare
 
-METHODS = {
+METHODS: dict[str, Callable[..., Method]] = {
     "l0": l0,
     "lora": lora,
     "lsq": lsq,
@@ -41,8 +40,8 @@ METHODS = {
     "structured": structured,
     "taylor": taylor,
 }
-LOSSES = {"distill": distill}
-SURGERY = {
+LOSSES: dict[str, Callable[..., Method]] = {"distill": distill}
+SURGERY: dict[str, Callable[..., LM]] = {
     "activation_svd": activation_svd,
     "awq": awq,
     "bake": bake,
@@ -66,28 +65,31 @@ SURGERY = {
 }
 
 
-def make(
-    table: Mapping[str, Any],
-    entry: Mapping[str, Any],
-    what: str,
-    offered: Mapping[str, Callable[[], Any]] = {},
-    /,
-    **given: Any,
-) -> Any:
-    """`{"name": …, **arguments}` from a config, looked up and called; errors name the nearest valid word.
+def make(table: Mapping[str, Callable[..., Any]], entry: Mapping[str, Any], section: str, *given: Any) -> Any:
+    """What the function of an entry `{"name": …, **options}` of a config gives; errors name the nearest valid word.
 
     Args:
-      offered: arguments by name that are costly (calibration data): made for a function that has them, and only then.
-      given: arguments that every function of the table has.
+      section: of the config, for messages.
+      given: the arguments that every function of the table takes before its options.
     """
     if "name" not in entry:
-        raise ValueError(f"an entry of config.{what} needs a name; known: {', '.join(sorted(table))}")
-    arguments = {key: value for key, value in entry.items() if key != "name"}
-    function = lookup(table, entry["name"], f"entry of config.{what}")
-    wanted = {n: create() for n, create in offered.items() if n in inspect.signature(function).parameters}
-    return call(function, arguments, f"config.{what}: {entry['name']}", **given, **wanted)
+        raise ValueError(f"an entry of config.{section} needs a name; known: {', '.join(sorted(table))}")
+    options = {key: value for key, value in entry.items() if key != "name"}
+    function = lookup(table, entry["name"], f"entry of config.{section}")
+    return call(function, options, f"config.{section}: {entry['name']}", *given)
 
 
 def method(entry: Mapping[str, Any]) -> tuple[str, Method]:
     """A named Method of `config.methods`."""
     return entry["name"], make(METHODS, entry, "methods")
+
+
+Model = TypeVar("Model", bound=LM)
+
+
+def operate(entry: Mapping[str, Any], lm: Model, context: SurgeryContext = NO_DATA) -> Model:
+    """The model after one entry of `config.surgery`."""
+    try:
+        return make(SURGERY, entry, "surgery", lm, context)
+    except NoData as error:
+        raise NoData(f"config.surgery: {entry['name']}: {error}") from None

@@ -46,12 +46,12 @@ def located(config: ConfigDict, data: str, encoder: str) -> ConfigDict:
             return encoder
         return data + value[len(DATA) :] if isinstance(value, str) and value.startswith(f"{DATA}/") else value
 
-    found = config.copy_and_resolve_references()
+    located_config = config.copy_and_resolve_references()
     for name, value in plain(config.data).items():
         if isinstance(value, str):
-            found.data[name] = put(value)
-    found.model.init, found.stages = put(config.model.init), put(plain(config.stages))
-    return found
+            located_config.data[name] = put(value)
+    located_config.model.init, located_config.stages = put(config.model.init), put(plain(config.stages))
+    return located_config
 
 
 def table(rows: Sequence[ModelResult]) -> str:
@@ -62,9 +62,9 @@ def table(rows: Sequence[ModelResult]) -> str:
     quality = [labels[labels.index("Latency at batch 1") + 1], labels[labels.index("Peak memory") - 1]]
     lines = [f"| model | {' | '.join((*shown, *quality))} |", "|---|" + "---|" * (len(shown) + len(quality))]
     for row in rows:
-        found = {cell.label: cell for cell in cells(row, named)}
+        by_label = {cell.label: cell for cell in cells(row, named)}
         entries = [
-            found[label].value + (f" ({found[label].note})" if found[label].note else "")
+            by_label[label].value + (f" ({by_label[label].note})" if by_label[label].note else "")
             for label in (*shown, *quality)
         ]
         lines.append(f"| {row.name} | {' | '.join(entries)} |")
@@ -108,7 +108,7 @@ def run(
     Returns:
       every criterion of every report.
     """
-    found: list[Criterion] = []
+    all_criteria: list[Criterion] = []
     for name, path in recipes(folder).items():
         recipe = read(path)
         if only_tables:
@@ -120,5 +120,5 @@ def run(
         criteria = recipe.criteria(Results(rows))
         content = f"{criteria_table(criteria)}\n\n{table(rows)}"
         results.write_text(rewritten(results.read_text(encoding="utf-8"), name, content), encoding="utf-8")
-        found += criteria
-    return found
+        all_criteria += criteria
+    return all_criteria

@@ -1,48 +1,48 @@
-"""What a stage works on before any method: model, parameters, tokenizer, data and mesh of a config."""
+"""What a run works on before any method: the model of a config, its data and its mesh, and surgery on that model."""
 
 import dataclasses
-import functools
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import Axes, Context, Operated, Tree, lookup
+from jaxlm.core import NO_DATA, Calibration, Context, SurgeryContext, lookup
 from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.data.tokenizer import Texts, load_tokenizer
 from jaxlm.evaluate.evaluator import evaluator
-from jaxlm.io.carried import for_tokenizer
+from jaxlm.io.lm import LM
 from jaxlm.io.model_directory import check_files
-from jaxlm.io.pretrained import LM, load
-from jaxlm.methods.calibration import Calibration
+from jaxlm.io.pretrained import load
 from jaxlm.models import FAMILIES, model_config
+from jaxlm.models.config import ModelConfig
 from jaxlm.models.network import Network
 from jaxlm.parallel import make_mesh, make_rules, pad_vocab, place, shard_tree, shardings, ways
 from jaxlm.parallel.batches import to_devices
 from jaxlm.runner import registry
 from jaxlm.runner.calibration_data import read_calibration
 from jaxlm.runner.config import plain, set_fields
-from jaxlm.runner.labels import classes
+from jaxlm.runner.labels import class_names
 from jaxlm.tasks import TASKS, Prepared, Task
 from jaxlm.tasks.encode import check_fit, check_types, prepare_splits
+from jaxlm.tasks.task import no_labels
 from jaxlm.train.settings import TrainSettings
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a stage works on, before any method: model, parameters, data, mesh.
+class RunSetup:
+    """What a run works on: one model, its data, one mesh. In a dry run arrays are shapes, and there are no data.
 
     Attributes:
       config: plain values; data, training: its sections as objects.
-      task, tokenizer, splits: what is learned, and the encoded data by split.
-      model, params, axes: canonical view.
+      task: what is learned.
+      lm: the model, tokenizer included.
+      splits: the encoded data by split.
       mesh, rules: placement.
-      tokenizer_source: the model's own files of the tokenizer where it is theirs; carried: what its directory says
-        besides the network (`io.carried`), in the ids of the tokenizer.
       calibration: facts about the text that the surgery was calibrated on, for the result.
     """
 
@@ -50,23 +50,20 @@ class Setting:
     data: DataSettings
     training: TrainSettings
     task: Task
-    tokenizer: Any
-    splits: dict[str, Prepared]
-    model: Network
-    params: Tree
-    axes: dict[str, Axes]
+    lm: LM
+    splits: Mapping[str, Prepared]
     mesh: jax.sharding.Mesh
     rules: Mapping[str, Any]
-    tokenizer_source: Any = None
-    carried: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
 
     @property
     def ctx(self) -> Context:
+        """The placement of activations."""
         return Context(place=place(self.mesh, self.rules))
 
     @property
     def dtype(self) -> Any:
+        """Of activations and products."""
         return jnp.dtype(self.training.dtype)
 
     def key(self, name: str) -> jax.Array:
@@ -79,61 +76,68 @@ def key_of(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def set_up(config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), info=print) -> Setting:
+def prepare_run(
+    config: Any, splits: tuple[str, ...] = ("train", "eval", "test"), info: Callable[[str], None] = print
+) -> RunSetup:
     """Reads model and data of a config; `splits` are encoded where the config names a place for them."""
     data, training = DataSettings(**config.data), TrainSettings(**config.train)
     task = lookup(TASKS, config.task, "task")
-    key = key_of(config.seed, "init")
-    labels = classes(config, task, data, info)
-    lm = None
-    if config.model.init:
-        lm = starting_model(config, task, labels, key, info)
-        tokenizer = tokenizer_for(data, task, lm.tokenizer)
-        model, params = Network(lm.config), lm.params
-        carried = for_tokenizer(lm.carried, lm.tokenizer, tokenizer)
-    else:
-        tokenizer = tokenizer_for(data, task, None)
-        carried = for_tokenizer({}, None, tokenizer)
-        model = Network(fresh_config(config, task, labels, tokenizer))
-        params = model.init(key)
-    check_fit(model.config, tokenizer, data)
-    mesh, axes = make_mesh(config.mesh), model.axes() if lm is None else lm.axes
-    named = tuple(s for s in splits if getattr(data, s))
-    prepared = prepare_splits(named, config.task, tokenizer, model.config.labels, data, info)
-    check_types(model.config, prepared)
-    rules = make_rules(config.sharding, axes, mesh)
-    source = lm.tokenizer_source if lm is not None and tokenizer is lm.tokenizer else tokenizer
-    return Setting(
-        plain(config), data, training, task, tokenizer, prepared, model, params, axes, mesh, rules, source, carried
+    labels = () if task.labels is no_labels else class_names(config, task, data, info)
+    lm = starting_model(config, task, data, labels, info)
+    check_fit(lm.config, lm.tokenizer, data)
+    mesh = make_mesh(config.mesh)
+    named = tuple(split for split in splits if getattr(data, split))
+    prepared = prepare_splits(named, config.task, lm.tokenizer, lm.config.labels, data, info)
+    check_types(lm.config, prepared)
+    return RunSetup(
+        config=plain(config),
+        data=data,
+        training=training,
+        task=task,
+        lm=lm,
+        splits=prepared,
+        mesh=mesh,
+        rules=make_rules(config.sharding, lm.axes, mesh),
     )
 
 
-def tokenizer_for(settings: DataSettings, task: Task, own: Any) -> Any:
-    """The tokenizer that the config names, or trained on the training split, or the model's `own`."""
-    if not settings.tokenizer:
-        if own is None:
-            raise ValueError(
-                "no tokenizer: set config.data.tokenizer (a directory, a hub id, bpe:SIZE, wordpiece:SIZE, character), "
-                "or config.model.init to a model directory that has one"
-            )
-        return own
-    if Path(settings.tokenizer).is_dir():
-        check_files(Path(settings.tokenizer))
-    trained = settings.tokenizer.partition(":")[0] in ("bpe", "wordpiece", "character")
-    texts = Texts(settings.source("train")) if trained else None
-    return load_tokenizer(settings.tokenizer, texts, sentinels=task.sentinels)
+# The model ------------------------------------------------------------------------------------------------------------
 
 
-def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Array, info=print) -> LM:
+def starting_model(
+    config: Any, task: Task, data: DataSettings, labels: tuple[str, ...], info: Callable[[str], None]
+) -> LM:
+    """The model that a run starts from, with the tokenizer that its data are encoded with."""
+    key = key_of(config.seed, "init")
+    if config.model.init:
+        lm = with_head(config, task, labels, load, info, key=key)
+        return lm.with_tokenizer(choose_tokenizer(data, task, lm.tokenizer))
+    tokenizer = choose_tokenizer(data, task, None)
+    special = special_ids(config, tokenizer)
+    structure = fresh_config(config, task, labels, vocab_size=len(tokenizer), **special)
+    return LM.initialize(structure, key, tokenizer).with_tokenizer(tokenizer)
+
+
+def with_head(
+    config: Any,
+    task: Task,
+    labels: tuple[str, ...],
+    load: Callable[..., LM],
+    info: Callable[[str], None],
+    **options: Any,
+) -> LM:
     """The model of `config.model.init` with the task's head; leaves that it lacks are initialised and named.
+
+    Args:
+      load: `load`, or `load_abstract`; options: for it.
 
     Raises:
       ValueError: for a field of `config.model` that would change the stored parameters' shapes.
     """
-    init, head = config.model.init, task.structure["head"]
-    regression = task.structure.get("regression", False)
-    lm = load(init, head=head, labels=labels or None, regression=regression, key=key)
-    if task.structure.get("next_sentence") and not lm.config.next_sentence:
+    init, structure = config.model.init, task.structure
+    regression = structure.get("regression", False)
+    lm = load(init, head=structure["head"], labels=labels or None, regression=regression, **options)
+    if structure.get("next_sentence") and not lm.config.next_sentence:
         raise ValueError(f"{init} has no next-sentence head; train it with config.task = 'masked'")
     if lm.fresh:
         info(f"{init}: initialised {', '.join(lm.fresh)}")
@@ -141,74 +145,117 @@ def starting_model(config: Any, task: Task, labels: tuple[str, ...], key: jax.Ar
         info(f"{init}: left out {', '.join(lm.dropped)}")
     if config.model.family not in (None, lm.config.family):
         raise ValueError(f"config.model.family is {config.model.family!r}, but {init} is a {lm.config.family}")
-    fields = {n: v for n, v in set_fields(config.model).items() if n not in ("init", "family")}
-    changed = Network(lm.config.replace(**fields))
-    if changed.abstract() != Network(lm.config).abstract():
+    fields = {name: value for name, value in set_fields(config.model).items() if name not in ("init", "family")}
+    changed = lm.config.replace(**fields)
+    if Network(changed).abstract() != lm.network.abstract():
         raise ValueError(f"config.model.{', '.join(fields)} would change the parameters of {init}; leave them out")
-    return dataclasses.replace(lm, config=changed.config)
+    return lm.replace(config=changed)
 
 
-def fresh_config(config: Any, task: Task, labels: tuple[str, ...], tokenizer: Any) -> Any:
-    """The structure of a new model: the family's defaults, the config's fields, the task's head, the tokenizer."""
-    fields = {n: v for n, v in set_fields(config.model).items() if n != "init"}
-    family = fields.pop("family", "gpt2")
-    special = lookup(FAMILIES, family, "family").special_tokens
-    given = {"vocab_size": len(tokenizer)} | {field: getattr(tokenizer, name) for field, name in special.items()}
-    return model_config(family, **{**given, "labels": labels, **task.structure, **fields})
+def choose_tokenizer(settings: DataSettings, task: Task, stored: Any) -> Any:
+    """The tokenizer that the config names, or trained on the training split, or the model's `stored` one."""
+    if not settings.tokenizer:
+        if stored is None:
+            raise ValueError(
+                "no tokenizer: set config.data.tokenizer (a directory, a hub id, bpe:SIZE, wordpiece:SIZE, character), "
+                "or config.model.init to a model directory that has one"
+            )
+        return stored
+    if Path(settings.tokenizer).is_dir():
+        check_files(Path(settings.tokenizer))
+    trained = settings.tokenizer.partition(":")[0] in ("bpe", "wordpiece", "character")
+    texts = Texts(settings.source("train")) if trained else None
+    return load_tokenizer(settings.tokenizer, texts, sentinels=task.sentinels)
 
 
-def operate(setting: Setting) -> Setting:
-    """The setting after `config.surgery`; data are encoded anew where that changed the tokenizer."""
-    config = setting.config
-    now = Operated(setting.model, setting.params, setting.axes, setting.tokenizer)
-    read: dict[str, Any] = {}
-    for entry in config["surgery"]:
-
-        def calibration(now: Operated = now) -> Calibration:
-            settings = CalibrationSettings(**config["calibration"])
-            given = (setting.task, now.tokenizer, now.model.config, setting.data, config["seed"])
-            found = read_calibration(settings, config["task"], *given)
-            read.update(found.facts())
-            return found
-
-        offered: dict[str, Callable[[], Any]] = {
-            "calibration": calibration,
-            "calibrate": functools.partial(lambda function: function, calibration),
-            "loss": functools.partial(getattr, setting.task, "loss"),
-            "tokenizer": functools.partial(getattr, now, "tokenizer"),
-            "texts": lambda: lambda split: Texts(setting.data.source(split)),
-        }
-        given = {"model": now.model, "params": now.params, "axes": now.axes}
-        done = Operated(*registry.make(registry.SURGERY, entry, "surgery", offered, **given))
-        now = done if done.tokenizer is not None else done._replace(tokenizer=now.tokenizer)
-    splits, source, carried = setting.splits, setting.tokenizer_source, setting.carried
-    if now.tokenizer is not setting.tokenizer:
-        source, carried = now.tokenizer, for_tokenizer(carried, setting.tokenizer, now.tokenizer)
-        labels = now.model.config.labels
-        splits = prepare_splits(tuple(splits), config["task"], now.tokenizer, labels, setting.data)
-    return dataclasses.replace(
-        setting, **now._asdict(), splits=splits, tokenizer_source=source, carried=carried, calibration=read or None
-    )
+def special_ids(config: Any, tokenizer: Any) -> dict[str, int | None]:
+    """The ids of the special tokens that the family's structure names."""
+    special = lookup(FAMILIES, config.model.family or "gpt2", "family").special_tokens
+    return {field: getattr(tokenizer, name) for field, name in special.items()}
 
 
-def on_mesh(setting: Setting, model: Network, params: Tree, axes: Mapping[str, Axes]) -> dict[str, Any]:
-    """Parameters (run view) padded to a vocabulary that divides, on the devices."""
-    padded = pad_vocab(params, axes, ways("vocab", setting.mesh, setting.rules))
-    return shard_tree(padded, shardings(padded, axes, setting.mesh, setting.rules, model.sizes()))
+def fresh_config(config: Any, task: Task, labels: tuple[str, ...], **given: Any) -> ModelConfig:
+    """The structure of a new model: the family's defaults, what the data give, the task's head, the config's fields."""
+    fields = {name: value for name, value in set_fields(config.model).items() if name != "init"}
+    return model_config(fields.pop("family", "gpt2"), **{**given, "labels": labels, **task.structure, **fields})
 
 
-def split_evaluator(setting: Setting, model: Network, split: str):
+# Surgery --------------------------------------------------------------------------------------------------------------
+
+Operation = Callable[[LM], LM]
+
+
+def perform(name: str, operation: Operation, lm: LM) -> LM:
+    """One entry of `config.surgery` on a model with parameters."""
+    return operation(lm)
+
+
+def apply_surgery(setup: RunSetup, perform: Callable[[str, Operation, LM], LM] = perform) -> RunSetup:
+    """The setup after `config.surgery`; data are encoded anew where that changed the tokenizer.
+
+    Args:
+      perform: `(name of the entry, operation, lm) -> lm`; a dry run has shapes to perform it on.
+    """
+    lm, calibrated_on = setup.lm, dict[str, Any]()
+    for entry in setup.config["surgery"]:
+        context = surgery_context(setup, calibrated_on)
+        lm = perform(entry.get("name", ""), partial(registry.operate, entry, context=context), lm)
+    splits = setup.splits
+    if splits and lm.tokenizer is not setup.lm.tokenizer:
+        splits = prepare_splits(tuple(splits), setup.config["task"], lm.tokenizer, lm.config.labels, setup.data)
+    return dataclasses.replace(setup, lm=lm, splits=splits, calibration=calibrated_on or None)
+
+
+def surgery_context(setup: RunSetup, calibrated_on: dict[str, Any]) -> SurgeryContext:
+    """What surgery may read; facts about calibration data that are read go into `calibrated_on`.
+
+    A dry run has no tokenizer, and so no data.
+    """
+    if setup.lm.tokenizer is None:
+        return NO_DATA
+
+    def read(lm: Any) -> Calibration:
+        calibration = read_calibration(
+            CalibrationSettings(**setup.config["calibration"]),
+            setup.config["task"],
+            setup.task,
+            lm.tokenizer,
+            lm.config,
+            setup.data,
+            setup.config["seed"],
+        )
+        calibrated_on.update(calibration.facts())
+        return calibration
+
+    return SurgeryContext(read, setup.task.loss, lambda split: Texts(setup.data.source(split)))
+
+
+# On the devices -------------------------------------------------------------------------------------------------------
+
+
+def on_mesh(setup: RunSetup, lm: LM, breaks: Collection[int] = ()) -> dict[str, Any]:
+    """The parameters of a model on the devices: run view, the vocabulary padded to a multiple that divides.
+
+    Args:
+      breaks: layers that begin a segment of their own, see `Network.run_view`.
+    """
+    params = lm.network.run_view(lm.params, breaks=breaks)
+    params = pad_vocab(params, lm.axes, ways("vocab", setup.mesh, setup.rules))
+    return shard_tree(params, shardings(params, lm.axes, setup.mesh, setup.rules, lm.network.sizes()))
+
+
+def split_evaluator(setup: RunSetup, network: Network, split: str):
     """`params -> Score` on a split, or `None` where the config has no such data."""
-    if split not in setting.splits:
+    if split not in setup.splits:
         return None
     return evaluator(
-        setting.task,
-        model,
-        setting.splits[split],
-        setting.tokenizer,
-        setting.data,
-        batch_size=setting.training.batch_size,
-        place=to_devices(setting.mesh, setting.rules),
-        ctx=setting.ctx,
-        dtype=setting.dtype,
+        setup.task,
+        network,
+        setup.splits[split],
+        setup.lm.tokenizer,
+        setup.data,
+        batch_size=setup.training.batch_size,
+        place=to_devices(setup.mesh, setup.rules),
+        ctx=setup.ctx,
+        dtype=setup.dtype,
     )

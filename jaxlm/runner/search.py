@@ -42,9 +42,9 @@ class Space:
         self.strengths: dict[str, Mapping[str, Any]] = {}
         for strength in self.settings.vary:
             entry = lookup(self.stages, strength["stage"], "stage in config.search.vary:")
-            for place in places(strength):
-                check_place(entry, place)
-            self.strengths[f"{strength['stage']}.{places(strength)[0]}"] = strength
+            for field in fields(strength):
+                check_field(entry, field)
+            self.strengths[f"{strength['stage']}.{fields(strength)[0]}"] = strength
         if not self.strengths:
             raise ValueError("config.search.vary is empty; name a stage, a field, and its low and high")
         last = self.settings.stage or list(self.stages)[-1]
@@ -57,8 +57,8 @@ class Space:
         config = self.config.copy_and_resolve_references()
         stages = {name: plain(entry) for name, entry in self.stages.items()}
         for name, value in values.items():
-            for place in places(self.strengths[name]):
-                put(stages[self.strengths[name]["stage"]], place.split("."), value)
+            for field in fields(self.strengths[name]):
+                put(stages[self.strengths[name]["stage"]], field.split("."), value)
         config.stages = tuple(stages.values())
         return config
 
@@ -73,17 +73,17 @@ class Space:
 
     def suggest(self, trial: Any) -> dict[str, Any]:
         """Values for an optuna trial."""
-        found = {}
+        values = {}
         for name, strength in self.strengths.items():
             if "values" in strength:
-                found[name] = trial.suggest_categorical(name, tuple(strength["values"]))
+                values[name] = trial.suggest_categorical(name, tuple(strength["values"]))
                 continue
             draw = trial.suggest_int if whole(strength) else trial.suggest_float
-            found[name] = draw(name, strength["low"], strength["high"], log=strength.get("log", False))
-        return found
+            values[name] = draw(name, strength["low"], strength["high"], log=strength.get("log", False))
+        return values
 
 
-def places(strength: Mapping[str, Any]) -> tuple[str, ...]:
+def fields(strength: Mapping[str, Any]) -> tuple[str, ...]:
     """The fields that get the value."""
     return (strength["field"],) if isinstance(strength["field"], str) else tuple(strength["field"])
 
@@ -109,21 +109,22 @@ def options(strength: Mapping[str, Any], count: int | None) -> list[Any]:
     return list(dict.fromkeys(round(v) if whole(strength) else float(f"{v:.4g}") for v in values))
 
 
-def check_place(entry: Mapping[str, Any], place: str) -> None:
+def check_field(entry: Mapping[str, Any], path: str) -> None:
     """Raises ValueError for a field that the stage could not have, naming the nearest."""
-    section, *rest = place.split(".")
+    section, *rest = path.split(".")
     what = f"config.search.vary: stage {entry['name']}"
     if section in TABLES:
         if len(rest) < 2 or not rest[0].isdecimal() or int(rest[0]) >= len(entry.get(section, ())):
             raise ValueError(f"{what} has {len(entry.get(section, ()))} entries of {section}; write {section}.0.option")
         chosen = entry[section][int(rest[0])]
-        known = inspect.signature(lookup(TABLES[section], chosen["name"], f"entry of {section}")).parameters.keys()
-        if section != "losses" and rest[1] not in known:
-            raise ValueError(f"{what}: {chosen['name']} has no option {rest[1]!r}; {nearest(rest[1], known)}")
+        function = lookup(TABLES[section], chosen["name"], f"entry of {section}")
+        options = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        if section != "losses" and rest[1] not in options:
+            raise ValueError(f"{what}: {chosen['name']} has no option {rest[1]!r}; {nearest(rest[1], options)}")
         return
-    known = default_config()
-    if section not in known or (rest and rest[0] not in known[section]):
-        raise ValueError(f"{what} has no field {place!r}; {nearest(place, known.keys())}")
+    config = default_config()
+    if section not in config or (rest and rest[0] not in config[section]):
+        raise ValueError(f"{what} has no field {path!r}; {nearest(path, config.keys())}")
 
 
 def put(tree: Any, path: Sequence[str], value: Any) -> None:
@@ -146,7 +147,7 @@ def run(config: ConfigDict, workdir: Path) -> list[ModelResult]:
     """Tries strengths until there are `config.search.trials`, then reports on all that were reached.
 
     The study is in `workdir/study.log` after every trial; stages lie in `workdir/stages` by the hash of their inputs,
-    so what trials have in common is done once. Given again, the search goes on where it was, in the middle of a trial
+    so what trials have in common is done once. Re-run, the search goes on where it was, in the middle of a trial
     too.
 
     Returns:
@@ -207,12 +208,12 @@ def resume(study: Any, space: Space) -> None:
         return
     for trial in study.get_trials(states=(TrialState.RUNNING,)):  # the program was killed
         study.tell(trial.number, state=TrialState.FAIL)
-    known = [t.params for t in settled(study)]
-    known += [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]
+    planned = [t.params for t in settled(study)]
+    planned += [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]
     for trial in study.get_trials(states=(TrialState.FAIL,)):
-        if REFUSED not in trial.user_attrs and trial.params and trial.params not in known:
+        if REFUSED not in trial.user_attrs and trial.params and trial.params not in planned:
             study.enqueue_trial(trial.params)
-            known.append(trial.params)
+            planned.append(trial.params)
 
 
 def described(values: Mapping[str, Any]) -> str:
@@ -227,12 +228,12 @@ def trial_models(space: Space, values: Mapping[str, Any], workdir: Path, console
     """Runs the pipeline of a trial: the reference and the model that counts."""
     config = space.with_values(values)
     stages = run_stages(config, lambda name, inputs: workdir / "stages" / f"{name}-{inputs[:12]}", console)
-    named = {each.entry["name"]: each for each in stages}
-    found = {name: candidate(name, named) for name in named}
-    reference, own = found[space.stage["reference"]], found[space.stage["name"]]
+    by_name = {stage.entry["name"]: stage for stage in stages}
+    candidates = {name: candidate(name, by_name) for name in by_name}
+    reference, model = candidates[space.stage["reference"]], candidates[space.stage["name"]]
     return [
         dataclasses.replace(reference, reference=None, beside=()),
-        dataclasses.replace(own, name=described(values), beside=()),
+        dataclasses.replace(model, name=described(values), beside=()),
     ]
 
 
@@ -250,10 +251,10 @@ def score(row: ModelResult, reference: ModelResult, cost: str) -> tuple[float, f
     if not math.isfinite(row.quality.value):
         raise ValueError(f"{row.name}: its predictions are not numbers")
     quality = row.quality.value if row.measure.higher else -row.quality.value
-    found = {"size": row.bytes_on_disk, "flops": row.flops_per_token}
+    costs = {"size": row.bytes_on_disk, "flops": row.flops_per_token}
     for name, ratio in (("speed", comparison.speed), ("latency", comparison.latency)):
-        found[name] = None if ratio is None else ratio.median
-    value = found[cost]
+        costs[name] = None if ratio is None else ratio.median
+    value = costs[cost]
     assert value is not None
     return quality, float(value)
 
@@ -268,9 +269,9 @@ def reported(space: Space, done: Sequence[Any], workdir: Path, console: Console)
     shown = list(range(len(done))) if len(done) < MOST_SHOWN else best[: MOST_SHOWN - 1]
     candidates: dict[str, Candidate] = {}
     for i in shown:
-        reference, own = trial_models(space, done[i].params, workdir, console)
+        reference, model = trial_models(space, done[i].params, workdir, console)
         candidates.setdefault(reference.name, reference)
-        candidates.setdefault(own.name, own)
+        candidates.setdefault(model.name, model)
     rows = write_report(space.config, workdir, list(candidates.values()), console)
     trials = [
         {

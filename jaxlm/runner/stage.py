@@ -8,32 +8,32 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import jax
 
-from jaxlm.core import Axes, Tree, lookup
+from jaxlm.core import lookup
 from jaxlm.core.cpu import fast_bfloat16, here
 from jaxlm.core.strict_json import strict
 from jaxlm.data.tokenizer import padding_id
-from jaxlm.io.pretrained import LM, save
+from jaxlm.io.lm import LM
+from jaxlm.io.pretrained import save
 from jaxlm.methods.merge.average import average
-from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import unpad_vocab
 from jaxlm.parallel.batches import gather_to_host
 from jaxlm.runner.artifacts import (
+    check_same_config,
+    check_same_data,
     params_sha256,
     peak_memory,
-    refuse_changed,
-    refuse_other,
-    remember,
     room_on_disk,
     write_json,
+    write_provenance,
 )
 from jaxlm.runner.config import default_config, overlay, plain
-from jaxlm.runner.run_setup import Setting, on_mesh, operate, set_up, split_evaluator
-from jaxlm.runner.trainer import TrainerInputs, assemble
+from jaxlm.runner.run_setup import RunSetup, apply_surgery, on_mesh, prepare_run, split_evaluator
+from jaxlm.runner.trainer import TrainerInputs, build_trainer
 from jaxlm.train.checkpointing import Progress
 from jaxlm.train.loop import train
 from jaxlm.train.metric_writer import MetricWriter
@@ -54,21 +54,22 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
     """
     started, workdir = time.perf_counter(), workdir.resolve()
     layout = lookup(LAYOUTS, config.layout, "layout")
-    refuse_other(plain(config), workdir)
-    data = refuse_changed(config, workdir)
+    check_same_config(plain(config), workdir)
+    data = check_same_data(config, workdir)
     if (workdir / "result.json").exists():
         return json.loads((workdir / "result.json").read_text())
     trains = bool(config.train.steps or config.train.epochs)
+    splits = ("train", "eval", "test") if trains else ("eval", "test")
     with room_on_disk(workdir), MetricWriter(workdir, name) as writer:
-        setting = operate(set_up(config, ("train", "eval", "test") if trains else ("eval", "test"), info=writer.info))
+        setup = apply_surgery(prepare_run(config, splits, writer.info))
         if trains:
-            trained, facts = learn(setting, workdir, writer, data)
+            lm, facts = train_model(setup, workdir, writer, data)
         else:
-            remember(setting.config, workdir, data)
-            trained, facts = Trained(setting.model, setting.params, setting.axes), told(Progress())
+            write_provenance(setup.config, workdir, data)
+            lm, facts = setup.lm, training_summary(Progress())
         if writer.writes:  # before it is measured: whatever becomes of the scores, the model is there
-            save(carrier(setting, trained), workdir / "model", **layout)
-        measured = measure(setting, trained, workdir)
+            save(with_padding_id(lm), workdir / "model", **layout)
+        measured = measure(setup, lm, workdir)
         result = facts | measured | {"metrics": facts["metrics"] | measured["metrics"]}
         result = strict(result | peak_memory() | {"seconds": round(time.perf_counter() - started, 3)})
         if writer.writes:
@@ -76,41 +77,30 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
     return result
 
 
-def carrier(setting: Setting, trained: "Trained") -> LM:
-    """The model to write: with what its directory carried, the tokenizer it was read with, and the padding id used."""
-    config = trained.model.config
-    if not config.position_offset:  # a RoBERTa counts positions from its own, which `check_fit` holds to be the same
-        config = config.replace(pad_token_id=padding_id(setting.tokenizer))
-    own = trained.model.axes()
-    site_axes = {path: names for path, names in trained.axes.items() if path not in own}
-    return LM(config, trained.params, setting.tokenizer_source, site_axes, setting.carried)
+def with_padding_id(lm: LM) -> LM:
+    """The model to write: its config names the padding that its tokenizer uses."""
+    if lm.config.position_offset:  # a RoBERTa counts positions from its own, which `check_fit` holds to be the same
+        return lm
+    return lm.replace(config=lm.config.replace(pad_token_id=padding_id(lm.tokenizer)))
 
 
-class Trained(NamedTuple):
-    """The model of a stage, canonical view."""
-
-    model: Network
-    params: Tree
-    axes: dict[str, Axes]
-
-
-def learn(
-    setting: Setting, workdir: Path, writer: MetricWriter, data: Mapping[str, Any]
-) -> tuple[Trained, dict[str, Any]]:
+def train_model(
+    setup: RunSetup, workdir: Path, writer: MetricWriter, data: Mapping[str, Any]
+) -> tuple[LM, dict[str, Any]]:
     """The trained model, and what training took."""
-    if setting.training.dtype == "bfloat16" and jax.default_backend() == "cpu" and not fast_bfloat16():
+    if setup.training.dtype == "bfloat16" and jax.default_backend() == "cpu" and not fast_bfloat16():
         writer.info(
             f"config.train.dtype = bfloat16: this CPU ({here() or 'of unknown kind'}) has no instructions for it, so "
             "float32 is faster here"
         )
-    ready = assemble(setting, workdir, writer)
-    remember(setting.config, workdir, data)  # not before: a config that does not work leaves nothing behind
-    with contextlib.closing(ready.run.stores):
-        state, progress = train(ready.run, ready.state)
-        return finish(setting, ready, state), told(progress) | ready.facts
+    inputs = build_trainer(setup, workdir, writer)
+    write_provenance(setup.config, workdir, data)  # not before: a config that does not work leaves nothing behind
+    with contextlib.closing(inputs.run.stores):
+        state, progress = train(inputs.run, inputs.state)
+        return final_model(setup, inputs, state), training_summary(progress) | inputs.facts
 
 
-def told(progress: Progress) -> dict[str, Any]:
+def training_summary(progress: Progress) -> dict[str, Any]:
     """What `result.json` says of training."""
     return {
         "steps": progress.steps,
@@ -124,66 +114,63 @@ def told(progress: Progress) -> dict[str, Any]:
     }
 
 
-def finish(setting: Setting, ready: TrainerInputs, state: TrainState) -> Trained:
+def final_model(setup: RunSetup, inputs: TrainerInputs, state: TrainState) -> LM:
     """The trained model in the canonical view: without vocabulary padding, baked, averaged."""
-    run = ready.run
+    run = inputs.run
     if run.stores.recent is None:
-        return finished(setting, ready, state)
+        return baked(setup, inputs, state)
     steps = run.stores.recent.steps()[-run.settings.average_last :]
     states = [run.stores.restore_model(run.stores.recent, step, state, run.shardings) for step in steps]
     try:
-        found = averaged([finished(setting, ready, each) for each in states])
+        lm = averaged([baked(setup, inputs, recent) for recent in states])
     except ValueError as codes:
         # What trained with quantization bakes to codes, which have no mean: the mean of what they round has.
         try:
-            mean = state.replace(params=average([each.params for each in states]))
-            found = finished(setting, ready, mean)
+            mean = state.replace(params=average([recent.params for recent in states]))
+            lm = baked(setup, inputs, mean)
         except ValueError:
             run.writer.info(f"steps {', '.join(map(str, steps))} have no average, the last of them is kept: {codes}")
-            return finished(setting, ready, states[-1])
+            return baked(setup, inputs, states[-1])
     run.writer.info(f"averaged steps {', '.join(map(str, steps))}")
-    return found
+    return lm
 
 
-def averaged(models: Sequence[Trained]) -> Trained:
+def averaged(models: Sequence[LM]) -> LM:
     """Baked checkpoints of one run as one model: the functions are averaged, not the parts that they are made of.
 
     Raises:
       ValueError: where their structures differ, or they hold codes that do.
     """
     last = models[-1]
-    if any(each.model != last.model for each in models):
+    if any(lm.config != last.config for lm in models):
         raise ValueError("the widths of the layers changed between them")
-    return last._replace(params=average([each.params for each in models]))
+    return last.replace(params=average([lm.params for lm in models]))
 
 
-def finished(setting: Setting, ready: TrainerInputs, state: TrainState) -> Trained:
+def baked(setup: RunSetup, inputs: TrainerInputs, state: TrainState) -> LM:
     """The model in a state: canonical view, without vocabulary padding, baked unless the config says not to."""
-    method = ready.method
+    method, lm = inputs.method, inputs.lm
     params, method_state = gather_to_host((method.eval_params(state.params, state.method), state.method))
-    params = canonical_view(unpad_vocab(params, ready.axes, setting.model.config.vocab_size))
-    if not setting.config["bake"]:
-        return Trained(setting.model, params, ready.axes)
-    return Trained(*method.bake(setting.model, params, ready.axes, method_state))
+    lm = lm.replace(params=canonical_view(unpad_vocab(params, lm.axes, lm.config.vocab_size)))
+    return cast(LM, method.bake(lm, method_state)) if setup.config["bake"] else lm
 
 
-def measure(setting: Setting, trained: Trained, workdir: Path) -> dict[str, Any]:
+def measure(setup: RunSetup, lm: LM, workdir: Path) -> dict[str, Any]:
     """Metrics of the final model on eval and test, their tables in `workdir/report.txt`, and its hash."""
-    model, params, axes = trained
-    placed = on_mesh(setting, model, model.run_view(params), axes)
+    placed = on_mesh(setup, lm)
     metrics, tables = {}, []
     for split in ("eval", "test"):
-        score = split_evaluator(setting, model, split)
+        score = split_evaluator(setup, lm.network, split)
         if score is not None:
             result = score(placed)
             metrics[split] = result.metrics
             tables += [f"{split}\n{result.report}"] if result.report else []
     if tables and jax.process_index() == 0:
         (workdir / "report.txt").write_text("\n".join(tables))
-    facts: dict[str, Any] = {split: prepared.facts for split, prepared in setting.splits.items() if prepared.facts}
-    if setting.calibration is not None:
-        facts["calibration"] = setting.calibration
-    return {"metrics": metrics, "data": facts, "params_sha256": params_sha256(params)}
+    facts: dict[str, Any] = {split: prepared.facts for split, prepared in setup.splits.items() if prepared.facts}
+    if setup.calibration is not None:
+        facts["calibration"] = setup.calibration
+    return {"metrics": metrics, "data": facts, "params_sha256": params_sha256(lm.params)}
 
 
 def evaluate(config: Any, directory: str, workdir: Path) -> dict[str, Any]:
@@ -194,13 +181,15 @@ def evaluate(config: Any, directory: str, workdir: Path) -> dict[str, Any]:
     """
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
-    own = default_config()
-    overlay(own, {k: v for k, v in plain(config).items() if k not in ("stages", "report", "search", "model")}, "config")
-    own.model.init, own.data.tokenizer, own.data.train = str(directory), "", ""
-    setting = set_up(own, splits=("eval", "test"))
-    if not setting.splits:
+    settings = default_config()
+    overlay(
+        settings, {k: v for k, v in plain(config).items() if k not in ("stages", "report", "search", "model")}, "config"
+    )
+    settings.model.init, settings.data.tokenizer, settings.data.train = str(directory), "", ""
+    setup = prepare_run(settings, splits=("eval", "test"))
+    if not setup.splits:
         raise ValueError("nothing to measure: set config.data.eval or config.data.test")
-    measured = measure(setting, Trained(setting.model, setting.params, setting.axes), workdir)
+    measured = measure(setup, setup.lm, workdir)
     result = strict({"model": str(directory)} | measured)
     write_json(workdir / "result.json", result)
     return result

@@ -1,25 +1,21 @@
-"""Methods, loss, gradient, optimizer and data of a setting, joined into a run that can start."""
+"""A run that can start: methods, loss, gradient, optimizer and data of a setup, joined."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 
-from jaxlm.core import (
-    Adapted,
-    Axes,
-    Method,
-    arrays,
-    chain,
-)
+from jaxlm.core import Method, MethodInit, arrays, chain
 from jaxlm.data.prefetch import prefetch
 from jaxlm.io.checkpoint import Checkpoints
+from jaxlm.io.lm import LM
 from jaxlm.parallel import shard_tree, unpad_vocab
 from jaxlm.parallel.batches import batch_shapes, to_devices
 from jaxlm.runner import registry
-from jaxlm.runner.run_setup import Setting, split_evaluator
-from jaxlm.runner.sharded_step import ShardedStep, blueprint
-from jaxlm.runner.teachers import losses_of, training_batches
+from jaxlm.runner.run_setup import RunSetup, split_evaluator
+from jaxlm.runner.sharded_step import ShardedStep, sharded_step
+from jaxlm.runner.teachers import distillation_losses, training_batches
 from jaxlm.train.checkpointing import Stores
 from jaxlm.train.loop import Run
 from jaxlm.train.metric_writer import MetricWriter
@@ -28,73 +24,86 @@ from jaxlm.train.step import TrainState, dropout_key
 
 
 class TrainerInputs(NamedTuple):
-    """A run that can start: the step not yet compiled, its state on the devices, how to read the state, and what
-    `result.json` says of what was prepared for it."""
+    """What `train` begins with, and what its end is read with.
+
+    Attributes:
+      run: the loop's functions; its step is not compiled yet.
+      state: before the first step, on the devices.
+      method: the chain of the run's methods.
+      lm: the model as the methods made it, with what they added.
+      facts: what `result.json` says of what was prepared.
+    """
 
     run: Run
     state: TrainState
     method: Method
-    axes: dict[str, Axes]
+    lm: LM
     facts: dict[str, Any]
 
 
-def assemble(setting: Setting, workdir: Path, writer: MetricWriter) -> TrainerInputs:
-    """Methods, loss, gradient, optimizer and data of `setting`, joined into a Run."""
-    training, model = setting.training, setting.model
-    check_splits(setting)
-    batches, steps = training_batches(setting)
+def build_trainer(setup: RunSetup, workdir: Path, writer: MetricWriter) -> TrainerInputs:
+    """Methods, loss, gradient, optimizer and data of `setup`, joined into a Run."""
+    check_training(setup)
+    batches, steps = training_batches(setup)
+    check_profile(setup.training, steps)
+    distillation = distillation_losses(setup, batches, steps, writer.info)
+    batches = distillation.batches
+    method = chain([*map(registry.method, setup.config["methods"]), *distillation.methods])
+    start = method.init(setup.key("methods"), setup.lm)
+    plan = sharded_step(setup, method, start, steps)
+    create = jax.jit(plan.create, out_shardings=plan.placement)
+    params = shard_tree(plan.params, arrays(plan.placement.params))
+    state = create(dropout_key(setup.config["seed"]), params, jax.device_put(start.state, plan.placement.method))
+    to_device = to_devices(setup.mesh, setup.rules)
+    run = Run(
+        settings=setup.training,
+        steps=steps,
+        step=plan.step,
+        shardings=plan.placement,
+        constants=start.constants,
+        shapes=batch_shapes(batches, to_device),
+        batches=lambda start, stop: prefetch(batches, start, stop, place=to_device),
+        evaluate=evaluation_of(setup, method),
+        stores=stores_in(workdir, setup.training, saved_shapes(plan, start)),
+        writer=writer,
+    )
+    return TrainerInputs(run, state, method, cast(LM, start.lm), distillation.facts)
+
+
+def check_training(setup: RunSetup) -> None:
+    """Raises ValueError where training needs a split that the config lacks, or averages what is not to be baked."""
+    select = setup.training.select
+    if "train" not in setup.splits:
+        raise ValueError("config.data.train is empty; name a file, a glob or a tfds split to train on")
+    if setup.training.average_last > 1 and setup.config["methods"] and not setup.config["bake"]:
+        raise ValueError(
+            f"config.train.average_last = {setup.training.average_last}: what is averaged are baked models, since a "
+            "mean of factors or masks is no mean of what they stand for; set config.bake, or average nothing"
+        )
+    if select and "eval" not in setup.splits:
+        raise ValueError(f"config.train.select = {select!r} needs config.data.eval, the data to evaluate on")
+
+
+def check_profile(training: TrainSettings, steps: int) -> None:
+    """Raises ValueError for steps to profile that the run does not have."""
     if training.profile_steps and training.profile_from > steps:
         raise ValueError(f"config.train.profile_from = {training.profile_from}: the run has only {steps} steps")
-    methods = [registry.method(entry) for entry in setting.config["methods"]]
-    losses, batches, facts = losses_of(setting, batches, steps, writer.info)
-    method = chain([*methods, *losses])
-    adapted = method.init(setting.key("methods"), model, setting.params, setting.axes)
-    plan = blueprint(model, method, adapted, setting.task, training, setting.mesh, setting.rules, steps)
-    create = jax.jit(plan.create, out_shardings=plan.placement)
-    method_state = jax.device_put(adapted.state, plan.placement.method)
-    state = create(
-        dropout_key(setting.config["seed"]), shard_tree(plan.params, arrays(plan.placement.params)), method_state
-    )
 
-    to_device = to_devices(setting.mesh, setting.rules)
-    score = split_evaluator(setting, model, "eval")
+
+def evaluation_of(setup: RunSetup, method: Method) -> Callable[[TrainState], dict[str, float]]:
+    """`state -> metrics` on the eval split; none without one."""
+    score = split_evaluator(setup, setup.lm.network, "eval")
 
     def evaluate(state: TrainState) -> dict[str, float]:
         return score(method.eval_params(state.params, state.method)).metrics if score else {}
 
-    run = Run(
-        settings=training,
-        steps=steps,
-        step=plan.step,
-        shardings=plan.placement,
-        constants=adapted.constants,
-        shapes=batch_shapes(batches, to_device),
-        batches=lambda start, stop: prefetch(batches, start, stop, place=to_device),
-        evaluate=evaluate,
-        stores=stores_in(workdir, training, saved_shapes(plan, adapted, model.config.vocab_size)),
-        writer=writer,
-    )
-    return TrainerInputs(run, state, method, adapted.axes, facts)
+    return evaluate
 
 
-def check_splits(setting: Setting) -> None:
-    """Raises ValueError where training needs a split that the config lacks, or averages what is not to be baked."""
-    select = setting.training.select
-    if "train" not in setting.splits:
-        raise ValueError("config.data.train is empty; name a file, a glob or a tfds split to train on")
-    if setting.training.average_last > 1 and setting.config["methods"] and not setting.config["bake"]:
-        raise ValueError(
-            f"config.train.average_last = {setting.training.average_last}: what is averaged are baked models, since a "
-            "mean of factors or masks is no mean of what they stand for; set config.bake, or average nothing"
-        )
-    if select and "eval" not in setting.splits:
-        raise ValueError(f"config.train.select = {select!r} needs config.data.eval, the data to evaluate on")
-
-
-def saved_shapes(plan: ShardedStep, adapted: Adapted, vocab_size: int) -> TrainState:
+def saved_shapes(plan: ShardedStep, start: MethodInit) -> TrainState:
     """Shapes of the state with the vocabulary as long as it is, whatever multiple the mesh wants."""
-    params = unpad_vocab(jax.eval_shape(lambda: plan.params), adapted.axes, vocab_size)
-    return jax.eval_shape(plan.create, dropout_key(0), params, adapted.state)
+    params = unpad_vocab(jax.eval_shape(lambda: plan.params), start.lm.axes, start.lm.config.vocab_size)
+    return jax.eval_shape(plan.create, dropout_key(0), params, start.state)
 
 
 def stores_in(workdir: Path, training: TrainSettings, shapes: TrainState) -> Stores:

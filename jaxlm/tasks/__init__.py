@@ -5,7 +5,7 @@ from jaxlm.tasks.language_modeling import causal
 from jaxlm.tasks.masked import masked, next_sentence
 from jaxlm.tasks.metrics import Metric
 from jaxlm.tasks.seq2seq import denoising, seq2seq
-from jaxlm.tasks.task import BatchPredictions, EvalSpec, Prepared, Score, Task
+from jaxlm.tasks.task import BatchPredictions, EvalSpec, Prepared, Task
 
 TASKS: dict[str, Task] = {
     "causal": causal,
@@ -18,4 +18,4 @@ TASKS: dict[str, Task] = {
     "token": token,
 }
 
-__all__ = ["TASKS", "BatchPredictions", "EvalSpec", "Metric", "Prepared", "Score", "Task"]
+__all__ = ["TASKS", "BatchPredictions", "EvalSpec", "Metric", "Prepared", "Task"]

@@ -3,7 +3,6 @@
 import math
 import re
 import reprlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,15 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core import Term, Terms
+from jaxlm.core import Terms
 from jaxlm.data.encoding import encode
 from jaxlm.data.loader import Batches, bucketed, in_order, packed_examples
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Record, Source, Unusable
 from jaxlm.data.tokenizer import padding_id
-from jaxlm.losses.cross_entropy import IGNORED, cross_entropy, squared_error
-from jaxlm.tasks.metrics import accuracy, correlation, entity_f1, macro_f1, matthews, pearson, word_accuracy
+from jaxlm.losses.cross_entropy import IGNORED, cross_entropy, log_likelihood, squared_error
+from jaxlm.tasks.metrics import (
+    accuracy,
+    correlation,
+    entity_f1,
+    entity_precision,
+    entity_recall,
+    example_loss,
+    macro_f1,
+    matthews,
+    mean_squared_error,
+    pearson,
+    spearman,
+    word_accuracy,
+    word_loss,
+)
 from jaxlm.tasks.tags import scheme_of
 from jaxlm.tasks.task import (
     OPTIONAL,
@@ -30,12 +43,11 @@ from jaxlm.tasks.task import (
     EvalSpec,
     Outputs,
     Prepared,
-    Score,
     Task,
     column,
     number_of,
+    only,
     sample_weights,
-    scalar,
     text_of,
     texts_of,
     weight_of,
@@ -99,8 +111,8 @@ def natural_order(names: Iterable[str]) -> tuple[str, ...]:
     >>> natural_order(["10", "2", "1"]), natural_order(["b", "10", "2"])
     (('1', '2', '10'), ('10', '2', 'b'))
     """
-    found = sorted(set(names))
-    return tuple(sorted(found, key=int) if all(map(_INTEGER.fullmatch, found)) else found)
+    unique = sorted(set(names))
+    return tuple(sorted(unique, key=int) if all(map(_INTEGER.fullmatch, unique)) else unique)
 
 
 def unnamed(labels: Sequence[str]) -> bool:
@@ -124,11 +136,11 @@ def numbers_of(labels: Sequence[str]) -> dict[str, int]:
 
 def unknown(names: Iterable[str], field: str, labels: Sequence[str]) -> Unusable:
     """What to raise for classes that are not among those to learn or to predict."""
-    found = natural_order(names)
+    names = natural_order(names)
     known = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
-    numbers = any(map(_INTEGER.fullmatch, found))
+    numbers = any(map(_INTEGER.fullmatch, names))
     hint = "; where numbers stand for names, set config.data.labels to these in order" if numbers else ""
-    return Unusable(f"{field} {', '.join(map(repr, found[:8]))} is not among the classes ({known}){hint}")
+    return Unusable(f"{field} {', '.join(map(repr, names[:8]))} is not among the classes ({known}){hint}")
 
 
 def unlikely(counts: Sequence[int], labels: Sequence[str], field: str, rows: int) -> tuple[str, ...]:
@@ -192,11 +204,11 @@ def rated_texts(source: Source, tokenizer: Any, labels: tuple[str, ...], setting
 
 
 def unlabelled_texts(source: Source, tokenizer: Any, settings: DataSettings) -> Examples:
-    """`text` (and `text_pair`), each of which a teacher says the class of."""
+    """`text` (and `text_pair`) without labels, on which a teacher's predictions are learned."""
     rows = source.usable(lambda record: (texts_of(record, source), weight_of(record, source)), OPTIONAL)
     texts, weights = zip(*rows, strict=True)
     inputs = _inputs(texts, tokenizer, settings)
-    return Examples(inputs | {"scored": np.ones(len(texts), np.int32)} | sample_weights(weights))
+    return Examples(inputs | {"distill_mask": np.ones(len(texts), np.int32)} | sample_weights(weights))
 
 
 def _inputs(texts: Sequence[tuple[str, ...]], tokenizer: Any, settings: DataSettings) -> dict[str, Any]:
@@ -211,29 +223,30 @@ def class_loss(outputs: Outputs, batch: Batch) -> Terms:
     return {"cross_entropy": cross_entropy(outputs["logits"], batch["labels"])}
 
 
-def class_predictions(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    """The likeliest class beside the true one."""
-    return {"predicted": jnp.argmax(outputs["logits"], axis=-1), "true": batch["labels"]}
+def class_read(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    """Nats a row, float32 `[rows]`, and the likeliest class of every example (or word), int32 as the labels."""
+    logits = outputs["logits"]
+    likelihood, _ = log_likelihood(logits, batch["labels"])
+    return {"nats": -likelihood.reshape(len(likelihood), -1).sum(axis=1), "predicted": jnp.argmax(logits, axis=-1)}
 
 
-def class_score(
-    terms: dict[str, Term], predictions: dict[str, np.ndarray], labels: tuple[str, ...], facts: Mapping[str, int]
-) -> Score:
-    """Accuracy, macro F1 and Matthews correlation as scikit-learn's, with its report; NaN where there is nothing."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+def class_examples(predictions: BatchPredictions) -> dict[str, np.ndarray]:
+    """Every text: its class, the predicted one, its nats, and whether the teacher predicts the same."""
+    true, predicted, teacher = predictions.batch["labels"], predictions.read["predicted"], predictions.teacher
+    labelled = true != IGNORED
+    columns = {"true": true, "predicted": predicted, "nats": predictions.read["nats"]}
+    if teacher is not None:
+        agreed = (predicted == teacher["predicted"]).astype(np.int32)
+        columns |= {"agreed": agreed, "compared": np.ones_like(agreed)}
+    return {name: values[labelled] for name, values in columns.items()}
 
-    true, predicted = predictions["true"], predictions["predicted"]
-    if not len(true):
-        return Score(dict.fromkeys(("loss", "accuracy", "f1", "mcc"), math.nan))
-    metrics = {
-        "loss": scalar(terms, "cross_entropy"),
-        "accuracy": accuracy_score(true, predicted),
-        "f1": f1_score(true, predicted, average="macro", zero_division=0),
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "A single label was found")
-        metrics["mcc"] = matthews_corrcoef(true, predicted)
-    return Score({name: float(value) for name, value in metrics.items()}, class_report(true, predicted, labels))
+
+def class_table(predictions: Sequence[BatchPredictions], facts: Mapping[str, int]) -> str:
+    """scikit-learn's report of every class."""
+    true = np.concatenate([batch.batch["labels"] for batch in predictions])
+    predicted = np.concatenate([batch.read["predicted"] for batch in predictions])
+    labelled = true != IGNORED
+    return class_report(true[labelled], predicted[labelled], predictions[0].labels) if labelled.any() else ""
 
 
 def class_report(true: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...]) -> str:
@@ -245,53 +258,22 @@ def class_report(true: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...
     return classification_report(true, predicted, labels=occur, target_names=names, digits=4, zero_division=0)
 
 
-def class_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
-    """Every example: its class, the predicted one, and whether the teacher predicts the same."""
-    true, predicted = read.batch["labels"], read.seen["predicted"]
-    rows = true != IGNORED
-    found = {"true": true[rows], "predicted": predicted[rows], "nats": read.seen["nats"][rows]}
-    if read.teacher is None:
-        return found
-    agreed = (predicted == read.teacher["predicted"])[rows]
-    return found | {"agreed": agreed.astype(np.int32), "compared": np.ones(len(agreed), np.int32)}
-
-
 def rating_loss(outputs: Outputs, batch: Batch) -> Terms:
     """Squared error an example."""
     return {"squared_error": squared_error(outputs["logits"][:, 0], batch["labels"])}
 
 
-def rating_predictions(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    """The predicted number beside the true one."""
-    return {"predicted": outputs["logits"][:, 0], "true": batch["labels"]}
-
-
 def rating_read(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    """The predicted number."""
+    """The predicted number, float32 `[rows]`."""
     return {"predicted": outputs["logits"][:, 0]}
 
 
-def rating_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
-    """Every example: its number, the predicted one, and the teacher's."""
-    true, predicted = read.batch["labels"], read.seen["predicted"]
-    rows = ~np.isnan(true)
-    found = {"true": true[rows], "predicted": predicted[rows]}
-    return found if read.teacher is None else found | {"teacher": read.teacher["predicted"][rows]}
-
-
-def rating_score(terms, predictions, labels, facts) -> Score:
-    """Mean squared error, Pearson and Spearman correlation; NaN where a correlation does not exist."""
-    from scipy.stats import pearsonr, spearmanr
-
-    true, predicted = (np.asarray(predictions[name], np.float64) for name in ("true", "predicted"))
-    together = np.stack([true, predicted])
-    # of a single pair, of one side that does not vary, or of what is no number
-    exists = len(true) > 1 and bool(np.isfinite(together).all() and (np.ptp(together, axis=1) > 0).all())
-    correlations = {
-        name: float(found(true, predicted)[0]) if exists else math.nan
-        for name, found in (("pearson", pearsonr), ("spearman", spearmanr))
-    }
-    return Score({"loss": scalar(terms, "squared_error"), **correlations})
+def rating_examples(predictions: BatchPredictions) -> dict[str, np.ndarray]:
+    """Every text: its number, the predicted one, and the teacher's."""
+    true, teacher = predictions.batch["labels"], predictions.teacher
+    columns = {"true": true, "predicted": predictions.read["predicted"]}
+    columns |= {} if teacher is None else {"teacher": teacher["predicted"]}
+    return {name: values[~np.isnan(true)] for name, values in columns.items()}
 
 
 # -- words of a sentence ----------------------------------------------------------------------------------------------
@@ -345,29 +327,29 @@ def labelled_words(source: Source, tokenizer: Any, labels: tuple[str, ...], sett
         return words, np.array([numbers[tag] for tag in tags], np.int32), weight
 
     sentences, tags, weights = zip(*source.usable(read, ("weight",)), strict=True)
-    every = np.concatenate(tags)
-    counts = np.bincount(every, minlength=len(labels)).tolist()
+    all_tags = np.concatenate(tags)
+    counts = np.bincount(all_tags, minlength=len(labels)).tolist()
     refuse_mixed([name for name, count in zip(labels, counts, strict=True) if count], labels, source)
     encoded = encode(tokenizer, sentences, words=True, max_length=settings.max_length)
     values = np.full(len(encoded.ids.values), IGNORED, np.int32)
     first = encoded.words.values >= 0
     row_of = np.repeat(np.arange(len(tags)), encoded.ids.lengths)[first]
     starts = Ragged.of(tags).offsets
-    values[first] = every[starts[row_of] + encoded.words.values[first]]
+    values[first] = all_tags[starts[row_of] + encoded.words.values[first]]
     columns: dict[str, Any] = {"input_ids": encoded.ids, "labels": Ragged(values, encoded.ids.offsets)}
     facts = {"truncated_words": int(starts[-1] - first.sum())}
     notices = unlikely(counts, labels, "tags", len(tags))
     return Prepared(Examples(columns | sample_weights(weights)), facts, notices=notices)
 
 
-def refuse_mixed(found: Sequence[str], labels: Sequence[str], source: Source) -> None:
+def refuse_mixed(tags: Sequence[str], labels: Sequence[str], source: Source) -> None:
     """Raises ValueError where some of the tags in the data say a position and others do not.
 
     A model may have further ones (`X`, `[CLS]`), which are no part of a name.
     """
     scheme = scheme_of(labels)
-    strangers = scheme.strangers(found)
-    positions = [tag for tag in found if scheme.read(tag)]
+    strangers = scheme.strangers(tags)
+    positions = [tag for tag in tags if scheme.read(tag)]
     if strangers and positions:
         raise ValueError(
             f"{source.place}: tags of two kinds, {', '.join(positions[:4])} say where a name begins and ends, "
@@ -377,7 +359,7 @@ def refuse_mixed(found: Sequence[str], labels: Sequence[str], source: Source) ->
 
 
 def unlabelled_words(source: Source, tokenizer: Any, settings: DataSettings) -> Examples:
-    """`tokens`, or the words of a `text`, of each of which a teacher says the tag, on its first piece."""
+    """`tokens`, or the words of a `text`, without tags: a teacher's predictions are learned on their first pieces."""
 
     def read(record: Record) -> tuple[list[str], float | None]:
         words = words_of(record, source) if "tokens" in record else text_of(record, "text", source).split()
@@ -385,110 +367,128 @@ def unlabelled_words(source: Source, tokenizer: Any, settings: DataSettings) -> 
 
     sentences, weights = zip(*source.usable(read, ("weight",)), strict=True)
     encoded = encode(tokenizer, sentences, words=True, max_length=settings.max_length)
-    heard = Ragged((encoded.words.values >= 0).astype(np.int32), encoded.ids.offsets)
-    columns: dict[str, Any] = {"input_ids": encoded.ids, "scored": heard}
+    distill_mask = Ragged((encoded.words.values >= 0).astype(np.int32), encoded.ids.offsets)
+    columns: dict[str, Any] = {"input_ids": encoded.ids, "distill_mask": distill_mask}
     return Examples(columns | sample_weights(weights))
 
 
-def word_score(
-    terms: dict[str, Term], predictions: dict[str, np.ndarray], labels: tuple[str, ...], facts: Mapping[str, int]
-) -> Score:
-    """Precision, recall, F1 of names by seqeval's (conlleval's) conventions, accuracy of words; reports of both.
+def word_examples(predictions: BatchPredictions) -> dict[str, np.ndarray]:
+    """Every sentence: entities right, predicted and true, its words, those right, their nats, and agreement.
 
-    Names begin and end as the scheme of the labels has it. All of it is of the words that were read, and
-    `unread_words` says how many were not. NaN where there is no name in truth or prediction.
+    Entities begin and end as the scheme of the tags has it, and are counted by seqeval's (conlleval's) conventions.
     """
-    from seqeval.metrics import classification_report as entity_report
-    from seqeval.metrics import f1_score, precision_score, recall_score
-    from sklearn.metrics import accuracy_score
-
-    valid = predictions["true"] != IGNORED
-    scheme = scheme_of(labels)
-    true, predicted = (
-        [scheme.standard([labels[i] for i in row[keep]]) for row, keep in zip(predictions[name], valid, strict=True)]
-        for name in ("true", "predicted")
-    )
-    metrics = {"loss": scalar(terms, "cross_entropy")}
-    report = []
-    if any(tag != "O" for row in true + predicted for tag in row):
-        metrics |= {
-            "f1": f1_score(true, predicted, zero_division=0),
-            "precision": precision_score(true, predicted, zero_division=0),
-            "recall": recall_score(true, predicted, zero_division=0),
-        }
-        report.append(f"entities\n{entity_report(true, predicted, digits=4, zero_division=0)}")
-    else:
-        metrics |= dict.fromkeys(("f1", "precision", "recall"), math.nan)
-    if valid.any():
-        words = predictions["true"][valid], predictions["predicted"][valid]
-        metrics["accuracy"] = accuracy_score(*words)
-        report.append(f"words\n{class_report(*words, labels)}")
-    else:
-        metrics["accuracy"] = math.nan
-    if "truncated_words" in facts:
-        metrics["unread_words"] = facts["truncated_words"]
-        report.append(
-            f"unread words (beyond max_length, or without pieces), not counted above: {facts['truncated_words']}"
-        )
-    return Score({name: float(value) for name, value in metrics.items()}, "\n".join(report))
-
-
-def word_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
-    """Every sentence: entities right, predicted and true (as `word_score` counts them), words, and words right."""
     from seqeval.metrics.sequence_labeling import get_entities
 
-    true, predicted, names = read.batch["labels"], read.seen["predicted"], read.labels
-    scheme = scheme_of(names)
-    counted = true != IGNORED
-    other = predicted if read.teacher is None else read.teacher["predicted"]
-    pieces = []
-    for tags, guesses, taught, keep in zip(true, predicted, other, counted, strict=True):
-        if not keep.any():
-            continue
-        tags, guesses, taught = tags[keep], guesses[keep], taught[keep]
-        here, there = (set(get_entities(scheme.standard([names[t] for t in each]))) for each in (tags, guesses))
-        right, agreed = (tags == guesses).sum(), (guesses == taught).sum()
-        pieces.append((len(here & there), len(there), len(here), right, len(tags), agreed, len(tags)))
-    fields = ("entities_right", "entities_predicted", "entities_true", "right", "words", "agreed", "compared")
-    columns = dict(zip(fields, np.array(pieces, np.int64).reshape(-1, len(fields)).T, strict=True))
-    return columns if read.teacher is not None else {n: c for n, c in columns.items() if n not in fields[-2:]}
+    true, predicted, teacher = predictions.batch["labels"], predictions.read["predicted"], predictions.teacher
+    names, scheme = predictions.labels, scheme_of(predictions.labels)
+    labelled = true != IGNORED
+
+    def entities(tags: np.ndarray) -> set[tuple[str, int, int]]:
+        return set(get_entities(scheme.standard([names[tag] for tag in tags])))
+
+    counts = np.zeros((len(true), 3), np.int64)
+    for row, words in enumerate(labelled):
+        in_truth, in_prediction = entities(true[row, words]), entities(predicted[row, words])
+        counts[row] = len(in_truth & in_prediction), len(in_prediction), len(in_truth)
+    columns = dict(zip(("entities_right", "entities_predicted", "entities_true"), counts.T, strict=True))
+    columns |= {"right": ((true == predicted) & labelled).sum(axis=1), "words": labelled.sum(axis=1)}
+    columns["nats"] = predictions.read["nats"]
+    if teacher is not None:
+        agreed = ((predicted == teacher["predicted"]) & labelled).sum(axis=1)
+        columns |= {"agreed": agreed, "compared": columns["words"]}
+    return {name: values[labelled.any(axis=1)] for name, values in columns.items()}
+
+
+def word_table(predictions: Sequence[BatchPredictions], facts: Mapping[str, int]) -> str:
+    """seqeval's report of the entities, scikit-learn's of the tags, and how many words were not read."""
+    from seqeval.metrics import classification_report as entity_report
+
+    true, predicted = _sentences(predictions)
+    labels = predictions[0].labels
+    scheme = scheme_of(labels)
+    parts = []
+    standard = [
+        [scheme.standard([labels[tag] for tag in tags]) for tags in sentences] for sentences in (true, predicted)
+    ]
+    if any(tag != "O" for sentences in standard for tags in sentences for tag in tags):
+        parts.append(f"entities\n{entity_report(*standard, digits=4, zero_division=0)}")
+    if true:
+        parts.append(f"words\n{class_report(np.concatenate(true), np.concatenate(predicted), labels)}")
+    if (unread := facts.get("truncated_words")) is not None:
+        parts.append(f"unread words (beyond max_length, or without pieces), not counted above: {unread}")
+    return "\n".join(parts)
+
+
+def _sentences(predictions: Sequence[BatchPredictions]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """True and predicted tags of the words of every sentence."""
+    true, predicted = [], []
+    for batch in predictions:
+        for labels, tags in zip(batch.batch["labels"], batch.read["predicted"], strict=True):
+            words = labels != IGNORED
+            if words.any():
+                true.append(labels[words])
+                predicted.append(tags[words])
+    return true, predicted
 
 
 sequence = Task(
-    {"head": "sequence"},
-    labelled_texts,
-    padded_batches,
-    class_loss,
-    class_loss,
-    class_score,
-    EvalSpec((accuracy, macro_f1, matthews), class_pieces, same="true"),
-    {**PADDED, "labels": Column(per_token=False)},
-    text_labels,
-    class_predictions,
-    unlabelled_texts,
-)
-regression = Task(
-    {"head": "sequence", "regression": True},
-    rated_texts,
-    padded_batches,
-    rating_loss,
-    rating_loss,
-    rating_score,
-    EvalSpec((pearson,), rating_pieces, same="true", read=rating_read, agreement=correlation),
-    {**PADDED, "labels": Column(per_token=False, dtype=np.float32)},
-    predict=rating_predictions,
+    structure={"head": "sequence"},
+    prepare=labelled_texts,
+    batches=padded_batches,
+    loss=class_loss,
+    evaluation=EvalSpec(
+        metrics={"loss": example_loss, "accuracy": accuracy, "f1": macro_f1, "mcc": matthews},
+        compared=(accuracy, macro_f1, matthews),
+        read=class_read,
+        examples=class_examples,
+        same="true",
+        reported=only("true", "predicted", "nats", "agreed", "compared"),
+        table=class_table,
+    ),
+    columns={**PADDED, "labels": Column(per_token=False)},
+    labels=text_labels,
     unlabelled=unlabelled_texts,
 )
+regression = Task(
+    structure={"head": "sequence", "regression": True},
+    prepare=rated_texts,
+    batches=padded_batches,
+    loss=rating_loss,
+    evaluation=EvalSpec(
+        metrics={"loss": mean_squared_error, "pearson": pearson, "spearman": spearman},
+        compared=(pearson,),
+        read=rating_read,
+        examples=rating_examples,
+        same="true",
+        reported=only("true", "predicted", "teacher"),
+        agreement=correlation,
+    ),
+    columns={**PADDED, "labels": Column(per_token=False, dtype=np.float32)},
+    unlabelled=unlabelled_texts,
+)
+WORD_COLUMNS = ("entities_right", "entities_predicted", "entities_true", "right", "words", "agreed", "compared")
 token = Task(
-    {"head": "token"},
-    labelled_words,
-    padded_batches,
-    class_loss,
-    class_loss,
-    word_score,
-    EvalSpec((entity_f1, word_accuracy), word_pieces, same="words"),
-    {**PADDED, "labels": Column()},
-    word_labels,
-    class_predictions,
-    unlabelled_words,
+    structure={"head": "token"},
+    prepare=labelled_words,
+    batches=padded_batches,
+    loss=class_loss,
+    evaluation=EvalSpec(
+        metrics={
+            "loss": word_loss,
+            "f1": entity_f1,
+            "precision": entity_precision,
+            "recall": entity_recall,
+            "accuracy": word_accuracy,
+        },
+        compared=(entity_f1, word_accuracy),
+        read=class_read,
+        examples=word_examples,
+        same="words",
+        reported=only(*WORD_COLUMNS),
+        facts={"unread_words": "truncated_words"},
+        table=word_table,
+    ),
+    columns={**PADDED, "labels": Column()},
+    labels=word_labels,
+    unlabelled=unlabelled_words,
 )

@@ -30,14 +30,14 @@ def prepare(
     key = digest([name, json.loads(vocabulary), labels, [str(v) for v in vars(settings).values()], split])
     if key not in _prepared:
         source = settings.source(split)
-        found = task.prepare(source, tokenizer, labels, settings)
-        tell_bad(source, split, info)
-        for notice in found.notices if split == "train" else ():
+        prepared = task.prepare(source, tokenizer, labels, settings)
+        report_bad_rows(source, split, info)
+        for notice in prepared.notices if split == "train" else ():
             info(f"{split}: {notice}")
         if split == "train" and settings.unlabelled:
-            more = unlabelled(name, task, tokenizer, settings, info)
-            found = found._replace(examples=with_unlabelled(found.examples, more))
-        _prepared[key] = found
+            examples = unlabelled(name, task, tokenizer, settings, info)
+            prepared = prepared._replace(examples=with_unlabelled(prepared.examples, examples))
+        _prepared[key] = prepared
     return _prepared[key]
 
 
@@ -49,17 +49,17 @@ def unlabelled(name: str, task: Task, tokenizer: Any, settings: DataSettings, in
     """
     if task.unlabelled is None:
         raise ValueError(
-            f"config.data.unlabelled: the task {name!r} takes no texts without labels; those of sequence, regression "
+            f"config.data.unlabelled: the task {name!r} takes no unlabelled data; those of sequence, regression "
             "and token do"
         )
     settings.refuse_evaluated(settings.unlabelled, "config.data.unlabelled")
     source = settings.source("unlabelled")
-    found = task.unlabelled(source, tokenizer, settings)
-    tell_bad(source, "unlabelled", info)
-    return found
+    examples = task.unlabelled(source, tokenizer, settings)
+    report_bad_rows(source, "unlabelled", info)
+    return examples
 
 
-def tell_bad(source: Source, split: str, info: Callable[[str], None]) -> None:
+def report_bad_rows(source: Source, split: str, info: Callable[[str], None]) -> None:
     """Says which rows of a split were skipped."""
     for bad in source.bad[:5]:
         info(f"{split}: skipped {bad}")
@@ -76,9 +76,9 @@ def prepare_splits(
     info=lambda text: None,
 ) -> dict[str, Prepared]:
     """Several splits of a task, encoded, whose padded batches have the same lengths and so share compiled programs."""
-    found = {split: prepare(name, TASKS[name], tokenizer, labels, settings, split, info) for split in splits}
-    together = tuple(prepared.examples for prepared in found.values())
-    return {split: prepared._replace(fitted_to=together) for split, prepared in found.items()}
+    by_split = {split: prepare(name, TASKS[name], tokenizer, labels, settings, split, info) for split in splits}
+    examples = tuple(prepared.examples for prepared in by_split.values())
+    return {split: prepared._replace(fitted_to=examples) for split, prepared in by_split.items()}
 
 
 def batches_of(

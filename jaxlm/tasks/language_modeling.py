@@ -1,21 +1,22 @@
 """Causal language modelling on packed documents; also what every language-modelling task shares."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core import Term, Terms
+from jaxlm.core import Terms
 from jaxlm.data.encoding import encode
 from jaxlm.data.loader import Batches, packed
+from jaxlm.data.packing import counted
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import padding_id
-from jaxlm.losses.cross_entropy import accuracy, cross_entropy
-from jaxlm.tasks.metrics import bits_per_byte, perplexity
+from jaxlm.losses.cross_entropy import cross_entropy, log_likelihood
+from jaxlm.tasks.metrics import Metric, bits_per_byte, loss, perplexity, token_accuracy
 from jaxlm.tasks.task import (
     PACKED,
     Batch,
@@ -24,11 +25,9 @@ from jaxlm.tasks.task import (
     EvalSpec,
     Outputs,
     Prepared,
-    Score,
     Task,
-    batch_pieces,
     documents_of,
-    scalar,
+    only,
 )
 
 
@@ -48,9 +47,9 @@ def documents(source: Source, tokenizer: Any, labels: tuple[str, ...], settings:
 
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    counted = source.evaluated
-    found = encode(tokenizer, texts(), special_tokens=False, before=first, after=last, count_bytes=counted)
-    columns = {"input_ids": found.ids} | ({"bytes": found.bytes} if counted else {})
+    evaluated = source.evaluated
+    encoded = encode(tokenizer, texts(), special_tokens=False, before=first, after=last, count_bytes=evaluated)
+    columns = {"input_ids": encoded.ids} | ({"bytes": encoded.bytes} if evaluated else {})
     return Prepared(Examples(columns), {"bytes": size})
 
 
@@ -68,43 +67,60 @@ def token_loss(outputs: Outputs, batch: Batch) -> Terms:
     return {"cross_entropy": cross_entropy(outputs["logits"], batch["labels"])}
 
 
-def token_measures(outputs: Outputs, batch: Batch) -> Terms:
-    """Cross-entropy and accuracy over the predicted tokens."""
-    return token_loss(outputs, batch) | {"accuracy": accuracy(outputs["logits"], batch["labels"])}
+def token_read(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    """Nats (float32) and right tokens of a row, `[rows]`; the likeliest token everywhere, int32 `[rows, length]`."""
+    logits, labels = outputs["logits"], batch["labels"]
+    likelihood, valid = log_likelihood(logits, labels)
+    predicted = jnp.argmax(logits, axis=-1)
+    right = (predicted == labels) & (valid > 0)
+    return {"nats": -likelihood.sum(axis=1), "right": right.sum(axis=1), "predicted": predicted}
 
 
-def text_measures(outputs: Outputs, batch: Batch) -> Terms:
-    """As `token_measures`, and where the bytes behind the labels are known, the bits for every byte."""
-    terms = token_measures(outputs, batch)
-    if "bytes" not in batch:
-        return terms
-    bits, size = terms["cross_entropy"].sum / math.log(2), batch["bytes"].sum().astype(jnp.float32)
-    return terms | {"bits_per_byte": Term(bits, size)}
+def row_sums(predictions: BatchPredictions) -> dict[str, np.ndarray]:
+    """Every row: its nats, tokens to predict and right ones, and on how many the teacher predicts the same."""
+    valid, read = counted(predictions.batch["labels"]), predictions.read
+    tokens = valid.sum(axis=1)
+    columns = {"nats": read["nats"].astype(np.float64), "tokens": tokens, "right": read["right"]}
+    if predictions.teacher is None:
+        return columns
+    agreed = ((read["predicted"] == predictions.teacher["predicted"]) & valid).sum(axis=1)
+    return columns | {"agreed": agreed, "compared": tokens}
 
 
-def token_score(
-    terms: dict[str, Term], predictions: dict[str, np.ndarray], labels: tuple[str, ...], facts: Mapping[str, int]
-) -> Score:
-    """Loss in nats a token, perplexity, accuracy; of running text also bits a byte, which compares tokenizers."""
-    loss = scalar(terms, "cross_entropy")
-    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), "accuracy": scalar(terms, "accuracy")}
-    if "bits_per_byte" in terms and terms["bits_per_byte"].weight > 0:
-        metrics["bits_per_byte"] = scalar(terms, "bits_per_byte")
-    return Score(metrics)
+def token_examples(predictions: BatchPredictions) -> dict[str, np.ndarray]:
+    """Every row that has something to predict is an example."""
+    columns = row_sums(predictions)
+    return {name: values[columns["tokens"] > 0] for name, values in columns.items()}
 
 
-def text_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
-    """As `batch_pieces`, with the UTF-8 bytes of the text that was predicted."""
-    return batch_pieces(read) | {"bytes": read.batch["bytes"].sum(keepdims=True).ravel()}
+def batch_examples(predictions: BatchPredictions) -> dict[str, np.ndarray]:
+    """A whole batch is an example: rows of running text follow each other, and are none of their own."""
+    return {name: values.sum(keepdims=True) for name, values in row_sums(predictions).items()}
 
+
+def text_examples(predictions: BatchPredictions) -> dict[str, np.ndarray]:
+    """As `batch_examples`, with the UTF-8 bytes of the text that was predicted where they are known."""
+    columns, batch = batch_examples(predictions), predictions.batch
+    return columns | ({"bytes": batch["bytes"].sum(keepdims=True).ravel()} if "bytes" in batch else {})
+
+
+TOKEN_METRICS: dict[str, Metric] = {"loss": loss, "perplexity": perplexity, "accuracy": token_accuracy}
+"""Loss in nats a token, perplexity, accuracy."""
+REPORTED = ("nats", "tokens", "agreed", "compared")
 
 causal = Task(
-    {"head": "causal"},
-    documents,
-    packed_batches,
-    token_loss,
-    text_measures,
-    token_score,
-    EvalSpec((bits_per_byte, perplexity), text_pieces, same="bytes"),
-    {**PACKED, "labels": Column()},
+    structure={"head": "causal"},
+    prepare=documents,
+    batches=packed_batches,
+    loss=token_loss,
+    evaluation=EvalSpec(
+        metrics={**TOKEN_METRICS, "bits_per_byte": bits_per_byte},  # the last compares tokenizers
+        compared=(bits_per_byte, perplexity),
+        read=token_read,
+        examples=text_examples,
+        same="bytes",
+        reported=only(*REPORTED, "bytes"),
+        agreement_only=("predicted",),
+    ),
+    columns={**PACKED, "labels": Column()},
 )

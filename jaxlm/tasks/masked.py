@@ -5,6 +5,8 @@ from array import array
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import Terms
@@ -15,21 +17,21 @@ from jaxlm.data.ragged import Examples, Ragged, offsets_of
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import padding_id
-from jaxlm.losses.cross_entropy import accuracy, cross_entropy
-from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
-from jaxlm.tasks.metrics import loss, perplexity
+from jaxlm.losses.cross_entropy import IGNORED, cross_entropy
+from jaxlm.tasks.language_modeling import REPORTED, TOKEN_METRICS, batch_examples, row_sums, token_loss, token_read
+from jaxlm.tasks.metrics import Columns, loss, pair_accuracy, perplexity
 from jaxlm.tasks.task import (
     PACKED,
     PADDED,
     Batch,
+    BatchPredictions,
     Column,
     EvalSpec,
     Outputs,
     Prepared,
     Task,
-    batch_pieces,
     documents_of,
-    token_pieces,
+    only,
 )
 
 
@@ -98,36 +100,58 @@ def pair_loss(outputs: Outputs, batch: Batch) -> Terms:
     return token_loss(outputs, batch) | {"next_sentence": pair}
 
 
-def pair_measures(outputs: Outputs, batch: Batch) -> Terms:
-    """Both losses and both accuracies."""
-    pair = accuracy(outputs["next_sentence_logits"], batch["next_sentence_labels"])
-    return pair_loss(outputs, batch) | token_measures(outputs, batch) | {"next_sentence_accuracy": pair}
+def pair_read(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    """As `token_read`, with the likelier class of every pair, int32 `[rows]`."""
+    return token_read(outputs, batch) | {"pair": jnp.argmax(outputs["next_sentence_logits"], axis=-1)}
 
 
-def pair_score(terms, predictions, labels, facts):
-    """As `token_score`, with the accuracy of the pair."""
-    score = token_score(terms, predictions, labels, facts)
-    pair = terms["next_sentence_accuracy"]
-    return score._replace(metrics=score.metrics | {"next_sentence_accuracy": float(pair.sum) / float(pair.weight)})
+def pair_examples(predictions: BatchPredictions) -> dict[str, np.ndarray]:
+    """Every pair: what is known of its hidden tokens, of which a short one may have none, and whether it is right."""
+    true = predictions.batch["next_sentence_labels"]
+    pairs = true != IGNORED
+    columns = row_sums(predictions) | {"pairs": pairs.astype(np.int32), "pairs_right": predictions.read["pair"] == true}
+    return {name: values[pairs] for name, values in columns.items()}
+
+
+def pairs_with_hidden_tokens(columns: Columns) -> Columns:
+    """What a report, which is of the tokens, stores."""
+    return {name: values[columns["tokens"] > 0] for name, values in only(*REPORTED)(columns).items()}
 
 
 masked = Task(
-    {"head": "masked"},
-    framed,
-    masked_batches,
-    token_loss,
-    token_measures,
-    token_score,
-    EvalSpec((loss, perplexity), batch_pieces, same="tokens"),
-    {**PACKED, "labels": Column()},
+    structure={"head": "masked"},
+    prepare=framed,
+    batches=masked_batches,
+    loss=token_loss,
+    evaluation=EvalSpec(
+        metrics=TOKEN_METRICS,
+        compared=(loss, perplexity),
+        read=token_read,
+        examples=batch_examples,
+        same="tokens",
+        reported=only(*REPORTED),
+        agreement_only=("predicted",),
+    ),
+    columns={**PACKED, "labels": Column()},
 )
 next_sentence = Task(
-    {"head": "masked", "next_sentence": True},
-    sentence_pairs,
-    masked_batches,
-    pair_loss,
-    pair_measures,
-    pair_score,
-    EvalSpec((loss, perplexity), token_pieces, same="tokens"),
-    {**PADDED, "token_type_ids": Column(), "labels": Column(), "next_sentence_labels": Column(per_token=False)},
+    structure={"head": "masked", "next_sentence": True},
+    prepare=sentence_pairs,
+    batches=masked_batches,
+    loss=pair_loss,
+    evaluation=EvalSpec(
+        metrics={**TOKEN_METRICS, "next_sentence_accuracy": pair_accuracy},
+        compared=(loss, perplexity),
+        read=pair_read,
+        examples=pair_examples,
+        same="tokens",
+        reported=pairs_with_hidden_tokens,
+        agreement_only=("predicted",),
+    ),
+    columns={
+        **PADDED,
+        "token_type_ids": Column(),
+        "labels": Column(),
+        "next_sentence_labels": Column(per_token=False),
+    },
 )

@@ -12,7 +12,14 @@ from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import padding_id, sentinel_ids
-from jaxlm.tasks.language_modeling import token_loss, token_measures, token_score
+from jaxlm.tasks.language_modeling import (
+    REPORTED,
+    TOKEN_METRICS,
+    batch_examples,
+    token_examples,
+    token_loss,
+    token_read,
+)
 from jaxlm.tasks.metrics import loss, perplexity
 from jaxlm.tasks.task import (
     DECODER,
@@ -21,11 +28,10 @@ from jaxlm.tasks.task import (
     EvalSpec,
     Prepared,
     Task,
-    batch_pieces,
     documents_of,
+    only,
     sample_weights,
     text_of,
-    token_pieces,
     weight_of,
 )
 
@@ -38,8 +44,8 @@ def pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: Dat
             optional=("weight",),
         )
     )
-    sources, wanted, weights = zip(*rows, strict=True)
-    inputs, targets = (ended(texts, tokenizer, settings.max_length) for texts in (sources, wanted))
+    source_texts, target_texts, weights = zip(*rows, strict=True)
+    inputs, targets = (ended(texts, tokenizer, settings.max_length) for texts in (source_texts, target_texts))
     shifted = Ragged(np.empty_like(targets.values), targets.offsets)
     shifted.values[1:] = targets.values[:-1]
     shifted.values[targets.offsets[:-1]] = padding_id(tokenizer)
@@ -89,24 +95,30 @@ def denoising_batches(
 
 
 COLUMNS = {**PADDED, **DECODER, "labels": Column()}
+EVALUATION = EvalSpec(
+    metrics=TOKEN_METRICS,
+    compared=(loss, perplexity),
+    read=token_read,
+    examples=token_examples,
+    same="tokens",
+    reported=only(*REPORTED),
+    agreement_only=("predicted",),
+)
+
 seq2seq = Task(
-    {"head": "seq2seq"},
-    pairs,
-    padded_batches,
-    token_loss,
-    token_measures,
-    token_score,
-    EvalSpec((loss, perplexity), token_pieces, same="tokens"),
-    COLUMNS,
+    structure={"head": "seq2seq"},
+    prepare=pairs,
+    batches=padded_batches,
+    loss=token_loss,
+    evaluation=EVALUATION,
+    columns=COLUMNS,
 )
 denoising = Task(
-    {"head": "seq2seq"},
-    plain,
-    denoising_batches,
-    token_loss,
-    token_measures,
-    token_score,
-    EvalSpec((loss, perplexity), batch_pieces, same="tokens"),
-    COLUMNS,
+    structure={"head": "seq2seq"},
+    prepare=plain,
+    batches=denoising_batches,
+    loss=token_loss,
+    evaluation=EVALUATION._replace(examples=batch_examples),
+    columns=COLUMNS,
     sentinels=100,  # as T5's own tokenizer
 )

@@ -32,9 +32,9 @@ class Scheme(NamedTuple):
 
     def read(self, tag: str) -> tuple[str, str] | None:
         """Position (one of B, I, E, S) and type of a tag that says a position, else None."""
-        found = self.form.fullmatch(tag) if self.form else None
-        position = POSITIONS.get(found["position"].upper()) if found else None
-        return (position, found["type"]) if found and position else None
+        match = self.form.fullmatch(tag) if self.form else None
+        position = POSITIONS.get(match["position"].upper()) if match else None
+        return (position, match["type"]) if match and position else None
 
     def standard(self, tags: Sequence[str]) -> list[str]:
         """A sentence's tags as IOBES, which seqeval reads; of flat ones every run of a tag but ``O`` is one name.
@@ -75,10 +75,12 @@ def scheme_of(names: Collection[str]) -> Scheme:
     # a B- or I- is unmistakable; what else reads like a position (E-mail, S-Bahn) is one where every tag does
     if any(tag[:2] in ("B-", "I-", "B_", "I_") for tag in tags) or _all_say(prefix, tags):
         return prefix
-    positions: dict[str, set[str]] = {}
+    by_type: dict[str, set[str]] = {}
     for position, type_ in filter(None, map(suffix.read, tags)):
-        positions.setdefault(type_, set()).add(position)
-    if any({"B", "I"} <= found or {"B", "E"} <= found for found in positions.values()) or _all_say(suffix, tags):
+        by_type.setdefault(type_, set()).add(position)
+    if any({"B", "I"} <= positions or {"B", "E"} <= positions for positions in by_type.values()):
+        return suffix
+    if _all_say(suffix, tags):
         return suffix
     return letter if "B" in map(str.upper, tags) and _all_say(letter, tags) else FLAT
 
@@ -86,4 +88,4 @@ def scheme_of(names: Collection[str]) -> Scheme:
 def _all_say(scheme: Scheme, tags: Collection[str]) -> bool:
     """Whether all tags say a position, and not all the end of a name."""
     read = [scheme.read(tag) for tag in tags]
-    return all(read) and any(found is not None and found[0] != "E" for found in read)
+    return all(read) and any(parts is not None and parts[0] != "E" for parts in read)

@@ -1,24 +1,26 @@
-"""Task: how records become batches, outputs a loss, and predictions a score."""
+"""Task: how records become batches, outputs a loss, and predictions metrics."""
 
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from jaxlm.core import Term, Terms
+from jaxlm.core import Terms
 from jaxlm.data.loader import Batches, fitted
 from jaxlm.data.packing import counted
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Record, Source, Unusable
-from jaxlm.losses.cross_entropy import IGNORED, log_likelihood
-from jaxlm.tasks.metrics import Metric, agreement
+from jaxlm.losses.cross_entropy import IGNORED
+from jaxlm.tasks.metrics import Columns, Metric, agreement
 
 Outputs = Mapping[str, Any]
+"""What the forward pass gives: `logits` float32 `[rows, classes]`, of tokens `[rows, length, classes]`, and more."""
 Batch = Mapping[str, jax.Array]
+"""A batch on the devices; every array begins with its rows."""
 
 
 class Prepared(NamedTuple):
@@ -26,7 +28,7 @@ class Prepared(NamedTuple):
 
     Attributes:
       examples: the split's.
-      facts: about it (`bytes` of text, say), which a score divides by or says beside its numbers.
+      facts: numbers about it (`bytes` of text, say), which `result.json` has beside the metrics.
       fitted_to: examples of all splits that share the lengths of padded batches, and so compiled programs; those that
         most is to be gained from first. Without any, the lengths fit this split.
       notices: what its reader may want to know if a model learns from it.
@@ -39,27 +41,10 @@ class Prepared(NamedTuple):
 
     def buckets(self, settings: DataSettings) -> tuple[int, ...]:
         """The lengths that batches are padded to: fitted to the first examples, and one more for longer ones."""
-        first, *others = [each.lengths for each in self.fitted_to or (self.examples,)]
-        found = fitted(first, settings.buckets, settings.max_length)
-        longest = max([int(lengths.max(initial=0)) for lengths in others], default=0)
-        return found if longest <= found[-1] else (*found, *fitted(np.array([longest]), 1, settings.max_length))
-
-
-class Score(NamedTuple):
-    """Metrics by name, and a table for people."""
-
-    metrics: dict[str, float]
-    report: str = ""
-
-
-def no_labels(source: Source) -> tuple[str, ...]:
-    """For tasks without classes."""
-    return ()
-
-
-def no_predictions(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    """For tasks that sums of terms describe."""
-    return {}
+        first, *others = [examples.lengths for examples in self.fitted_to or (self.examples,)]
+        lengths = fitted(first, settings.buckets, settings.max_length)
+        longest = max([int(sizes.max(initial=0)) for sizes in others], default=0)
+        return lengths if longest <= lengths[-1] else (*lengths, *fitted(np.array([longest]), 1, settings.max_length))
 
 
 class Column(NamedTuple):
@@ -74,61 +59,137 @@ PADDED = {name: Column() for name in ("input_ids", "attention_mask")}
 DECODER = {name: Column() for name in ("decoder_input_ids", "decoder_attention_mask")}
 
 
-def tokens_read(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    """Nats a row, and the likeliest token (or class) everywhere."""
-    logits = outputs["logits"]
-    likelihood, _ = log_likelihood(logits, batch["labels"])
-    return {"nats": -likelihood.reshape(len(likelihood), -1).sum(axis=1), "predicted": logits.argmax(axis=-1)}
+# -- evaluation -------------------------------------------------------------------------------------------------------
 
 
 class BatchPredictions(NamedTuple):
     """One batch of held-out data after a model has read it, on the host.
 
     Attributes:
-      seen: what `EvalSpec.read` gave; teacher: what it gave for the teacher, `None` where there is none.
-      batch: what was read, labels included.
-      tokenizer, labels: of the model.
+      read: what `EvalSpec.read` gave, `[rows, ...]`; teacher: what it gave for the teacher, `None` where there is none.
+      batch: the columns of the batch but the model's inputs: `labels`, and what else examples are counted by.
+      labels: names of the model's classes.
     """
 
-    seen: Mapping[str, np.ndarray]
+    read: Mapping[str, np.ndarray]
     teacher: Mapping[str, np.ndarray] | None
     batch: Mapping[str, np.ndarray]
-    tokenizer: Any
     labels: tuple[str, ...]
 
 
+class Read(Protocol):
+    """What evaluation needs of a forward pass, inside the compiled program."""
+
+    def __call__(self, outputs: Outputs, batch: Batch, /) -> dict[str, jax.Array]:
+        """`{name: [rows, ...]}`; `predicted` is among them: int32 classes or tokens, or float32 numbers."""
+        ...
+
+
+class ExampleColumns(Protocol):
+    """The examples of a batch, on the host."""
+
+    def __call__(self, predictions: BatchPredictions, /) -> dict[str, np.ndarray]:
+        """`{column: [examples]}` without filler and ignored labels; with a teacher also what agreement adds up."""
+        ...
+
+
+class ColumnFilter(Protocol):
+    """Some of the columns, or of their examples."""
+
+    def __call__(self, columns: Columns, /) -> Columns: ...
+
+
+class Table(Protocol):
+    """Metrics in detail, as text for people."""
+
+    def __call__(self, predictions: Sequence[BatchPredictions], facts: Mapping[str, int], /) -> str:
+        """Of all batches of a split, and `Prepared.facts`; "" where there is nothing to say."""
+        ...
+
+
 class EvalSpec(NamedTuple):
-    """What a report says of a task's models.
+    """How a task's models are evaluated: from outputs to columns of numbers by example, and from those to metrics.
 
     Attributes:
-      measures: the first is the quality that models are compared by, the others stand beside it.
-      pieces: `BatchPredictions -> {column: one number a piece}`; with a teacher also what the agreement adds up.
+      metrics: of `result.json` and of the log of a training, by key.
+      compared: of a report; the first is the quality that models are compared by, the others stand beside it.
+      read: what is kept of a forward pass.
+      examples: what of that is counted, one number an example.
       same: the column that is equal for all models that read the same data.
-      read: `(outputs, batch) -> {name: array [rows, ...]}`, `predicted` among them, inside the compiled forward pass.
-      agreement: measure of equal predictions.
+      reported: what a report stores of the columns: those that `compared`, `agreement` and `same` are about.
+      agreement: metric of equal predictions.
+      agreement_only: names of `read` that nothing but agreement needs; they are not computed without.
+      facts: further numbers of `result.json`, by key the name in `Prepared.facts`.
+      table: `report.txt`, where a task has one.
     """
 
-    measures: tuple[Metric, ...]
-    pieces: Callable[[BatchPredictions], dict[str, np.ndarray]]
+    metrics: Mapping[str, Metric]
+    compared: tuple[Metric, ...]
+    read: Read
+    examples: ExampleColumns
     same: str
-    read: Callable[[Outputs, Batch], dict[str, jax.Array]] = tokens_read
+    reported: ColumnFilter
     agreement: Metric = agreement
+    agreement_only: tuple[str, ...] = ()
+    facts: Mapping[str, str] = {}
+    table: Table | None = None
 
 
-def token_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
-    """Every row that has something to predict: its nats and tokens, and on how many the teacher predicts the same."""
-    known = counted(read.batch["labels"])
-    rows = known.any(axis=1)
-    found = {"nats": read.seen["nats"][rows], "tokens": known.sum(axis=1)[rows]}
-    if read.teacher is None:
-        return found
-    agreed = ((read.seen["predicted"] == read.teacher["predicted"]) & known).sum(axis=1)
-    return found | {"agreed": agreed[rows], "compared": found["tokens"]}
+def only(*names: str) -> ColumnFilter:
+    """The columns of these names, as far as they are there.
+
+    >>> only("nats", "agreed")({"nats": 1, "right": 2})
+    {'nats': 1}
+    """
+    return lambda columns: {name: columns[name] for name in names if name in columns}
 
 
-def batch_pieces(read: BatchPredictions) -> dict[str, np.ndarray]:
-    """The same of a whole batch: rows of running text follow each other, so they are no pieces of their own."""
-    return {name: values.sum(keepdims=True) for name, values in token_pieces(read).items()}
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+class Prepare(Protocol):
+    """Encodes the records of a split."""
+
+    def __call__(self, source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings, /) -> Prepared:
+        """`labels` are the classes in the order of the model's outputs, () for tasks without."""
+        ...
+
+
+class MakeBatches(Protocol):
+    """Lays examples out in rows."""
+
+    def __call__(
+        self, prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None, /
+    ) -> Batches:
+        """With a `seed` drawn anew every epoch; `None`: in order, each row once."""
+        ...
+
+
+class TaskLoss(Protocol):
+    """What training minimises, inside the compiled step."""
+
+    def __call__(self, outputs: Outputs, batch: Batch, /) -> Terms:
+        """Terms by name, each a sum and its weight over the labels that count."""
+        ...
+
+
+class ClassNames(Protocol):
+    """Learns the classes from training data."""
+
+    def __call__(self, source: Source, /) -> tuple[str, ...]: ...
+
+
+class EncodeUnlabelled(Protocol):
+    """Encodes data without labels, on which only a teacher's predictions are learned."""
+
+    def __call__(self, source: Source, tokenizer: Any, settings: DataSettings, /) -> Examples:
+        """With a column `distill_mask` of 0 and 1 instead of `labels`: where the teacher's predictions are learned."""
+        ...
+
+
+def no_labels(source: Source) -> tuple[str, ...]:
+    """For tasks without classes."""
+    return ()
 
 
 class Task(NamedTuple):
@@ -136,32 +197,28 @@ class Task(NamedTuple):
 
     Attributes:
       structure: fields of the model's config that the task decides: its `head`, and what that needs.
-      prepare: `(source, tokenizer, labels, settings) -> Prepared`.
-      batches: `(prepared, tokenizer, settings, batch_size, seed) -> Batches`; `seed` None: in order, each row once.
-      loss: `(outputs, batch) -> terms`, what training minimises.
-      measure: `(outputs, batch) -> terms`, what evaluation adds up.
-      score: `(sums and weights of terms, predictions by row, labels, facts) -> Score`.
-      quality: what a report measures.
+      prepare: encodes a split.
+      batches: rows of a split.
+      loss: what training minimises.
+      evaluation: how its models are evaluated.
       columns: the arrays of a batch.
-      labels: `source -> names of the classes`, learned from training data.
-      predict: `(outputs, batch) -> {name: array [batch, ...]}` that `score` reads on the host.
-      unlabelled: `(source, tokenizer, settings) -> Examples` of texts without labels, with a column `scored` of where
-        a teacher is heard; `None` for tasks that give no text or word a label.
+      labels: names of the classes, learned from training data.
+      unlabelled: encodes data without labels; `None` for tasks that give no text or word a label.
       sentinels: `<extra_id_…>` tokens that a tokenizer trained for the task has.
     """
 
     structure: Mapping[str, Any]
-    prepare: Callable[[Source, Any, tuple[str, ...], DataSettings], Prepared]
-    batches: Callable[[Prepared, Any, DataSettings, int, int | None], Batches]
-    loss: Callable[[Outputs, Batch], Terms]
-    measure: Callable[[Outputs, Batch], Terms]
-    score: Callable[[dict[str, Term], dict[str, np.ndarray], tuple[str, ...], Mapping[str, int]], Score]
-    quality: EvalSpec
+    prepare: Prepare
+    batches: MakeBatches
+    loss: TaskLoss
+    evaluation: EvalSpec
     columns: Mapping[str, Column]
-    labels: Callable[[Source], tuple[str, ...]] = no_labels
-    predict: Callable[[Outputs, Batch], dict[str, jax.Array]] = no_predictions
-    unlabelled: Callable[[Source, Any, DataSettings], Examples] | None = None
+    labels: ClassNames = no_labels
+    unlabelled: EncodeUnlabelled | None = None
     sentinels: int = 0
+
+
+# -- fields of records ------------------------------------------------------------------------------------------------
 
 
 def column(record: Record, name: str, source: Source) -> Any:
@@ -225,50 +282,36 @@ def documents_of(source: Source) -> Iterator[str]:
 
 
 def with_unlabelled(labelled: Examples, unlabelled: Examples) -> Examples:
-    """Examples with labels, and behind them those without; the column `scored` says where a teacher is heard.
+    """Examples with labels, and behind them those without; `distill_mask` says where a teacher is learned from.
 
     Args:
       labelled: with a column `labels`: a class or a number a row, or a class a token.
-      unlabelled: what a model reads, and instead of `labels` a `scored` of 0 and 1. Where samples have a `weight`, and
-        one side has none, there it is 1.
+      unlabelled: what a model reads, and instead of `labels` a `distill_mask` of 0 and 1. Where only one side has a
+        `weight`, it is 1 on the other.
 
     Raises:
       ValueError: where only one side is of pairs of texts.
     """
-    pairs = ["token_type_ids" in each.columns for each in (labelled, unlabelled)]
-    if pairs[0] != pairs[1]:
-        having, lacking = ("the training data", "these texts") if pairs[0] else ("these texts", "the training data")
+    paired = ["token_type_ids" in examples.columns for examples in (labelled, unlabelled)]
+    if paired[0] != paired[1]:
+        having, lacking = ("the training data", "these texts") if paired[0] else ("these texts", "the training data")
         raise ValueError(f"config.data.unlabelled: {having} have a column text_pair, {lacking} have none")
-    labels, heard = labelled.columns["labels"], unlabelled.columns["scored"]
+    labels, distill_mask = labelled.columns["labels"], unlabelled.columns["distill_mask"]
     values = labels.values if isinstance(labels, Ragged) else labels
-    nothing = np.nan if values.dtype.kind == "f" else IGNORED
-    blank = np.full(len(heard.values if isinstance(heard, Ragged) else heard), nothing, values.dtype)
+    ignored = np.nan if values.dtype.kind == "f" else IGNORED
+    size = len(distill_mask.values if isinstance(distill_mask, Ragged) else distill_mask)
 
     def like(column: Ragged | np.ndarray, values: np.ndarray) -> Ragged | np.ndarray:
         return Ragged(values, column.offsets) if isinstance(column, Ragged) else values
 
-    own = {**labelled.columns, "scored": like(labels, counted(values).astype(np.int32))}
-    more = {**unlabelled.columns, "labels": like(heard, blank)}
-    if "weight" in own or "weight" in more:
-        own.setdefault("weight", np.ones(len(labelled), np.float32))
-        more.setdefault("weight", np.ones(len(unlabelled), np.float32))
-    return Examples(own).then(Examples(more))
+    first = {**labelled.columns, "distill_mask": like(labels, counted(values).astype(np.int32))}
+    second = {**unlabelled.columns, "labels": like(distill_mask, np.full(size, ignored, values.dtype))}
+    if "weight" in first or "weight" in second:
+        first.setdefault("weight", np.ones(len(labelled), np.float32))
+        second.setdefault("weight", np.ones(len(unlabelled), np.float32))
+    return Examples(first).then(Examples(second))
 
 
 def sample_weights(weights: Sequence[float | None]) -> dict[str, np.ndarray]:
     """The column `weight` float32 `[samples]`, where the data have one."""
     return {} if None in weights else {"weight": np.array(weights, np.float32)}
-
-
-def scalar(terms: Mapping[str, Any], name: str) -> float:
-    """`sum / weight` on the host; NaN where nothing was added up."""
-    weight = float(terms[name].weight)
-    return float(terms[name].sum) / weight if weight else math.nan
-
-
-def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of several batches, padded to the longest with the ignored label."""
-    width = max((p.shape[1] for p in parts if p.ndim > 1), default=0)
-    return np.concatenate(
-        [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-100) if p.ndim > 1 else p for p in parts]
-    )

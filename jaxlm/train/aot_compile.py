@@ -36,45 +36,45 @@ class Compiled:
         self._thread = ThreadPoolExecutor(1, "compile")
         self._missing = list(self._batches)
         self._lock = Lock()
-        self._found: dict[Shape, Future] = {shape: Future() for shape in self._batches}
+        self._futures: dict[Shape, Future] = {shape: Future() for shape in self._batches}
 
     def of(self, batch: Mapping[str, Any]) -> Callable:
         """The executable for this batch, once it is there. Raises KeyError for a shape that was not announced."""
         shape = shape_of(batch)
-        found = self._found[shape]
+        future = self._futures[shape]
         with self._lock:
             begun = len(self._missing) < len(self._batches)
             if shape in self._missing:
                 self._missing = [shape, *(other for other in self._missing if other != shape)]
         for _ in () if begun else self._batches:
             self._thread.submit(self._compile)
-        return found.result()
+        return future.result()
 
     def ready(self, batch: Mapping[str, Any]) -> bool:
         """Whether `of` would not wait."""
-        return self._found[shape_of(batch)].done()
+        return self._futures[shape_of(batch)].done()
 
     def check(self) -> None:
         """Raises the error of any compilation that failed so far, before hours of training reach its shape."""
-        for found in self._found.values():
-            if found.done():
-                found.result()
+        for future in self._futures.values():
+            if future.done():
+                future.result()
 
     def _compile(self) -> None:
         """Compiles the first shape that is missing."""
         with self._lock:
             shape = self._missing.pop(0)
         try:
-            self._found[shape].set_result(self._lower(self._batches[shape]).compile())
+            self._futures[shape].set_result(self._lower(self._batches[shape]).compile())
         except BaseException as error:
-            self._found[shape].set_exception(error)
+            self._futures[shape].set_exception(error)
         _return_memory()
 
     def close(self) -> None:
         """Gives up what has not begun, and waits for the one that has: nothing compiles beside what comes next."""
         self._thread.shutdown(cancel_futures=True)
-        for found in self._found.values():
-            found.cancel()
+        for future in self._futures.values():
+            future.cancel()
 
 
 def _return_memory() -> None:
@@ -92,10 +92,10 @@ def compiled(
     What is called is the jitted function, which finds its executable in jax's cache: by itself an executable of jax
     0.10 refuses arrays of four bits, which it takes to be laid out otherwise than it lays them out.
     """
-    here = threading.local()
+    thread = threading.local()
 
     def announced(*args: Any) -> Any:
-        if not getattr(here, "lowers", False):
+        if not getattr(thread, "lowers", False):
             raise TypeError("the step was compiled for a state and batches of other shapes or dtypes than it is given")
         return step(*args)
 
@@ -104,7 +104,7 @@ def compiled(
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
 
     def lower(batch: Mapping[str, Any]) -> Lowered:
-        here.lowers = True
+        thread.lowers = True
         return Lowered(jitted, jitted.lower(state, constants, batch))
 
     return Compiled(lower, batches)

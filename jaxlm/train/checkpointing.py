@@ -73,14 +73,14 @@ class Stores:
 
     def resume(self, state: TrainState, shardings: Any) -> tuple[TrainState, Progress] | None:
         """The newest sound state in the shape of `state`, placed as `shardings` say; later checkpoints are removed."""
-        found = self.latest.restore(flatten(targets(self.shapes, state, shardings)))
-        step, arrays, metadata = found or (0, {}, {"progress": {}})
+        restored = self.latest.restore(flatten(targets(self.shapes, state, shardings)))
+        step, arrays, metadata = restored or (0, {}, {"progress": {}})
         progress = call(Progress, metadata["progress"], "the progress in the checkpoint")
         self.latest.rewind(step)
         self.best.rewind(progress.best_step)
         if self.recent is not None:
             self.recent.rewind(step)
-        return (padded(unflatten(state, arrays), state, shardings), progress) if found else None
+        return (padded(unflatten(state, arrays), state, shardings), progress) if restored else None
 
     def save(self, number: int, state: TrainState, progress: Progress) -> None:
         """A state to resume from."""
@@ -98,10 +98,10 @@ class Stores:
           FileNotFoundError, ValueError: when it is missing or damaged.
         """
         store.wait()
-        like, where = _model(state), _model(shardings)
-        found = store.restore(flatten(targets(_model(self.shapes), like, where)), number)
-        assert found is not None
-        return state.replace(**padded(unflatten(like, found[1]), like, where))
+        like, placement = _model(state), _model(shardings)
+        restored = store.restore(flatten(targets(_model(self.shapes), like, placement)), number)
+        assert restored is not None
+        return state.replace(**padded(unflatten(like, restored[1]), like, placement))
 
     def close(self) -> None:
         """Finishes what is being written."""
@@ -127,11 +127,11 @@ def stripped(tree: Any, shapes: Any) -> Any:
 def padded(tree: Any, like: Any, shardings: Any) -> Any:
     """The inverse of `stripped`: zeros up to the shapes of `like`."""
 
-    def pad(array: jax.Array, wanted: jax.Array, where: jax.sharding.Sharding) -> jax.Array:
+    def pad(array: jax.Array, wanted: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
         if array.shape == wanted.shape:
             return array
         widths = [(0, after - before) for before, after in zip(array.shape, wanted.shape, strict=True)]
-        return jax.jit(jnp.pad, static_argnums=1, out_shardings=where)(array, tuple(widths))
+        return jax.jit(jnp.pad, static_argnums=1, out_shardings=sharding)(array, tuple(widths))
 
     return jax.tree.map(pad, tree, like, shardings)
 
@@ -139,14 +139,14 @@ def padded(tree: Any, like: Any, shardings: Any) -> Any:
 def targets(shapes: Any, like: Any, shardings: Any) -> Any:
     """`shapes` with the placement of `like`; a dimension that is padded there may not divide, so it is whole here."""
 
-    def place(shape: jax.ShapeDtypeStruct, array: jax.Array, where: Any) -> jax.ShapeDtypeStruct:
+    def target(shape: jax.ShapeDtypeStruct, array: jax.Array, sharding: Any) -> jax.ShapeDtypeStruct:
         if shape.shape != array.shape:
-            axes = [*where.spec, *(None,) * (array.ndim - len(where.spec))]
+            axes = [*sharding.spec, *(None,) * (array.ndim - len(sharding.spec))]
             kept = [axis if a == b else None for axis, a, b in zip(axes, shape.shape, array.shape, strict=True)]
-            where = jax.sharding.NamedSharding(where.mesh, jax.P(*kept))
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.P(*kept))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    return jax.tree.map(place, shapes, like, shardings)
+    return jax.tree.map(target, shapes, like, shardings)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def gradient(loss: Loss, verdicts: Sequence[Verdict]) -> GradFn:
 
         def objective(trained: dict[str, jax.Array]) -> tuple[jax.Array, Terms]:
             terms, _ = loss.fn(merge(params, trained, frozen), constants, batch, ctx)
-            own = {name: jax.lax.stop_gradient(t.weight) for name, t in terms.items()}
-            return total(terms, own if weights is None else weights), terms
+            of_batch = {name: jax.lax.stop_gradient(t.weight) for name, t in terms.items()}
+            return total(terms, of_batch if weights is None else weights), terms
 
         return jax.grad(objective, has_aux=True)(trained)
 
@@ -56,7 +56,9 @@ def accumulate(inner: GradFn, loss: Loss, microbatches: int) -> GradFn:
         first = jax.tree.map(lambda a: a[0], parts)
         shapes, _ = jax.eval_shape(lambda: inner(params, constants, first, ctx.at(0), whole))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        grads, each = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
-        return grads, {n: Term(t.sum.sum(0), t.weight.sum(0), jnp.asarray(t.coefficient)[-1]) for n, t in each.items()}
+        grads, by_part = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
+        return grads, {
+            n: Term(t.sum.sum(0), t.weight.sum(0), jnp.asarray(t.coefficient)[-1]) for n, t in by_part.items()
+        }
 
     return fn

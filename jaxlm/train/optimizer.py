@@ -58,14 +58,14 @@ OPTIMIZERS = {"adamw": _adam, "lion": _lion, "sgd": _sgd, "adafactor": _adafacto
 def over_layers(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Applies a transformation whose mathematics spans a whole array to every layer of a stacked one apart."""
 
-    def each(function, name, *trees):
+    def by_layer(function, name, *trees):
         return (jax.vmap(function) if re.search(SEGMENT, name) else function)(*trees)
 
     def init(params):
-        return {name: each(inner.init, name, p) for name, p in params.items()}
+        return {name: by_layer(inner.init, name, p) for name, p in params.items()}
 
     def update(updates, state, params=None):
-        done = {name: each(inner.update, name, u, state[name], params[name]) for name, u in updates.items()}
+        done = {name: by_layer(inner.update, name, u, state[name], params[name]) for name, u in updates.items()}
         return {n: d[0] for n, d in done.items()}, {n: d[1] for n, d in done.items()}
 
     return optax.GradientTransformation(init, update)

@@ -80,9 +80,9 @@ class TrainSettings:
                 refuse(name, "must be in [0, 1)")
         if self.batch_size % self.grad_accum:
             refuse("grad_accum", f"does not divide batch_size {self.batch_size}")
-        for name, known in (("dtype", ("float32", "bfloat16")), ("remat", ("none", "dots", "full"))):
-            if getattr(self, name) not in known:
-                refuse(name, f"known: {', '.join(known)}")
+        for name, choices in (("dtype", ("float32", "bfloat16")), ("remat", ("none", "dots", "full"))):
+            if getattr(self, name) not in choices:
+                refuse(name, f"known: {', '.join(choices)}")
         if self.average_last > 1 and self.select:
             refuse("average_last", f"config.train.select = {self.select!r} already decides what is kept; drop one")
         if self.patience and not self.select:

@@ -109,10 +109,10 @@ def make_step(
         grads, terms = grad(state.params, constants, batch, now)
         trained, frozen = partition(state.params, verdicts)
         squares = {name: _squares(name, g) for name, g in grads.items()}
-        finite = {name: jnp.isfinite(each) for name, each in squares.items()}
+        finite = {name: jnp.isfinite(square) for name, square in squares.items()}
         seen = method.mask(state.params, grads)
         norm = jnp.sqrt(sum((squares[n] if g is grads[n] else _squares(n, g)).sum() for n, g in seen.items()))
-        ok = jnp.isfinite(norm) & jnp.array([each.all() for each in finite.values()]).all()
+        ok = jnp.isfinite(norm) & jnp.array([is_finite.all() for is_finite in finite.values()]).all()
         updates, new_optimizer = optimizer.update(clip(seen, norm, largest_norm), state.optimizer, trained)
         updated = optax.apply_updates(trained, updates)
 

@@ -19,7 +19,7 @@ def turns() -> ModuleType:
 
 
 def test_ratio_is_of_medians_and_spread_of_rounds(turns: ModuleType):
-    row = turns.ModelResult("step", "s", jaxlm=[1.0, 2.0, 4.0], other=[3.0, 3.0, 6.0])
+    row = turns.Comparison("step", "s", jaxlm=[1.0, 2.0, 4.0], other=[3.0, 3.0, 6.0])
     assert row.ratio == 1.5
     assert row.spread == (1.5, 3.0)
     assert "| step | 2 s | torch: 3 s | **1.5** | 1.5 to 3 |  |" in turns.table([row])
@@ -27,7 +27,7 @@ def test_ratio_is_of_medians_and_spread_of_rounds(turns: ModuleType):
 
 @pytest.mark.parametrize(("seconds", "missed"), [(2.0, False), (2.1, True), (math.inf, True), (math.nan, True)])
 def test_a_floor_is_held_or_missed(turns: ModuleType, seconds: float, missed: bool):
-    row = turns.ModelResult("step", "s", jaxlm=[seconds], other=[3.0], floor=1.5)
+    row = turns.Comparison("step", "s", jaxlm=[seconds], other=[3.0], floor=1.5)
     assert row.below is missed
     assert turns.table([row]).endswith("1.5, missed |" if missed else "| 1.5 |")
 
@@ -37,7 +37,7 @@ def test_a_score_that_is_not_reached_takes_for_ever(turns: ModuleType):
     assert turns.first_reaching(curve, 0.7, higher=True) == 2.0
     assert turns.first_reaching(curve, 0.9, higher=True) == math.inf
     assert turns.first_reaching(curve, 0.5, higher=False) == 1.0
-    assert "never" in turns.table([turns.ModelResult("to 0.9", "s", [math.inf], [2.0])])
+    assert "never" in turns.table([turns.Comparison("to 0.9", "s", [math.inf], [2.0])])
 
 
 def test_sides_alternate(turns: ModuleType):
@@ -66,7 +66,9 @@ def test_curve_of_a_run(turns: ModuleType, tmp_path: Path):
     assert turns.evaluations(tmp_path, "loss", began=10.0) == [(2.0, 2.0)]
 
 
-@pytest.mark.parametrize("name", ["step", "characters", "finetune", "input", "growth", "run"])
+@pytest.mark.parametrize(
+    "name", ["step", "characters", "finetune", "input", "growth", "precision", "convert_memory", "run"]
+)
 def test_explains_itself(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])

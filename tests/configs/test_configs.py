@@ -5,35 +5,33 @@ Recipes are found, not listed: a new file is tested as it is. Where a recipe has
 
 import dataclasses
 import importlib.util
-import inspect
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxlm.core import arrays, chain, with_arrays
-from jaxlm.data.settings import DataSettings
+from jaxlm.core import NoData, arrays, chain
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.io.pretrained import LM, save
-from jaxlm.methods.distill.teacher import Teacher
+from jaxlm.io.lm import LM
+from jaxlm.io.pretrained import retarget, save
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
-from jaxlm.parallel import make_mesh, make_rules, pad_vocab, shardings, ways
-from jaxlm.runner import registry, stage
+from jaxlm.parallel import make_mesh
+from jaxlm.runner import dry_run, labels, registry, stage
 from jaxlm.runner.config import default_config, plain
-from jaxlm.runner.distillation import distillation
+from jaxlm.runner.dry_run import NOMINAL_STEPS, init_on_shapes, perform_on_shapes, prepare_dry_run
 from jaxlm.runner.pipeline import stage_config
-from jaxlm.runner.run_setup import fresh_config
-from jaxlm.tasks import TASKS
-from jaxlm.train.settings import TrainSettings
+from jaxlm.runner.run_setup import Operation, apply_surgery
+from jaxlm.runner.sharded_step import ShardedStep, sharded_step
+from jaxlm.runner.teachers import TeacherPool, loss_methods
+from jaxlm.tasks import Task
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SENTENCES = ("the film is a joy", "a dull and weary plot", "we laughed a lot", "nothing works in this sad film") * 12
@@ -74,12 +72,12 @@ every_recipe = pytest.mark.parametrize(
 )
 
 
-def stages(config: ConfigDict, place: Callable[[str], Path]) -> Iterator[tuple[str, ConfigDict]]:
+def stages(config: ConfigDict, directory_of: Callable[[str], Path]) -> Iterator[tuple[str, ConfigDict]]:
     """The stages of a pipeline, each with its name and its own config; a recipe of one stage is its only one."""
     done: dict[str, Path] = {}
     for entry in plain(config.stages):
         yield entry["name"], stage_config(config, entry, done)
-        done[entry["name"]] = place(entry["name"])
+        done[entry["name"]] = directory_of(entry["name"])
     if not config.stages:
         yield "only", config
 
@@ -99,96 +97,70 @@ def test_opens_with_its_command_and_hardware(recipe: Recipe):
 
 ENCODER = {"hidden_size": 384, "num_layers": 6, "num_heads": 12, "ffn_size": 1536, "vocab_size": 30522}
 """What recipes that start from a pretrained encoder are measured with."""
+CHARACTERS = 68
+"""How many tokens a tokenizer of characters has."""
 
 
-class Vocabulary:
-    """As much of a tokenizer as a fresh model's structure needs."""
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> dict[str, LM]:
+    """Models of stages by their directory, as shapes, for `jaxlm.runner` to load; any other directory has `ENCODER`."""
+    models: dict[str, LM] = {}
 
-    pad_token_id = 1
+    def load(directory: str, head: str, labels: Sequence[str] | None, regression: bool) -> LM:
+        lm = models.get(directory)
+        config = retarget(model_config("bert", **ENCODER) if lm is None else lm.config, head, labels, regression)
+        return LM(config, Network(config).abstract()) if lm is None or config != lm.config else lm
 
-    def __init__(self, spec: str):
-        size = spec.partition(":")[2]
-        self.size = int(size) if size else 68
+    def stored_classes(directory: str, task: Task) -> tuple[str, ...]:
+        return models[directory].config.labels if directory in models else ()
 
-    def __len__(self) -> int:
-        return self.size
-
-
-def full_model(config: ConfigDict, known: dict[str, Network]) -> Network:
-    if config.model.init in known:
-        return known[config.model.init]
-    task = TASKS[config.task]
-    labels = ("a", "b") if task.structure["head"] in ("sequence", "token") else ()
-    if not config.data.tokenizer:
-        return Network(model_config("bert", **ENCODER, **task.structure, labels=labels))
-    return Network(fresh_config(config, task, labels, Vocabulary(config.data.tokenizer)))
+    monkeypatch.setattr(dry_run, "load_abstract", load)
+    monkeypatch.setattr(labels, "stored_classes", stored_classes)
+    return models
 
 
-def hollow(shapes: Any) -> Any:
-    """Zeros of the given shapes that take no memory: surgery has to look at values."""
-    return with_arrays(shapes, {n: np.broadcast_to(np.zeros((), a.dtype), a.shape) for n, a in arrays(shapes).items()})
+def without_data(name: str, operation: Operation, lm: LM) -> LM:
+    """An entry of `config.surgery` on shapes; what reads data, which are not here at full size, is left out."""
+    try:
+        return perform_on_shapes(name, operation, lm)
+    except NoData:
+        return lm
 
 
-def abstractly(function: Callable, *arguments: Any) -> Any:
-    """`function(*arguments)` with shapes for arrays; what is not an array stays what it is."""
-    found: dict[str, Any] = {}
-
-    def inner(*values):
-        found["result"] = function(*values)
-        return found["result"].params
-
-    params = jax.eval_shape(inner, *arguments)
-    return found["result"]._replace(params=params)
-
-
-def reads_data(entry: dict[str, Any]) -> bool:
-    """Whether surgery needs more than the model: text to calibrate on, say, which is not here at full size."""
-    options = inspect.signature(registry.SURGERY[entry["name"]]).parameters
-    needed = {name for name, option in options.items() if option.default is option.empty}
-    score = entry.get("score", options["score"].default if "score" in options else "magnitude")
-    return bool(needed - {"model", "params", "axes"} - entry.keys()) or score != "magnitude"
-
-
-def full_stage(config: ConfigDict, model: Network) -> tuple[Network, int, int]:
-    """The model after surgery; bytes of all parameters in training, and of those that one device of eight holds."""
-    params, axes = model.abstract(), model.axes()
-    for entry in plain(config.surgery):
-        if reads_data(entry):
-            continue
-        model, params, axes = registry.make(
-            registry.SURGERY, entry, "surgery", model=model, params=hollow(params), axes=axes
-        )
-    params = jax.eval_shape(lambda p: p, params)
-    teacher = Teacher(lambda *_: {}, {}, model.config.num_layers, model.config.hidden_size)
-    named = [registry.method(entry) for entry in plain(config.methods)]
-    named += [(entry["name"], distillation(entry, lambda *_: teacher)) for entry in plain(config.losses)]
-    method = chain(named)
-    adapted = abstractly(lambda p: method.init(jax.random.key(0), model, p, axes), params)
-
+def full_stage(config: ConfigDict, stored: dict[str, LM]) -> tuple[LM, ShardedStep]:
+    """The model of a stage after surgery, and its step over eight devices."""
+    if not (config.model.init or config.data.tokenizer):
+        config.model.init = "ENCODER"
+    if config.data.tokenizer == "character":
+        config.model.vocab_size = CHARACTERS
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    rules = make_rules(config.sharding, adapted.axes, mesh)
-    run_view = lambda p: pad_vocab(model.run_view(p), adapted.axes, ways("vocab", mesh, rules))  # noqa: E731
-    params = jax.eval_shape(run_view, adapted.params)
-    where = shardings(params, adapted.axes, mesh, rules, model.sizes())
-    values = arrays(params)
-    assert where.keys() == values.keys()
+    setup = apply_surgery(prepare_dry_run(config, mesh), without_data)
+    teachers = TeacherPool(setup, lambda directory: stored.get(directory, setup.lm))
+    method = chain([*map(registry.method, setup.config["methods"]), *loss_methods(setup.config["losses"], teachers)])
+    start = init_on_shapes(method, jax.random.key(0), setup.lm)
+    return setup.lm, sharded_step(setup, method, start, NOMINAL_STEPS)
+
+
+def total_and_held(step: ShardedStep) -> tuple[int, int]:
+    """Bytes of all parameters in training, and of those that one device holds."""
+    values, placement = arrays(step.params), arrays(step.placement.params)
+    assert placement.keys() == values.keys()
     size = lambda shape, name: math.prod(shape) * values[name].dtype.itemsize  # noqa: E731
     total = sum(size(value.shape, name) for name, value in values.items())
-    held = sum(size(where[name].shard_shape(value.shape), name) for name, value in values.items())
-    return model, total, held
+    return total, sum(size(placement[name].shard_shape(value.shape), name) for name, value in values.items())
 
 
 @every_size
-def test_full_size_shards_over_eight_devices(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_full_size_shards_over_eight_devices(
+    recipe: Recipe, stored: dict[str, LM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)  # a table of times that is measured here is no table of this machine
-    known: dict[str, Network] = {}
     for name, config in stages(recipe.config(), lambda name: Path(name)):
-        model, total, held = full_stage(config, full_model(config, known))
-        known[str(Path(name) / "model")] = model
+        lm, step = full_stage(config, stored)
+        stored[str(Path(name) / "model")] = lm
+        total, held = total_and_held(step)
         most = 0.6 if any("svd" in entry["name"] for entry in config.surgery) else 0.4  # a rank is not shared out
         assert held < most * total, f"{name}: a quarter each over fsdp and tensor, but for vectors"
-        TrainSettings(**config.train)
-        DataSettings(**config.data)
 
 
 # -- tiny -------------------------------------------------------------------------------------------------------------
@@ -203,7 +175,7 @@ def quick_to_compile() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with data in every format, and the model directory that recipes name by default."""
     root = tmp_path_factory.mktemp("recipes")
     (root / "data.text").write_text("\n\n".join(SENTENCES))
@@ -226,11 +198,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head="sequence",
         labels=("0", "1"),
     )
-    save(LM(structure, Network(structure).init(jax.random.key(0)), tokenizer), root / "runs" / "sequence" / "model")
+    save(LM.initialize(structure, jax.random.key(0), tokenizer), root / "runs" / "sequence" / "model")
     return root
 
 
-def tiny(config: ConfigDict, place: Path) -> ConfigDict:
+def tiny(config: ConfigDict, data_root: Path) -> ConfigDict:
     """The recipe with a small model, little data and two steps; what it is a recipe for stays."""
     if config.data.tokenizer:
         smallest = {"bpe": "bpe:300", "wordpiece": "wordpiece:120", "character": "character"}
@@ -245,7 +217,7 @@ def tiny(config: ConfigDict, place: Path) -> ConfigDict:
         config.data.format = "text"
     config.data.max_length = 16
     for split in ("train", "eval", "test"):
-        config.data[split] = str(place / f"{'data' if split == 'train' else 'held'}.{config.data.format}")
+        config.data[split] = str(data_root / f"{'data' if split == 'train' else 'held'}.{config.data.format}")
     train = config.train
     train.warmup = min(train.warmup, 0.5)
     train.batch_size = 16
@@ -261,7 +233,7 @@ def tiny(config: ConfigDict, place: Path) -> ConfigDict:
                 surgery["budget"] = 0.5  # vectors are more of a tiny model
         if "data" in entry:
             assert entry["data"].keys() <= {"unlabelled", "unlabelled_format", "unlabelled_columns"}
-            entry["data"] = {"unlabelled": str(place / "data.text"), "unlabelled_format": "text"}
+            entry["data"] = {"unlabelled": str(data_root / "data.text"), "unlabelled_format": "text"}
         if "train" in entry:
             steps = min(entry["train"].get("steps", 2), 2)
             entry["train"] = {**entry["train"], "steps": steps, "epochs": 0.0, "checkpoint_every": 1}
@@ -286,10 +258,10 @@ def cut_off(workdir: Path) -> None:
     ids=str,
 )
 def test_tiny_trains_and_resumes(
-    recipe: Recipe, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    recipe: Recipe, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.chdir(place)
-    for name, config in stages(tiny(recipe.config(), place), lambda name: tmp_path / name):
+    monkeypatch.chdir(data_root)
+    for name, config in stages(tiny(recipe.config(), data_root), lambda name: tmp_path / name):
         result = stage.run(config, tmp_path / name, name)
         assert result["steps"] == config.train.steps
         assert {"eval", "test"} <= result["metrics"].keys()

@@ -11,7 +11,6 @@ import inspect
 import itertools
 import os
 import re
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,23 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Adapted, Gate, Method, arrays, chain, flatten, map_leaves, materialize
-from jaxlm.methods.calibration import Calibration
-from jaxlm.methods.distill.teacher import Teacher
+from jaxlm.core import (
+    Calibration,
+    Gate,
+    Method,
+    MethodInit,
+    SurgeryContext,
+    arrays,
+    chain,
+    flatten,
+    materialize,
+)
+from jaxlm.io.lm import LM
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
-from jaxlm.parallel import make_mesh, make_rules
 from jaxlm.runner import registry
 from jaxlm.runner.distillation import distillation
-from jaxlm.runner.sharded_step import blueprint
+from jaxlm.runner.sharded_step import ShardedStep, sharded_step
 from jaxlm.tasks import TASKS
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState, dropout_key
+from tests.contracts.one_device import one_device_setup
+from tests.contracts.small_models import BATCH, OnlyTeacher, logits, noisy, quick
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-quick = functools.partial(jax.jit, compiler_options=QUICK)
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_heads": 4, "ffn_size": 16, "max_positions": 8, "dropout": 0.1}
 TRAINING = TrainSettings(steps=2, learning_rate=0.02, schedule="constant", weight_decay=0.1, grad_accum=2)
 
@@ -70,7 +75,9 @@ ALONE = {"trim_vocabulary"}
 """Surgery that changes the tokenizer, and so the data: tested where there are texts."""
 
 TABLES = {"surgery": registry.SURGERY, "methods": registry.METHODS, "losses": registry.LOSSES}
-GIVEN = {"model", "params", "axes", "calibration", "calibrate", "loss", "lessons"}
+GIVEN = {"lm", "context", "configs"}
+"""Arguments that no config names."""
+CONTEXT = SurgeryContext(lambda lm: Calibration((BATCH,), "made up"), TASKS["causal"].loss)
 
 
 class Entry(NamedTuple):
@@ -125,24 +132,15 @@ def chosen() -> list[tuple[Entry, Entry]]:
     return sample(pairs(), int(os.environ.get("JAXLM_SAMPLE") or datetime.date.today().toordinal()))
 
 
-def noisy(model: Network, seed: int) -> dict[str, Any]:
-    """Fresh parameters whose biases and norms are random too."""
-    noise = lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
-    return map_leaves(noise, model.init(jax.random.key(seed)))
+@functools.cache
+def student() -> LM:
+    return noisy(model_config("gpt2", **SIZES, num_layers=3))
 
 
 @functools.cache
-def model_of() -> tuple[Network, dict]:
-    model = Network(model_config("gpt2", **SIZES, num_layers=3))
-    return model, noisy(model, 0)
-
-
-@functools.cache
-def teacher() -> Teacher:
+def teachers() -> OnlyTeacher:
     """Deeper and wider than the student."""
-    model = Network(model_config("gpt2", **{**SIZES, "hidden_size": 24}, num_layers=4))
-    forward = lambda params, batch, taps: model.forward(params, batch, taps=taps)  # noqa: E731
-    return Teacher(forward, model.run_view(noisy(model, 1)), 4, 24)
+    return OnlyTeacher(noisy(model_config("gpt2", **{**SIZES, "hidden_size": 24}, num_layers=4), seed=1))
 
 
 def refused() -> set[tuple[str, str]]:
@@ -155,67 +153,31 @@ def refused() -> set[tuple[str, str]]:
 REFUSED = refused()
 
 
-def batch_of() -> dict[str, np.ndarray]:
-    """Rows of unequal length, and labels of unequal number: the two microbatches differ in weight."""
-    rng = np.random.default_rng(0)
-    mask = (np.arange(6) < np.array([[6], [2], [5], [3]])).astype(np.int32)
-    ids = rng.integers(1, 19, (4, 6)).astype(np.int32) * mask
-    labels = np.where(mask & (rng.random((4, 6)) < 0.8), rng.integers(0, 19, (4, 6)), -100).astype(np.int32)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-BATCH = batch_of()
-
-
 class Begun(NamedTuple):
     """A run before its first step, everything in it made anew."""
 
-    model: Network
     method: Method
-    adapted: Adapted
-    plan: Any
+    start: MethodInit
+    step: ShardedStep
     state: TrainState
 
 
 def begin(pair: tuple[Entry, Entry]) -> Begun:
-    model, params = model_of()
-    axes = model.axes()
+    lm, methods = student(), list[tuple[str, Method]]()
     if any(entry.name in SHARED for entry in pair) and pair[0].name != "share":
-        given = {"model": model, "params": params, "axes": axes}
-        model, params, axes, *_ = TABLES["surgery"]["share"](**given, layer_map=(0, 0, 1))
-    methods: list[tuple[str, Method]] = []
+        lm = registry.operate({"name": "share", "layer_map": (0, 0, 1)}, lm)
     for entry in pair:
         described = {"name": entry.name, **entry.arguments}
         if entry.section == "surgery":
-            given = {"model": model, "params": params, "axes": axes}
-            model, params, axes, *_ = registry.make(TABLES["surgery"], described, "surgery", OFFERED, **given)
-        elif "lessons" in inspect.signature(entry.function).parameters:
-            methods.append((entry.name, distillation({**described, "teacher": "deeper"}, lambda *_: teacher())))
+            lm = registry.operate(described, lm, CONTEXT)
+        elif "configs" in inspect.signature(entry.function).parameters:
+            methods.append((entry.name, distillation({**described, "teacher": "deeper"}, teachers())))
         else:
             methods.append((entry.name, registry.make(TABLES[entry.section], described, entry.section)))
     method = chain(methods)
-    adapted = method.init(jax.random.key(2), model, params, axes)
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    rules = make_rules({}, adapted.axes, mesh)
-    plan = blueprint(model, method, adapted, TASKS["causal"], TRAINING, mesh, rules, 2)
-    return Begun(model, method, adapted, plan, quick(plan.create)(dropout_key(0), plan.params, adapted.state))
-
-
-OFFERED: dict[str, Any] = {
-    "calibration": lambda: Calibration((BATCH,), "made up"),
-    "calibrate": lambda: lambda: Calibration((BATCH,), "made up"),
-    "loss": lambda: TASKS["causal"].loss,
-}
-
-
-@functools.cache
-def forward_of(config) -> Any:
-    return quick(Network(config).forward)
-
-
-def logits(model: Network, params) -> np.ndarray:
-    batch = {name: value for name, value in BATCH.items() if name != "labels"}
-    return np.asarray(forward_of(model.config)(params, batch)["logits"])[BATCH["attention_mask"] > 0]
+    start = method.init(jax.random.key(2), lm)
+    step = sharded_step(one_device_setup(lm, "causal", TRAINING), method, start, TRAINING.steps)
+    return Begun(method, start, step, quick(step.create)(dropout_key(0), step.params, start.state))
 
 
 def stored(state: TrainState) -> list[np.ndarray]:
@@ -240,36 +202,38 @@ def test_pair(pair):
         ), said
         return
     assert not listed, "in refused_pairs.txt, but it begins"
-    step = quick(run.plan.step)
-    first, log = step(run.state, run.adapted.constants, BATCH)
+    step = quick(run.step.step)
+    first, log = step(run.state, run.start.constants, BATCH)
     saved = stored(first)
-    whole, second_log = step(first, run.adapted.constants, BATCH)
+    whole, second_log = step(first, run.start.constants, BATCH)
     assert int(log["nonfinite"]) == int(second_log["nonfinite"]) == 0
     assert any(not np.array_equal(a, b) for a, b in zip(stored(run.state), stored(whole), strict=True))
 
     again = begin(pair)
-    resumed, _ = quick(again.plan.step)(restored(again.state, saved), again.adapted.constants, BATCH)
+    resumed, _ = quick(again.step.step)(restored(again.state, saved), again.start.constants, BATCH)
     for before, after in zip(stored(whole), stored(resumed), strict=True):
         assert before.dtype == after.dtype and np.array_equal(before, after)
 
     evaluated = run.method.eval_params(whole.params, whole.method)
-    expected = logits(run.model, evaluated)
+    expected = logits(run.start.lm.network, evaluated)
     assert np.isfinite(expected).all()
-    model, params, axes = run.method.bake(run.model, canonical_view(evaluated), run.adapted.axes, whole.method)
-    flat = flatten(params)
-    assert flat.keys() == axes.keys() and flatten(model.abstract()).keys() <= flat.keys()
-    assert np.abs(logits(model, params) - expected).max() <= 2e-5 * max(np.abs(expected).max(), 1)
-    shapes = {path: leaf.shape for path, leaf in flatten(model.abstract()).items()}
+    baked = run.method.bake(run.start.lm.replace(params=canonical_view(evaluated)), whole.method)
+    flat, abstract = flatten(baked.params), flatten(baked.network.abstract())
+    assert flat.keys() == baked.axes.keys() and abstract.keys() <= flat.keys()
+    assert np.abs(logits(baked.network, baked.params) - expected).max() <= 2e-5 * max(np.abs(expected).max(), 1)
+    shapes = {path: leaf.shape for path, leaf in abstract.items()}
     assert {path: jnp.shape(materialize(flat[path])) for path in shapes} == shapes
     assert not any(isinstance(leaf, Gate) for leaf in flat.values())
-    twice = run.method.bake(model, params, axes, whole.method)
-    assert twice[0] == model and all(np.array_equal(arrays(twice[1])[n], a) for n, a in arrays(params).items())
+    twice = run.method.bake(baked, whole.method)
+    values = arrays(twice.params)
+    assert twice.config == baked.config
+    assert all(np.array_equal(values[name], array) for name, array in arrays(baked.params).items())
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_every_line_of_the_registry_has_arguments(entry):
     options = inspect.signature(entry.function).parameters.keys()
-    assert entry.arguments.keys() <= options or "lessons" in options  # whose options are those of its teachers too
+    assert entry.arguments.keys() <= options or "configs" in options  # whose options are those of its teachers too
 
 
 def test_the_sample_has_a_pair_of_every_two_kinds_and_takes_its_turn():

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import re
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from jaxlm.core import (
     LowRank,
     Masked,
     Method,
+    MethodInit,
     Node,
     Quantized,
     Step,
@@ -30,11 +30,9 @@ from jaxlm.core import (
     trainable,
     with_arrays,
 )
-from jaxlm.io.pretrained import LM
+from jaxlm.io.lm import LM
 from jaxlm.losses.cross_entropy import cross_entropy
-from jaxlm.methods.distill.teacher import Teacher
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
 from jaxlm.runner import registry
 from jaxlm.runner.distillation import distillation
@@ -42,10 +40,8 @@ from jaxlm.train.gradient import accumulate, gradient
 from jaxlm.train.optimizer import optimizer
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState, create_state, dropout_key, make_step
+from tests.contracts.small_models import BATCH, OnlyTeacher, logits, noisy, quick
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-quick = functools.partial(jax.jit, compiler_options=QUICK)
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_size": 12}
 FAMILIES = {
     "gpt2": {"max_positions": 8, "dropout": 0.1},
@@ -66,7 +62,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "taylor": {"sparsity": 0.5, "end": 2, "every": 1},
     "distill": {"alpha": 0.7, "hidden": 1.0, "attention": 1.0, "relations": 1.0},
 }
-# At zero strength a method changes nothing. Rounding has no such setting.
+# At zero strength a method changes nothing. Quantization has no such setting.
 ZERO: dict[str, dict[str, Any]] = {
     "magnitude": {"sparsity": 0.0, "end": 2, "every": 1},
     "structured": {"end": 2, "every": 1},
@@ -79,85 +75,63 @@ def test_every_registered_method_is_here():
 
 
 @functools.cache
-def model_of(family: str) -> tuple[Network, dict]:
-    """A model whose biases and norms are random too."""
-    model = Network(model_config(family, **SIZES, **FAMILIES[family]))
-    noise = lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
-    return model, map_leaves(noise, model.init(jax.random.key(0)))
+def student(family: str) -> LM:
+    return noisy(model_config(family, **SIZES, **FAMILIES[family]))
 
 
 @functools.cache
-def teacher() -> Teacher:
+def teachers() -> OnlyTeacher:
     """Deeper and wider than the students, so that hidden states need a map and a projection."""
-    model = Network(model_config("gpt2", **{**SIZES, "num_layers": 3, "hidden_size": 24}, max_positions=8))
-    params = model.init(jax.random.key(1))
-    forward = lambda params, batch, taps: model.forward(params, batch, taps=taps)  # noqa: E731
-    return Teacher(forward, model.run_view(params), 3, 24)
+    config = model_config("gpt2", **{**SIZES, "num_layers": 3, "hidden_size": 24}, max_positions=8)
+    return OnlyTeacher(LM.initialize(config, jax.random.key(1)))
 
 
 def method_of(name: str, arguments: dict[str, Any]) -> Method:
     if name == "distill":
-        return distillation({"name": name, "teacher": "deeper", **arguments}, lambda *_: teacher())
+        return distillation({"name": name, "teacher": "deeper", **arguments}, teachers())
     return registry.make(registry.METHODS, {"name": name, **arguments}, "methods")
 
 
-def batch_of() -> dict[str, np.ndarray]:
-    """Rows of unequal length, and labels of unequal number: the two microbatches differ in weight."""
-    rng = np.random.default_rng(0)
-    mask = (np.arange(6) < np.array([[6], [2], [5], [3]])).astype(np.int32)
-    ids = rng.integers(1, 19, (4, 6)).astype(np.int32) * mask
-    labels = np.where(mask & (rng.random((4, 6)) < 0.8), rng.integers(0, 19, (4, 6)), -100).astype(np.int32)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-BATCH = batch_of()
-
-
 class Trained(NamedTuple):
-    """What two training steps leave."""
+    """What two training steps leave; `lm` is the model that they began from, with what methods added."""
 
-    model: Network
+    lm: LM
     method: Method
-    axes: dict
     verdicts: list
     states: list[TrainState]
     compiled: int
 
 
-def prepared(family: str, names: tuple[str, ...], arguments=ARGUMENTS):
+def prepared(family: str, names: tuple[str, ...], arguments=ARGUMENTS) -> tuple[Method, MethodInit]:
     """A chain of methods, and what its init gives."""
-    model, params = model_of(family)
     method = chain([(name, method_of(name, arguments[name])) for name in names])
-    return method, method.init(jax.random.key(2), model, params, model.axes())
+    return method, method.init(jax.random.key(2), student(family))
 
 
 def train(family: str, names: tuple[str, ...], arguments=ARGUMENTS, microbatches: int = 1) -> Trained:
-    model, _ = model_of(family)
-    method, adapted = prepared(family, names, arguments)
+    method, (lm, constants, method_state) = prepared(family, names, arguments)
     verdicts = [method.trainable]
 
     def base(taps) -> Loss:
         def fn(params, constants, batch, ctx):
-            outputs = model.forward(params, batch, ctx=ctx, taps=taps)
+            outputs = lm.network.forward(params, batch, ctx=ctx, taps=taps)
             return {"cross_entropy": cross_entropy(outputs["logits"], batch["labels"])}, outputs
 
         return Loss(fn, taps)
 
     loss = method.loss(base(method.loss(base(frozenset())).taps))
     grad = method.grad(accumulate(gradient(loss, verdicts), loss, microbatches))
-    view = model.run_view(adapted.params)
+    view = lm.network.run_view(lm.params)
     infos = {name: info for name, info in describe(view).items() if trainable(verdicts, info)}
     settings = TrainSettings(steps=10, learning_rate=0.02, schedule="constant", weight_decay=0.1)
     tx = optimizer(settings, 10, infos)
-    step = quick(
-        make_step(grad, tx, method, verdicts, ctx=Context(), largest_norm=1.0),
-    )
-    states = [quick(lambda p, m: create_state(dropout_key(3), p, m, tx, verdicts))(view, adapted.state)]
+    step = quick(make_step(grad, tx, method, verdicts, ctx=Context(), largest_norm=1.0))
+    states = [quick(lambda p, m: create_state(dropout_key(3), p, m, tx, verdicts))(view, method_state)]
     for _ in range(2):
-        state, log = step(states[-1], adapted.constants, BATCH)
+        state, log = step(states[-1], constants, BATCH)
         assert int(log["nonfinite"]) == 0
         states.append(state)
-    return Trained(model, method, adapted.axes, verdicts, states, step._cache_size())
+    return Trained(lm, method, verdicts, states, step._cache_size())
 
 
 @functools.cache
@@ -165,20 +139,14 @@ def trained(run: str) -> Trained:
     return train(*RUNS[run])
 
 
-@functools.cache
-def forward_of(config) -> Any:
-    return quick(Network(config).forward)
-
-
-def logits(model: Network, params) -> np.ndarray:
-    batch = {name: value for name, value in BATCH.items() if name != "labels"}
-    return np.asarray(forward_of(model.config)(params, batch)["logits"])[BATCH["attention_mask"] > 0]
-
-
-def baked(run: Trained):
+def unbaked(run: Trained) -> LM:
+    """The trained model as it is evaluated."""
     last = run.states[-1]
-    params = canonical_view(run.method.eval_params(last.params, last.method))
-    return run.method.bake(run.model, params, run.axes, last.method)
+    return run.lm.replace(params=canonical_view(run.method.eval_params(last.params, last.method)))
+
+
+def baked(run: Trained) -> LM:
+    return run.method.bake(unbaked(run), run.states[-1].method)
 
 
 def equal(a, b) -> bool:
@@ -192,10 +160,10 @@ RUNS: dict[str, tuple] = {name: ("gpt2", (name,)) for name in ARGUMENTS} | {
     "all on bert": ("bert", ("structured", "lora", "distill"), ARGUMENTS, 2),
     "gates on bert": ("bert", ("lora", "l0", "distill"), ARGUMENTS, 2),
 }
-everywhere = pytest.mark.parametrize("name", RUNS)
+every_run = pytest.mark.parametrize("name", RUNS)
 
 
-@everywhere
+@every_run
 def test_what_does_not_train_is_bit_identical(name):
     run = trained(name)
     before, after = arrays(run.states[0].params), arrays(run.states[-1].params)
@@ -208,7 +176,7 @@ def test_what_does_not_train_is_bit_identical(name):
     assert moved & masks or not masks
 
 
-@everywhere
+@every_run
 def test_state_keeps_its_structure_and_compiles_once(name):
     run = trained(name)
     assert run.compiled == 1
@@ -216,25 +184,25 @@ def test_state_keeps_its_structure_and_compiles_once(name):
     assert kinds[0] == kinds[1] == kinds[2]
 
 
-@everywhere
+@every_run
 def test_baked_is_what_was_evaluated(name):
     run = trained(name)
     last = run.states[-1]
-    expected = logits(run.model, run.method.eval_params(last.params, last.method))
-    model, params, axes = baked(run)
-    assert flatten(params).keys() == axes.keys() == flatten(model.abstract()).keys()
-    assert np.abs(logits(model, params) - expected).max() <= 2e-5 * max(np.abs(expected).max(), 1)
-    assert jax.tree.map(jnp.shape, map_leaves(lambda _, leaf: materialize(leaf), params)) == jax.tree.map(
-        jnp.shape, model.abstract()
-    )
+    expected = logits(run.lm.network, run.method.eval_params(last.params, last.method))
+    lm = baked(run)
+    abstract = lm.network.abstract()
+    assert flatten(lm.params).keys() == lm.axes.keys() == flatten(abstract).keys()
+    assert np.abs(logits(lm.network, lm.params) - expected).max() <= 2e-5 * max(np.abs(expected).max(), 1)
+    dense = map_leaves(lambda _, leaf: materialize(leaf), lm.params)
+    assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, abstract)
 
 
-@everywhere
+@every_run
 def test_baking_twice_changes_nothing(name):
     run = trained(name)
-    model, params, axes = baked(run)
-    again = run.method.bake(model, params, axes, run.states[-1].method)
-    assert again[0] == model and again[2] == axes and equal(again[1], params)
+    lm = baked(run)
+    again = run.method.bake(lm, run.states[-1].method)
+    assert again.config == lm.config and again.axes == lm.axes and equal(again.params, lm.params)
 
 
 @functools.cache
@@ -244,19 +212,18 @@ def plain() -> Trained:
 
 def test_zero_strength_trains_like_nothing():
     """But for the biases of keys: their gradient is zero but for rounding, which Adam makes steps of."""
-    run = train("gpt2", tuple(ZERO), ZERO)
-    model, params, _ = baked(run)
-    assert model == plain().model
+    lm = baked(train("gpt2", tuple(ZERO), ZERO))
+    assert lm.config == plain().lm.config
     for path, leaf in flatten(canonical_view(plain().states[-1].params)).items():
         if not path.endswith("key/bias"):
-            assert np.allclose(flatten(params)[path], leaf, rtol=0, atol=1e-6), path
+            assert np.allclose(flatten(lm.params)[path], leaf, rtol=0, atol=1e-6), path
 
 
 def test_lora_begins_as_the_identity():
-    model, params = model_of("gpt2")
-    first = trained("lora").states[0]
+    lm, first = student("gpt2"), trained("lora").states[0]
     assert any(isinstance(leaf, LowRank) for leaf in flatten(first.params).values())
-    assert np.array_equal(logits(model, first.params), logits(model, model.run_view(params)))
+    expected = logits(lm.network, lm.network.run_view(lm.params))
+    assert np.array_equal(logits(lm.network, first.params), expected)
 
 
 def test_distillation_learns_through_its_projection():
@@ -265,17 +232,17 @@ def test_distillation_learns_through_its_projection():
         first, last = (flatten(trained(name).states[i].params) for i in (0, -1))
         path = "distill/teacher_0/projection/kernel"
         assert first[path].shape == (16, 24) and not np.array_equal(first[path], last[path])
-        assert path not in flatten(baked(trained(name))[1])
+        assert path not in flatten(baked(trained(name)).params)
 
 
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
-ROUNDING = ("qat", "lsq", "pact")
+QUANTIZING = ("qat", "lsq", "pact")
 SPARSE, BY_GRADIENT = ("magnitude", "movement", "regrow", "taylor"), ("movement", "regrow", "taylor")
 REFUSED = {
-    **{(name, "structured"): r"layers_0/.*prune first" for name in ROUNDING},
-    **{(name, "l0"): "both claim the bits of layers_0/attention/output/kernel" for name in ROUNDING},
-    **{("l0", name): "both claim the bits of layers_0/attention/output/kernel" for name in ROUNDING},
+    **{(name, "structured"): r"layers_0/.*prune first" for name in QUANTIZING},
+    **{(name, "l0"): "both claim the bits of layers_0/attention/output/kernel" for name in QUANTIZING},
+    **{("l0", name): "both claim the bits of layers_0/attention/output/kernel" for name in QUANTIZING},
     ("l0", "structured"): "both claim the width of layers_0/",
     ("structured", "l0"): "both claim the width of layers_0/",
     ("structured", "lsq"): "groups would fall apart",
@@ -283,9 +250,9 @@ REFUSED = {
     **dict.fromkeys(itertools.permutations(SPARSE, 2), "both claim the sparsity of"),
     **{pair: "both claim the update of" for name in BY_GRADIENT for pair in ((name, "lora"), ("lora", name))},
 }
-"""Scales of a rounding span what pruning removes (the other order is fine, without groups); an update beside clipped
-inputs cannot be merged. A width has one owner; gates that may stay half open go into weights that nothing rounds. LoRA
-freezes the weight whose gradient would be the score."""
+"""Scales of a quantization span what pruning removes (the other order is fine, without groups); an update beside
+clipped inputs cannot be merged. A width has one owner; gates that may stay half open go into weights that nothing
+quantizes. LoRA freezes the weight whose gradient would be the score."""
 
 
 def perturbed(params, verdicts, seed):
@@ -306,36 +273,35 @@ def test_pairs_compose_or_are_refused(first, second):
         with pytest.raises(ValueError, match=REFUSED[first, second]):
             prepared("gpt2", (first, second))
         return
-    if first in ROUNDING and second in ROUNDING:
+    if first in QUANTIZING and second in QUANTIZING:
         with pytest.raises(ValueError, match=rf"{second} and {first} both claim the bits of embed/tokens/embedding"):
             prepared("gpt2", (first, second))
         return
-    model, _ = model_of("gpt2")
-    method, adapted = prepared("gpt2", (first, second))
-    params, state = model.run_view(adapted.params), adapted.state
+    method, (lm, constants, state) = prepared("gpt2", (first, second))
+    params = lm.network.run_view(lm.params)
 
     def follow(before, params, state, number):
         grads = {name: jnp.sin(1e3 * a) for name, a in arrays(before).items() if a.dtype == jnp.float32}
-        return method.update(Step(params, [], state, before), grads, {}, number)
+        return method.update(Step(params, [], state, before), grads, constants, number)
 
     update = quick(follow)
     for number in (1, 2):
         moved = perturbed(params, [method.trainable], number)
         params, _, state, _ = update(params, moved, state, number)
     masks = [a for name, a in arrays(params).items() if name.endswith("mask")]
-    expected = logits(model, method.eval_params(params, state))
-    model, params, axes = method.bake(model, canonical_view(params), adapted.axes, state)
-    flat = flatten(params)
-    assert flat.keys() == axes.keys() == flatten(model.abstract()).keys()
-    assert np.abs(logits(model, params) - expected).max() <= 2e-5 * max(np.abs(expected).max(), 1)
+    expected = logits(lm.network, method.eval_params(params, state))
+    lm = method.bake(lm.replace(params=canonical_view(params)), state)
+    flat = flatten(lm.params)
+    assert flat.keys() == lm.axes.keys() == flatten(lm.network.abstract()).keys()
+    assert np.abs(logits(lm.network, lm.params) - expected).max() <= 2e-5 * max(np.abs(expected).max(), 1)
     assert not any(isinstance(leaf, LowRank | Masked) for leaf in flat.values())
     up = flat["layers_0/mlp/up/kernel"]
     if "structured" in (first, second):
-        assert model.config.num_heads == (2, 2) and model.config.ffn_size == (9, 9)
+        assert lm.config.num_heads == (2, 2) and lm.config.ffn_size == (9, 9)
     if {first, second} & set(SPARSE):
         assert masks and all(np.mean(mask) == 0.5 for mask in masks)
         assert {"structured", "l0"} & {first, second} or np.mean(materialize(up) == 0) >= 0.5
-    assert isinstance(up, Quantized) == (first in ROUNDING or second in ROUNDING)
+    assert isinstance(up, Quantized) == (first in QUANTIZING or second in QUANTIZING)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -345,10 +311,9 @@ def test_twice_the_same_is_refused(name):
 
 
 def test_claims_of_a_chain_are_those_of_its_methods():
-    model, params = model_of("gpt2")
     lora = method_of("lora", ARGUMENTS["lora"])
     with pytest.raises(ValueError, match="lora and inner both claim the update of layers_0/attention/query/kernel"):
-        chain([("inner", chain([("lora", lora)])), ("lora", lora)]).init(jax.random.key(0), model, params, model.axes())
+        chain([("inner", chain([("lora", lora)])), ("lora", lora)]).init(jax.random.key(0), student("gpt2"))
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -387,21 +352,17 @@ def test_an_entry_needs_a_name():
         registry.make(registry.METHODS, {"rank": 4}, "methods")
 
 
-@pytest.mark.parametrize("name", ["lora", "magnitude", *ROUNDING])
+@pytest.mark.parametrize("name", ["lora", "magnitude", *QUANTIZING])
 def test_targets_that_match_nothing_are_refused(name):
-    model, params = model_of("gpt2")
     method = method_of(name, {**ARGUMENTS[name], "targets": r".*/kernal"})
     with pytest.raises(ValueError, match=rf"{name}: targets.* .*kernal.* match(es)? no parameter"):
-        method.init(jax.random.key(0), model, params, model.axes())
+        method.init(jax.random.key(0), student("gpt2"))
 
 
-def test_qat_of_what_is_rounded_is_refused():
-    model, params = model_of("gpt2")
-    _, rounded, axes = registry.make(
-        registry.SURGERY, {"name": "quantize"}, "surgery", model=model, params=params, axes=model.axes()
-    )
+def test_qat_of_what_is_quantized_is_refused():
+    quantized = registry.operate({"name": "quantize"}, student("gpt2"))
     with pytest.raises(ValueError, match=r"qat: .* is rounded already \(Quantized\)"):
-        method_of("qat", {}).init(jax.random.key(0), model, rounded, axes)
+        method_of("qat", {}).init(jax.random.key(0), quantized)
 
 
 # Unbaked ------------------------------------------------------------------------------------------------------------
@@ -410,14 +371,12 @@ def test_qat_of_what_is_rounded_is_refused():
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_unbaked_models_save_and_load(name, tmp_path):
     """What `config.bake = False` keeps: gates, factors, projections and constraints, with the axes of each."""
-    run = trained(name)
-    last = run.states[-1]
-    params = canonical_view(run.method.eval_params(last.params, last.method))
-    own = run.model.axes()
-    added = {path: names for path, names in run.axes.items() if path not in own}
-    jaxlm.save(LM(run.model.config, params, site_axes=added), tmp_path / "m")
-    lm = jaxlm.load(tmp_path / "m")
-    assert equal(lm.params, params) and lm.axes == run.axes
-    assert {path: type(leaf) for path, leaf in flatten(lm.params).items() if isinstance(leaf, Node)} == {
-        path: type(leaf) for path, leaf in flatten(params).items() if isinstance(leaf, Node)
-    }
+    lm = unbaked(trained(name))
+    jaxlm.save(lm, tmp_path / "m")
+    again = jaxlm.load(tmp_path / "m")
+    assert equal(again.params, lm.params) and again.axes == lm.axes
+    nodes, nodes_again = (
+        {path: type(leaf) for path, leaf in flatten(params).items() if isinstance(leaf, Node)}
+        for params in (lm.params, again.params)
+    )
+    assert nodes_again == nodes

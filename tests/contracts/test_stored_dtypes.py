@@ -12,19 +12,18 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import Adapted, Weight, arrays, canonical_path, chain, describe, flatten, unflatten
-from jaxlm.io.pretrained import LM
+from jaxlm.core import Weight, arrays, canonical_path, chain, describe, flatten, unflatten
+from jaxlm.io.lm import LM
 from jaxlm.methods.peft.lora import lora
 from jaxlm.models import FAMILIES, model_config
-from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view
-from jaxlm.parallel import make_mesh, make_rules, shard_tree
+from jaxlm.parallel import shard_tree
 from jaxlm.runner import registry
-from jaxlm.runner.sharded_step import blueprint
-from jaxlm.tasks import TASKS
+from jaxlm.runner.sharded_step import ShardedStep, sharded_step
 from jaxlm.train.aot_compile import compiled
 from jaxlm.train.settings import TrainSettings
-from jaxlm.train.step import create_state, dropout_key
+from jaxlm.train.step import TrainState, create_state, dropout_key
+from tests.contracts.one_device import one_device_setup
 from tests.contracts.test_weights import STORED
 
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_size": 24}
@@ -47,38 +46,34 @@ def quick_to_compile():
 
 @functools.cache
 def fresh(family: str) -> LM:
-    model = Network(model_config(family, **SIZES, **POSITIONS.get(family, {})))
-    return LM(model.config, model.init(jax.random.key(0)))
+    return LM.initialize(model_config(family, **SIZES, **POSITIONS.get(family, {})), jax.random.key(0))
 
 
-def two_steps(lm: LM, names: tuple[str, ...] = ()):
+def two_steps(lm: LM, names: tuple[str, ...] = ()) -> tuple[ShardedStep, list[TrainState]]:
     """The states before, between and after two steps with large steps, as a run takes them."""
-    model = Network(lm.config)
-    task = TASKS["seq2seq" if lm.config.encoder_decoder else "masked" if lm.config.head == "masked" else "causal"]
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    rules = make_rules({}, lm.axes, mesh)
+    task = "seq2seq" if lm.config.encoder_decoder else "masked" if lm.config.head == "masked" else "causal"
     method = chain([(name, lora(rank=2)) for name in names])
-    adapted: Adapted = method.init(jax.random.key(1), model, lm.params, lm.axes)
-    settings = TrainSettings(steps=2, learning_rate=0.05, schedule="constant")
-    plan = blueprint(model, method, adapted, task, settings, mesh, rules, 2)
+    start = method.init(jax.random.key(1), lm)
+    training = TrainSettings(steps=2, learning_rate=0.05, schedule="constant")
+    plan = sharded_step(one_device_setup(lm, task, training), method, start, training.steps)
     create = jax.jit(plan.create, out_shardings=plan.placement)
-    state = create(dropout_key(0), shard_tree(plan.params, arrays(plan.placement.params)), adapted.state)
+    state = create(dropout_key(0), shard_tree(plan.params, arrays(plan.placement.params)), start.state)
     ids = np.random.default_rng(0).integers(1, 19, (4, 6)).astype(np.int32)
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
     if lm.config.encoder_decoder:
         batch |= {"decoder_input_ids": ids, "decoder_attention_mask": np.ones_like(ids)}
     placed = jax.device_put(batch, plan.placement.step)
-    steps = compiled(plan.step, plan.placement, state, adapted.constants, [placed])
+    steps = compiled(plan.step, plan.placement, state, start.constants, [placed])
     states = [jax.tree.map(jnp.copy, state)]
     for _ in range(2):
-        state, log = steps.of(placed)(state, adapted.constants, placed)
+        state, log = steps.of(placed)(state, start.constants, placed)
         assert int(log["nonfinite"]) == 0
         states.append(jax.tree.map(jnp.copy, state))
     steps.close()
     return plan, states
 
 
-def check(plan, states, lm: LM):
+def check(plan: ShardedStep, states: list[TrainState], lm: LM):
     """What trains has moved and is float32, the rest is to the bit what was read, beside what methods add.
 
     Biases of keys have no gradient but rounding's, and bounds of inputs that none reaches have none.
@@ -113,8 +108,9 @@ def test_every_family_trains_from_half_precision(family, dtype, tmp_path):
 def test_every_stored_format_trains(name, tmp_path):
     """The weight lies in one layer of a model in bfloat16."""
     weight: Weight = STORED[name]
-    lm = fresh("gpt2")
-    jaxlm.save(LM(lm.config, unflatten(flatten(lm.params) | {KERNEL: weight})), tmp_path / "m", dtype="bfloat16")
+    dense = fresh("gpt2")
+    with_weight = dense.replace(params=unflatten(flatten(dense.params) | {KERNEL: weight}))
+    jaxlm.save(with_weight, tmp_path / "m", dtype="bfloat16")
     lm = jaxlm.load(tmp_path / "m")
     assert type(flatten(lm.params)[KERNEL]) is type(weight)
     check(*two_steps(lm), lm)
@@ -123,11 +119,8 @@ def test_every_stored_format_trains(name, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_lora_freezes_a_base_in_its_own_format(family, tmp_path):
     """QLoRA: nf4 in the layers, bfloat16 elsewhere, all of it as it was read; the update is float32."""
-    model = Network(fresh(family).config)
     surgery = {"name": "quantize", "bits": "nf4", "group": 8, "targets": r".*(query|value|up)/kernel"}
-    given = {"params": fresh(family).params, "axes": model.axes()}
-    _, params, _ = registry.make(registry.SURGERY, surgery, "surgery", model=model, **given)
-    jaxlm.save(LM(model.config, params), tmp_path / "m", dtype="bfloat16")
+    jaxlm.save(registry.operate(surgery, fresh(family)), tmp_path / "m", dtype="bfloat16")
     lm = jaxlm.load(tmp_path / "m")
     plan, states = two_steps(lm, ("lora",))
     frozen = {array.dtype.name for name, array in arrays(states[-1].params).items() if name not in plan.trained}

@@ -34,10 +34,11 @@ from jaxlm.core import (
 )
 from jaxlm.core.paths import field_of
 from jaxlm.core.weights.scheme import grid, straight_through
+from jaxlm.io.lm import LM
 from jaxlm.methods.share.clustering import clustered
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 from jaxlm.parallel import make_mesh, make_rules, shard_tree, shardings
+from tests.contracts.small_models import quick
 
 IN, OUT, ROWS = 16, 24, 5
 AXES = ("embed", "ffn")
@@ -142,18 +143,18 @@ INPUTS = Inputs(
 
 
 def product(w: Any, x: jax.Array, channel: int) -> jax.Array:
-    """What `x @ W` (channel -1) or `x @ Wᵀ` (-2) should be: inputs rounded where the Weight says so."""
+    """What `x @ W` (channel -1) or `x @ Wᵀ` (-2) should be: inputs quantized where the Weight says so."""
     if isinstance(w, InputScaled):
         return product(w.base, x * w.scale, -1) if channel == -1 else product(w.base, x, -2) * w.scale
     if isinstance(w, LowRank):
         a, b = (w.a, w.b) if channel == -1 else (w.b.T, w.a.T)
         return product(w.base, x, channel) + w.scale * (x @ a) @ b
     if getattr(w, "activations", None) is not None and w.channel == channel:
-        x = rounded(w, x)
+        x = quantized_inputs(w, x)
     return x @ (materialize(w) if channel == -1 else materialize(w).T)
 
 
-def rounded(w: Any, x: jax.Array) -> jax.Array:
+def quantized_inputs(w: Any, x: jax.Array) -> jax.Array:
     """Inputs as the Weight's format of activations has them, in floats."""
     if isinstance(w, PACT):
         return w.rounded(x)
@@ -173,19 +174,14 @@ def fill(w: Weight, values: Weight) -> Weight:
     return jax.tree.map(lambda new, old: old if new is None else new, values, w, is_leaf=lambda a: a is None)
 
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-quick = functools.partial(jax.jit, compiler_options=QUICK)
-
-
 @quick
 def evaluate(w: Weight, i: Inputs) -> dict[str, Any]:
     """What every nesting is asked to do, compiled once a case."""
     ctx = Context()
 
     def both(values, x, h, dot_, attend_):
-        own = fill(w, values)
-        return jnp.sum(dot_(own, x) * i.r) + jnp.sum(attend_(own, h) * i.q)
+        weight = fill(w, values)
+        return jnp.sum(dot_(weight, x) * i.r) + jnp.sum(attend_(weight, h) * i.q)
 
     ours = jax.grad(lambda *a: both(*a, lambda w, x: dot(x, w, ctx), lambda w, h: attend(h, w, ctx)), (0, 1, 2))
     theirs = jax.grad(lambda *a: both(*a, lambda w, x: product(w, x, -1), lambda w, h: product(w, h, -2)), (0, 1, 2))
@@ -267,7 +263,7 @@ def test_shape_and_dtype_are_those_of_the_matrix(name):
 
 @every
 def test_gradients_are_those_of_the_matrix(name):
-    """In every float array and in both inputs; straight through where inputs are rounded."""
+    """In every float array and in both inputs; straight through where inputs are quantized."""
     ours, theirs = results(name)["gradient"]
     assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(theirs))
     same(ours, theirs)
@@ -289,8 +285,8 @@ def test_bfloat16_in_float32_out(name):
     for wide, out in zip(transformed(name)["float32 of bfloat16"], transformed(name)["bfloat16"], strict=True):
         assert wide.dtype == np.float32
         assert np.abs(wide - out.astype(np.float32)).max() <= 2**-7 * np.abs(wide).max()
-        found = wide[wide != 0]  # of closed rows nothing can be rounded
-        assert (found != found.astype(out.dtype).astype(np.float32)).mean() > 0.8
+        nonzero = wide[wide != 0]  # of closed rows nothing can be rounded
+        assert (nonzero != nonzero.astype(out.dtype).astype(np.float32)).mean() > 0.8
 
 
 def sizes_of(w, field, axis):
@@ -328,9 +324,10 @@ def test_sharded_equals_unsharded(name):
 
 def test_survive_saving_with_their_statics(tmp_path):
     config = model_config("gpt2", vocab_size=8, hidden_size=IN, num_heads=2, num_layers=len(STORED), ffn_size=OUT)
-    flat = flatten(Network(config).init(jax.random.key(0)))
+    lm = LM.initialize(config, jax.random.key(0))
+    flat = flatten(lm.params)
     flat |= {f"layers_{i}/mlp/up/kernel": w for i, w in enumerate(STORED.values())}
-    reason = jaxlm.save(jaxlm.LM(config, unflatten(flat)), tmp_path / "model", native=True)
+    reason = jaxlm.save(lm.replace(params=unflatten(flat)), tmp_path / "model", native=True)
     assert reason is not None
     again = flatten(jaxlm.load(tmp_path / "model").params)
     for i, (name, w) in enumerate(STORED.items()):
@@ -340,7 +337,7 @@ def test_survive_saving_with_their_statics(tmp_path):
             assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), name
 
 
-# Each one's own mathematics ------------------------------------------------------------------------------------------
+# The mathematics of each ----------------------------------------------------------------------------------------------
 
 
 def test_masked_is_the_product_with_the_mask():
@@ -380,7 +377,7 @@ def test_input_scaled_is_the_diagonal_times_the_base():
 
 
 def test_input_scaled_gives_its_base_the_scaled_inputs():
-    """Inputs are rounded after the scaling: what an outlying channel would have cost the others is gone."""
+    """Inputs are quantized after the scaling: what an outlying channel would have cost the others is gone."""
     scale = jnp.ones(IN).at[3].set(1e-3)
     x = INPUTS.x.at[:, 3].multiply(1e3)
     plain, smooth = Quantized.of(DENSE, dynamic=True), InputScaled(Quantized.of(DENSE, dynamic=True), scale)
@@ -397,20 +394,20 @@ def test_factored_is_the_product_of_its_factors():
 
 
 def test_observed_tells_what_it_is_multiplied_by():
-    told = []
-    ctx = Context(observe=lambda name, x: told.append((name, x)))
+    observed = []
+    ctx = Context(observe=lambda name, x: observed.append((name, x)))
     w = Observed(DENSE, "up")
     assert np.array_equal(w.dot(INPUTS.x, ctx), INPUTS.x @ DENSE)
-    assert told[0][0] == "up" and told[0][1] is INPUTS.x and len(told) == 1
+    assert observed[0][0] == "up" and observed[0][1] is INPUTS.x and len(observed) == 1
     w.attend(INPUTS.h, ctx), w.take(INPUTS.ids, ctx)
-    assert len(told) == 1, "only products are observed"
+    assert len(observed) == 1, "only products are observed"
 
 
-ROUNDING = [n for n, w in CASES.items() if isinstance(w, FakeQuant)]
+FAKE_QUANT = [n for n, w in CASES.items() if isinstance(w, FakeQuant)]
 
 
-@pytest.mark.parametrize("name", ROUNDING)
-def test_training_with_rounding_stores_the_function_that_it_trains(name):
+@pytest.mark.parametrize("name", FAKE_QUANT)
+def test_quantization_aware_training_stores_the_function_that_it_trains(name):
     w = CASES[name]
     stored = w.quantize()
     assert np.array_equal(results(name)["dense"], quick(materialize)(stored))

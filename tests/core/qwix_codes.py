@@ -3,7 +3,7 @@
     pip install --no-deps --target ELSEWHERE qwix==0.1.8
     PYTHONPATH=ELSEWHERE python tests/core/qwix_codes.py
 
-qwix is not among the requirements of the tests: it is asked once, and the tests read its answers.
+qwix is not among the requirements of the tests: it runs once, and the tests read its results.
 """
 
 import json
@@ -28,7 +28,7 @@ def listed(a: jnp.ndarray | None, kind: type) -> list | None:
 
 def case(w: jnp.ndarray, bits: str, group: int | None, symmetric: bool) -> list:
     """Format, rows of a group, whether symmetric; scales, zero points or `None`, codes."""
-    found = qwix.quantize(
+    quantized = qwix.quantize(
         w,
         FORMATS[bits],
         channelwise_axes=[1],
@@ -40,23 +40,23 @@ def case(w: jnp.ndarray, bits: str, group: int | None, symmetric: bool) -> list:
         bits,
         group,
         symmetric,
-        listed(found.scale, float),
-        listed(found.zero_point, int),
-        listed(found.qvalue, number),
+        listed(quantized.scale, float),
+        listed(quantized.zero_point, int),
+        listed(quantized.qvalue, number),
     ]
 
 
 def main() -> None:
-    given = json.loads(FILE.read_text())["w"]
-    w = jnp.asarray(given, jnp.float32) / 16
+    sixteenths = json.loads(FILE.read_text())["w"]
+    w = jnp.asarray(sixteenths, jnp.float32) / 16
     cases = [
         case(w, bits, group, symmetric)
         for bits in FORMATS
         for group in GROUPS
         for symmetric in ((True, False) if bits in ASYMMETRIC else (True,))
     ]
-    lines = ",\n".join(json.dumps(each) for each in cases)
-    FILE.write_text(f'{{"w": {json.dumps(given)},\n"cases": [\n{lines}\n]}}\n')
+    lines = ",\n".join(json.dumps(row) for row in cases)
+    FILE.write_text(f'{{"w": {json.dumps(sixteenths)},\n"cases": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Dropout and its bits: rates, independence, and the same draw wherever it is made."""
+"""Dropout and its bits: rates, independence, and the same draw on every mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def mixed(x):
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (1, 1), (0, 4)])
-def test_the_bits_are_the_hash_of_the_place(shape):
+def test_the_bits_are_the_hash_of_the_position(shape):
     key = jax.random.key(5)
     first, second = np.asarray(jax.random.key_data(key))
     with np.errstate(over="ignore"):
@@ -52,7 +52,7 @@ def test_every_bit_is_fair_and_neighbours_and_keys_are_independent():
     for i in range(4):
         for j in range(i):
             assert np.abs((bits[i] == bits[j]).mean(0) - 0.5).max() < bound
-    assert all(len(np.unique(d)) == n for d in draws)  # a bijection of the place
+    assert all(len(np.unique(d)) == n for d in draws)  # a bijection of the position
 
 
 def test_rows_keep_as_many_as_a_binomial_does():
@@ -64,7 +64,7 @@ def test_rows_keep_as_many_as_a_binomial_does():
 
 def test_a_mesh_draws_the_same_bits():
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    where = jax.sharding.NamedSharding(mesh, jax.P("data", None, "tensor"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("data", None, "tensor"))
     key, shape = jax.random.key(1), (8, 3, 6)
-    spread = jax.jit(lambda key: random_bits(key, shape), out_shardings=where)(key)
-    assert np.array_equal(spread, random_bits(key, shape))
+    sharded = jax.jit(lambda key: random_bits(key, shape), out_shardings=sharding)(key)
+    assert np.array_equal(sharded, random_bits(key, shape))

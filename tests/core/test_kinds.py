@@ -28,8 +28,8 @@ class Point:
     ],
 )
 def test_what_fits_is_python_s_own(value, kind, expected):
-    found = checked(value, kind, "x")
-    assert found == expected and type(found) is type(expected)
+    converted = checked(value, kind, "x")
+    assert converted == expected and type(converted) is type(expected)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,7 @@ def normal(seed, *shape):
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_lsq_gradients_are_the_papers(scheme, axis):
     w, r = normal(0, 12, 6), np.asarray(normal(1, 12, 6), np.float64)
-    own = LSQ.of(w, scheme, channel=-3 - axis)
-    step = own.scale * 0.4  # so that some weights lie outside
+    step = LSQ.of(w, scheme, channel=-3 - axis).scale * 0.4  # so that some weights lie outside
     loss = lambda w, s: jnp.sum(learned_step(w, s, scheme, axis) * r.astype(np.float32))  # noqa: E731
     dw, ds = jax.grad(loss, (0, 1))(w, step)
     wide = np.asarray(jnp.broadcast_to(spread(step, w.shape[axis], scheme, axis), w.shape), np.float64)
@@ -29,13 +28,13 @@ def test_lsq_gradients_are_the_papers(scheme, axis):
     inside = np.abs(v) <= q
     assert 0 < inside.mean() < 1 or scheme.bits == "int8"
     assert np.allclose(dw, r * inside, rtol=1e-5)
-    each = r * np.where(inside, np.rint(v) - v, np.sign(v) * q)
+    per_entry = r * np.where(inside, np.rint(v) - v, np.sign(v) * q)
     if scheme.group == "tensor":
-        summed = each.sum(keepdims=True)
+        summed = per_entry.sum(keepdims=True)
     elif scheme.group is None:
-        summed = each.sum(axis, keepdims=True)
+        summed = per_entry.sum(axis, keepdims=True)
     else:
-        summed = np.add.reduceat(each, np.arange(0, each.shape[axis], 5), axis=axis)
+        summed = np.add.reduceat(per_entry, np.arange(0, per_entry.shape[axis], 5), axis=axis)
     shared = w.size / step.size
     assert ds.shape == step.shape
     assert np.allclose(ds, summed / np.sqrt(shared * q), rtol=1e-4, atol=1e-4)
@@ -56,8 +55,8 @@ def test_lsq_gradients_of_its_smooth_parts_by_finite_differences():
 
 def test_lsq_begins_at_the_papers_step_and_learns_a_better_one():
     w = normal(0, 64, 3) * jnp.array([1.0, 10.0, 0.0])
-    own = LSQ.of(w, Scheme("int4"))
-    assert np.allclose(own.scale[0, :2], 2 * np.abs(w).mean(0)[:2] / np.sqrt(7), rtol=1e-5) and own.scale[0, 2] == 1
+    scale = LSQ.of(w, Scheme("int4")).scale
+    assert np.allclose(scale[0, :2], 2 * np.abs(w).mean(0)[:2] / np.sqrt(7), rtol=1e-5) and scale[0, 2] == 1
     w, scheme = w[:, :1], Scheme("int3")
     start = step = LSQ.of(w, scheme).scale * 3
     error = jax.jit(lambda s: jnp.mean((learned_step(w, s, scheme) - w) ** 2))
@@ -89,7 +88,7 @@ def test_pact_values_and_gradients(symmetric):
     x = jnp.array([[-5.0, -2.0, -0.9, -0.1, 0.0, 0.3, 1.1, 1.99, 2.0, 3.0]])
     steps, low = (7, -alpha) if symmetric else (15, 0.0)
     exact = np.rint(np.clip(np.asarray(x), low, alpha) * steps / alpha) * alpha / steps
-    assert np.allclose(learned_clip(x, alpha, scheme), exact, atol=1e-6)
+    assert np.allclose(learned_clip(x, jnp.float32(alpha), scheme), exact, atol=1e-6)
     r = normal(0, 1, 10)
     dx, da = jax.grad(lambda x, a: jnp.sum(learned_clip(x, a, scheme) * r), (0, 1))(x, alpha)
     above, below = np.asarray(x >= alpha), np.asarray(x <= low)
@@ -100,7 +99,7 @@ def test_pact_values_and_gradients(symmetric):
 def test_pact_gradient_of_the_clip_by_finite_differences():
     """Where inputs are far outside, the value is `±α` to the last code: its difference is the derivative."""
     scheme, x = Scheme("int8", "tensor"), jnp.array([[50.0, 60.0, -70.0, 80.0]])
-    value = lambda a: learned_clip(x, a, scheme).sum()  # noqa: E731
+    value = lambda a: learned_clip(x, jnp.float32(a), scheme).sum()  # noqa: E731
     assert jax.grad(value)(3.0) == pytest.approx(float((value(3.1) - value(2.9)) / 0.2), rel=1e-4) == 2.0
 
 

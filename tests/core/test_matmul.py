@@ -15,13 +15,13 @@ SHAPES = [(5,), (2, 5), (3, 2, 5), (2, 1, 3, 5)]
 def test_value_and_gradients_in_float32(shape, transposed):
     x = jax.random.normal(jax.random.key(0), shape)
     w = jax.random.normal(jax.random.key(1), (4, 5) if transposed else (5, 4))
-    weigh = jax.random.normal(jax.random.key(2), (*shape[:-1], 4))
-    own = matmul_transposed if transposed else matmul
+    cotangent = jax.random.normal(jax.random.key(2), (*shape[:-1], 4))
+    product = matmul_transposed if transposed else matmul
     plain = (lambda x, w: x @ w.T) if transposed else (lambda x, w: x @ w)
-    value, gradients = jax.value_and_grad(lambda x, w: jnp.sum(own(x, w) * weigh), (0, 1))(x, w)
-    expected, wanted = jax.value_and_grad(lambda x, w: jnp.sum(plain(x, w) * weigh), (0, 1))(x, w)
+    value, gradients = jax.value_and_grad(lambda x, w: jnp.sum(product(x, w) * cotangent), (0, 1))(x, w)
+    expected, expected_gradients = jax.value_and_grad(lambda x, w: jnp.sum(plain(x, w) * cotangent), (0, 1))(x, w)
     assert np.isclose(value, expected, rtol=1e-5)
-    for a, b in zip(gradients, wanted, strict=True):
+    for a, b in zip(gradients, expected_gradients, strict=True):
         assert np.allclose(a, b, atol=1e-5)
 
 
@@ -46,15 +46,15 @@ def test_bfloat16_operands_are_accumulated_in_float32(shape, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_result_in_float32_is_the_accumulator(transposed):
     """Of rounded operands, itself not rounded; the gradients are those of a result in bfloat16."""
-    own = matmul_transposed if transposed else matmul
+    product = matmul_transposed if transposed else matmul
     x = jax.random.normal(jax.random.key(0), (2, 3, 5), jnp.bfloat16)
     w = jax.random.normal(jax.random.key(1), (4, 5) if transposed else (5, 4))
     g = jax.random.normal(jax.random.key(2), (2, 3, 4), jnp.bfloat16)
-    y, back = jax.vjp(lambda x, w: own(x, w, jnp.float32), x, w)
+    y, back = jax.vjp(lambda x, w: product(x, w, jnp.float32), x, w)
     kernel = np.asarray(w.astype(jnp.bfloat16), np.float64)
     assert y.dtype == jnp.float32
     assert np.allclose(y, np.asarray(x, np.float64) @ (kernel.T if transposed else kernel), rtol=1e-6, atol=1e-6)
-    for a, b in zip(back(g.astype(jnp.float32)), jax.vjp(own, x, w)[1](g), strict=True):
+    for a, b in zip(back(g.astype(jnp.float32)), jax.vjp(product, x, w)[1](g), strict=True):
         assert a.dtype == b.dtype and np.array_equal(a, b)
 
 
@@ -66,12 +66,11 @@ def test_under_scan_vmap_and_remat():
         step = jax.checkpoint(lambda x, w: (jnp.tanh(product(x, w)), None))
         return jnp.sum(jax.lax.scan(step, x, kernels)[0] ** 2)
 
-    own, plain = (jax.grad(loss)(kernels, product) for product in (matmul, jnp.matmul))
-    assert np.allclose(own, plain, atol=1e-5)
-    each = jax.vmap(jax.grad(lambda w, x: jnp.sum(matmul(x, w) ** 2)), (None, 0))(kernels[0], x)
-    assert np.allclose(
-        each, jax.vmap(jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), (None, 0))(kernels[0], x), atol=1e-4
-    )
+    gradient, expected = (jax.grad(loss)(kernels, product) for product in (matmul, jnp.matmul))
+    assert np.allclose(gradient, expected, atol=1e-5)
+    batched = jax.vmap(jax.grad(lambda w, x: jnp.sum(matmul(x, w) ** 2)), (None, 0))(kernels[0], x)
+    expected = jax.vmap(jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), (None, 0))(kernels[0], x)
+    assert np.allclose(batched, expected, atol=1e-4)
 
 
 def test_codes_are_widened_and_have_no_gradient():
@@ -95,8 +94,6 @@ def test_second_derivatives_in_float32():
     x, w = jnp.array([[1.0, 2.0]]), jnp.array([[0.5], [1.5]])
     loss = lambda x: jnp.sum(matmul(x, w) ** 2)  # noqa: E731
     second = jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(x)
-    y, square = (
-        3.5,
-        0.5**2 + 1.5**2,
-    )  # gradient 2 y w, its squared length 4 y² |w|², of which the gradient is 8 y |w|² w
+    y, square = 3.5, 0.5**2 + 1.5**2
+    # The gradient is 2 y w, its squared length 4 y² |w|², and the gradient of that 8 y |w|² w.
     np.testing.assert_allclose(second, [[8 * y * square * 0.5, 8 * y * square * 1.5]], rtol=1e-5)

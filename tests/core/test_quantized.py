@@ -28,8 +28,8 @@ def outliers(seed, *shape):
 
 
 def error(w, scheme, axis=-2):
-    own = grid(w, scheme, axis)
-    return float(jnp.linalg.norm(from_codes(to_codes(w, *own, scheme, axis), *own, scheme, axis) - w))
+    scale, zero = grid(w, scheme, axis)
+    return float(jnp.linalg.norm(from_codes(to_codes(w, scale, zero, scheme, axis), scale, zero, scheme, axis) - w))
 
 
 # Formats -------------------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def test_rounding_is_to_the_nearest_number_of_the_format(scheme, axis):
     w = np.asarray(outliers(0, 16, 6) if axis == -2 else outliers(0, 16, 6).T)
     scale, zero = grid(jnp.asarray(w), scheme, axis)
     codes = to_codes(jnp.asarray(w), scale, zero, scheme, axis)
-    ours = np.asarray(from_codes(codes, scale, zero, scheme, axis), np.float64)
+    values = np.asarray(from_codes(codes, scale, zero, scheme, axis), np.float64)
     assert codes.dtype == scheme.dtype and codes.shape == w.shape
     if scheme.bits in INTEGERS:
         b = INTEGERS[scheme.bits]
@@ -53,16 +53,16 @@ def test_rounding_is_to_the_nearest_number_of_the_format(scheme, axis):
         numbers = np.arange(256, dtype=np.uint8).view(scheme.dtype).astype(np.float64)
         numbers = np.unique(numbers[np.isfinite(numbers)])
     flip = (lambda a: a) if axis == -2 else np.transpose
-    w, ours = flip(w), flip(ours)
+    w, values = flip(w), flip(values)
     scale = np.asarray(flip(scale), np.float64)
     zero = np.zeros_like(scale) if zero is None else np.asarray(flip(zero), np.float64)
     for row in range(w.shape[0]):
         group = row // 7 if scheme.group == 7 else 0
         for column in range(w.shape[1]):
             at = group, column if scale.shape[1] > 1 else 0
-            values = (numbers - zero[at]) * scale[at]
-            nearest = np.abs(values - w[row, column]).min()
-            assert abs(ours[row, column] - w[row, column]) <= nearest + 1e-5 * scale[at] * max(abs(numbers).max(), 1)
+            representable = (numbers - zero[at]) * scale[at]
+            nearest = np.abs(representable - w[row, column]).min()
+            assert abs(values[row, column] - w[row, column]) <= nearest + 1e-5 * scale[at] * max(abs(numbers).max(), 1)
 
 
 @pytest.mark.parametrize("bits", FORMATS)
@@ -76,8 +76,8 @@ def test_finer_granularity_errs_less(bits):
 
 def test_more_bits_err_less():
     w = normal(0, 64, 24)
-    found = [error(w, Scheme(f"int{b}", 8)) for b in range(2, 9)]
-    assert found == sorted(found, reverse=True)
+    errors = [error(w, Scheme(f"int{b}", 8)) for b in range(2, 9)]
+    assert errors == sorted(errors, reverse=True)
     assert error(w, Scheme("nf4", 32)) < error(w, Scheme("int4", 32))  # made for normal weights
     assert error(w, Scheme("int8")) < error(w, Scheme("fp8_e4m3")) < error(w, Scheme("fp8_e5m2"))
 
@@ -85,7 +85,7 @@ def test_more_bits_err_less():
 @schemes
 @pytest.mark.parametrize("kind", ["zero", "constant", "negative constant", "positive", "negative"])
 def test_degenerate_ranges(scheme, kind):
-    """All zero, constant, of one sign: finite, zero stays zero, and a constant is met by its own code."""
+    """All zero, constant, of one sign: finite, zero stays zero, and a constant is exact."""
     value = {"zero": 0.0, "constant": 3.7, "negative constant": -3.7, "positive": 5 + jnp.abs(normal(0, 9, 2))}
     w = jnp.broadcast_to(value.get(kind, -value["positive"]), (9, 2))
     scale, zero = grid(w, scheme)
@@ -105,9 +105,9 @@ def test_rows_of_a_group_can_be_encoded_alone(symmetric):
     codes = to_codes(w, scale, zero, scheme)
     assert scale.shape == (3, 5)
     for row in range(16):
-        own = slice(row // 6, row // 6 + 1)
-        one = to_codes(w[row : row + 1], scale[own], None if zero is None else zero[own], scheme)
-        assert np.array_equal(one, codes[row : row + 1])
+        group = slice(row // 6, row // 6 + 1)
+        alone = to_codes(w[row : row + 1], scale[group], None if zero is None else zero[group], scheme)
+        assert np.array_equal(alone, codes[row : row + 1])
     sub_scale, sub_zero = grid(w[6:12], Scheme("int3", None, symmetric))
     assert np.array_equal(sub_scale, scale[1:2]) and (zero is None or np.array_equal(sub_zero, zero[1:2]))
 
@@ -154,8 +154,8 @@ def test_straight_through_is_one_inside_and_zero_outside():
 def test_what_sets_a_range_learns(scheme):
     """It sits on the border of the range, where rounding must not decide whether its gradient passes."""
     w = normal(5, 64, 100) + 0.5
-    own = grid(w, scheme)
-    gradient = jax.grad(lambda w: straight_through(w, *own, scheme).sum())(w)
+    scale, zero = grid(w, scheme)
+    gradient = jax.grad(lambda w: straight_through(w, scale, zero, scheme).sum())(w)
     assert np.array_equal(gradient, np.ones_like(gradient))
 
 
@@ -207,10 +207,10 @@ def test_integer_products_are_exact(rows, inputs, bits, fast, monkeypatch):
     x, w = x.at[0].set(127), w.at[:, 0].set(largest).at[:, 1].set(-largest)
     w = w.astype(jnp.int4 if bits == 4 else jnp.int8)
     exact = np.asarray(x, np.int64) @ np.asarray(w).astype(np.int64)
-    found = jax.jit(lambda x, w: integer_product(x, w, largest=largest + 1))(x, w)
-    assert found.dtype == jnp.int32 and np.array_equal(found, exact)
-    found = jax.jit(lambda x, w: integer_product(x, w, axis=-1, largest=largest + 1))(x, w.T)
-    assert np.array_equal(found, exact)
+    product = jax.jit(lambda x, w: integer_product(x, w, largest=largest + 1))(x, w)
+    assert product.dtype == jnp.int32 and np.array_equal(product, exact)
+    transposed = jax.jit(lambda x, w: integer_product(x, w, axis=-1, largest=largest + 1))(x, w.T)
+    assert np.array_equal(transposed, exact)
 
 
 @pytest.mark.parametrize("group", [None, 6, "tensor"])
@@ -220,7 +220,7 @@ def test_integer_products_are_exact(rows, inputs, bits, fast, monkeypatch):
 def test_zero_points_and_groups_in_integers(group, zeros, axis, platform, monkeypatch):
     """`Σ (x - z_x)(c - z) s` by hand; also in the form of platforms other than this one, whose sums are integers."""
     if platform == "other":
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **other: default(*args))
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **platforms: default(*args))
     scheme = Scheme("int8", group, zeros not in ("weight", "both"))
     w = normal(0, 16, 5) + 1
     w = w if axis == -2 else w.T
@@ -231,8 +231,8 @@ def test_zero_points_and_groups_in_integers(group, zeros, axis, platform, monkey
     dense = np.asarray(from_codes(codes, scale, zero, scheme, axis), np.float64)
     inputs = np.asarray(x, np.float64) - (0 if x_zero is None else np.asarray(x_zero, np.float64))
     exact = inputs @ (dense if axis == -2 else dense.T)
-    found = scaled_product(x, x_zero, codes, scale, zero, scheme, axis)
-    assert np.allclose(found, exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max())
+    product = scaled_product(x, x_zero, codes, scale, zero, scheme, axis)
+    assert np.allclose(product, exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -270,20 +270,20 @@ def test_derivatives_cost_no_product_that_is_not_needed():
 
 
 def test_codes_of_qwix():
-    """Codes and scales that qwix 0.1.8 gives for the same matrix (qwix_codes.py asked it), exact in float32.
+    """Codes and scales that qwix 0.1.8 gives for the same matrix (written by qwix_codes.py), exact in float32.
 
-    Its symmetric integers reach from -(Q + 1/2) to Q + 1/2, so its scale is ours times Q / (Q + 1/2): ours are given
-    its scale here. Its asymmetric ones, float8 and nf4 have our scales to the last bits.
+    Its symmetric integers reach from -(Q + 1/2) to Q + 1/2, so its scale is jaxlm's times Q / (Q + 1/2); codes are
+    compared on its scale. Its asymmetric integers, float8 and nf4 have the same scales to the last bits.
     """
-    given = json.loads(Path(__file__).with_name("qwix_codes.json").read_text())
-    w = jnp.asarray(given["w"], jnp.float32) / 16
-    for bits, group, symmetric, scale, zero, codes in given["cases"]:
+    reference = json.loads(Path(__file__).with_name("qwix_codes.json").read_text())
+    w = jnp.asarray(reference["w"], jnp.float32) / 16
+    for bits, group, symmetric, scale, zero, codes in reference["cases"]:
         scheme = Scheme(bits, group, symmetric)
-        own_scale, own_zero = grid(w, scheme)
+        grid_scale, grid_zero = grid(w, scheme)
         if symmetric and bits in INTEGERS:
-            own_scale = own_scale * scheme.largest / (scheme.largest + 0.5)
-        assert np.allclose(own_scale, np.array(scale), rtol=1e-6)
-        assert (own_zero is None) == (zero is None) and (zero is None or own_zero.tolist() == zero)
-        found = to_codes(w, jnp.asarray(scale, jnp.float32), own_zero, scheme)
-        found = found.astype(jnp.float32) if "fp8" in bits else found.astype(jnp.int32) + 8 * (bits == "nf4")
-        assert found.tolist() == codes, (bits, group, symmetric)
+            grid_scale = grid_scale * scheme.largest / (scheme.largest + 0.5)
+        assert np.allclose(grid_scale, np.array(scale), rtol=1e-6)
+        assert (grid_zero is None) == (zero is None) and (zero is None or grid_zero.tolist() == zero)
+        quantized = to_codes(w, jnp.asarray(scale, jnp.float32), grid_zero, scheme)
+        numbers = quantized.astype(jnp.float32) if "fp8" in bits else quantized.astype(jnp.int32) + 8 * (bits == "nf4")
+        assert numbers.tolist() == codes, (bits, group, symmetric)

@@ -49,8 +49,8 @@ def test_masking_shares():
         assert np.array_equal(after["input_ids"][~picked], before["input_ids"][~picked])
         assert not np.isin(before["input_ids"][picked], SPECIAL).any()
         assert not (picked & (before["segment_ids"] == 0)).any()
-        other = after["input_ids"][picked & (after["input_ids"] != before["input_ids"])]
-        assert not np.isin(other[other != MASK], SPECIAL).any()
+        changed = after["input_ids"][picked & (after["input_ids"] != before["input_ids"])]
+        assert not np.isin(changed[changed != MASK], SPECIAL).any()
         real += (before["segment_ids"] > 0).sum()
         chosen += picked.sum()
         hidden += (picked & (after["input_ids"] == MASK)).sum()
@@ -162,14 +162,14 @@ def test_next_sentence_pairs():
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 15, 60)
     documents = np.concatenate([[0], np.cumsum(counts)])
-    # every token tells its document and its place in it
-    place = [0] * len(counts)
+    # every token holds its document and its index in it
+    next_index = [0] * len(counts)
     sentences = []
     for document, count in enumerate(counts):
         for _ in range(count):
             size = int(rng.integers(1, 9))
-            sentences.append([10 + 1000 * document + place[document] + i for i in range(size)])
-            place[document] += size
+            sentences.append([10 + 1000 * document + next_index[document] + i for i in range(size)])
+            next_index[document] += size
     pairs = next_sentence_pairs(Ragged.of(sentences), documents, 0, max_length=32, first_id=2, between_id=3)
     labels = pairs.columns["next_sentence_labels"]
     assert labels.dtype == np.int32 and 0.4 < labels.mean() < 0.75

@@ -1,4 +1,4 @@
-"""What grows on disk is what was appended, and a corpus that is streamed gives the ids and batches of one in memory."""
+"""An array on disk holds what was appended; a streamed corpus gives the ids and batches of one in memory."""
 
 import errno
 import gc
@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.data import Examples, Ragged, bucketed, encode, in_order, load_tokenizer, packed, packed_examples, read
 from jaxlm.data import encoding as module
-from jaxlm.data.disk_array import Growing
+from jaxlm.data.disk_array import DiskArray
 from jaxlm.data.packing import join
 from jaxlm.data.ragged import offsets_of
 
@@ -17,8 +17,8 @@ from jaxlm.data.ragged import offsets_of
 @pytest.fixture(scope="module")
 def texts():
     """Documents of many lengths, the empty one and characters of several bytes among them."""
-    found = [record["text"][: 37 * i] for i, record in enumerate(read("python", "stdlib[:40]"))]
-    return [*found, "", "naïve café, 你好 \U0001f600", "", ""]
+    documents = [record["text"][: 37 * i] for i, record in enumerate(read("python", "stdlib[:40]"))]
+    return [*documents, "", "naïve café, 你好 \U0001f600", "", ""]
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +34,22 @@ def mapped(array: np.ndarray) -> bool:
 
 
 def test_an_array_is_what_was_appended():
-    growing, parts = Growing(np.uint16), [np.arange(5), np.arange(0), np.array([65535]), np.arange(100)[::-2]]
-    assert growing.array().tolist() == [] and growing.array().dtype == np.uint16
+    disk_array, parts = DiskArray(np.uint16), [np.arange(5), np.arange(0), np.array([65535]), np.arange(100)[::-2]]
+    assert disk_array.array().tolist() == [] and disk_array.array().dtype == np.uint16
     for part in parts:
-        growing.append(part)
-    array = growing.array()
+        disk_array.append(part)
+    array = disk_array.array()
     assert array.tolist() == np.concatenate(parts).tolist() and array.dtype == np.uint16
-    del growing
+    del disk_array
     gc.collect()
     assert array[5] == 65535 and mapped(array) and not array.flags.writeable
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    growing = Growing(np.int32)
-    growing.append(np.arange(1000))
-    assert growing.array()[-1] == 999 and not list(tmp_path.iterdir())
+    disk_array = DiskArray(np.int32)
+    disk_array.append(np.arange(1000))
+    assert disk_array.array()[-1] == 999 and not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_named(monkeypatch, tokenizer):
@@ -68,7 +68,7 @@ def test_a_full_disk_is_named(monkeypatch, tokenizer):
             return self.taken
 
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
-    with pytest.raises(OSError, match=r"No space left.*3 bytes lie there.*TMPDIR") as caught:
+    with pytest.raises(OSError, match=r"No space left.*holds 3 bytes.*TMPDIR") as caught:
         encode(tokenizer, ["some text"])
     assert caught.value.errno == errno.ENOSPC and repr(tempfile.gettempdir()) in str(caught.value)
 
@@ -150,10 +150,10 @@ def test_pairs_and_words_of_streamed_rows(texts, monkeypatch):
     whole, streamed = (encode(tokenizer, pairs, before=[9], chunk=chunk) for chunk in (1024, 3))
     sentences = [text.split()[:20] for text in texts]
     words = [encode(tokenizer, sentences, words=True, after=[9], chunk=chunk) for chunk in (1024, 3)]
-    for one, other in ((whole, streamed), words):
+    for at_once, in_chunks in ((whole, streamed), words):
         for column in range(3):
-            assert np.array_equal(one[column].values, other[column].values)
-            assert np.array_equal(one[column].offsets, other[column].offsets)
+            assert np.array_equal(at_once[column].values, in_chunks[column].values)
+            assert np.array_equal(at_once[column].offsets, in_chunks[column].offsets)
     assert streamed.types[5][0] == 0 and streamed.types[5][-1] == 1
     for row, sentence in zip(words[1].words, sentences, strict=True):
         assert row[row >= 0].tolist() == list(range(len(sentence))) and row[-1] == -1
@@ -177,11 +177,11 @@ def test_mapped_values_make_the_batches_of_values_in_memory(texts, tokenizer):
         stored, memory = map(make, both(texts, tokenizer))
         assert stored.steps_per_epoch == memory.steps_per_epoch
         for step in range(-1, stored.steps_per_epoch + 1):
-            one, other = stored(step), memory(step)
-            assert one.keys() == other.keys()
-            for column in one:
-                assert one[column].dtype == other[column].dtype == np.int32, (name, column)
-                assert np.array_equal(one[column], other[column]), (name, column)
+            batch, expected = stored(step), memory(step)
+            assert batch.keys() == expected.keys()
+            for column in batch:
+                assert batch[column].dtype == expected[column].dtype == np.int32, (name, column)
+                assert np.array_equal(batch[column], expected[column]), (name, column)
 
 
 def test_mapped_values_in_ragged_operations(texts, tokenizer):

@@ -1,4 +1,4 @@
-"""Batches are functions of (seed, step): every example once an epoch, static shapes, rows of hosts, no hidden state."""
+"""Batches are functions of (seed, step): every example once an epoch, static shapes, no hidden state."""
 
 import itertools
 
@@ -14,8 +14,6 @@ from jaxlm.data.loader import (
     in_order,
     packed,
     packed_examples,
-    shapes,
-    shard,
     started,
     steps_per_epoch,
 )
@@ -47,24 +45,28 @@ def signature(batch):
     return {name: (a.shape, a.dtype) for name, a in batch.items()}
 
 
+def announced(batches):
+    """The signatures of the batches at negative steps: one of every kind."""
+    return [signature(batches(-1 - kind)) for kind in range(batches.kinds)]
+
+
 @pytest.mark.parametrize("kind", kinds_of())
 def test_pure_in_seed_and_step(kind):
     first, second = kinds_of()[kind], kinds_of()[kind]
     steps = [0, 40, 3, 97, 3, 1]  # any order, over epochs
     for a, b in zip([first(s) for s in steps], [second(s) for s in reversed(steps)][::-1], strict=True):
         assert all(np.array_equal(a[name], b[name]) for name in a)
-    other = kinds_of(seed=1)[kind]
+    reseeded = kinds_of(seed=1)[kind]
     if kind != "in_order":
-        assert any(not np.array_equal(first(s)["input_ids"], other(s)["input_ids"]) for s in steps)
+        assert any(not np.array_equal(first(s)["input_ids"], reseeded(s)["input_ids"]) for s in steps)
 
 
 @pytest.mark.parametrize("kind", kinds_of())
 def test_shapes_are_all_announced(kind):
     batches = kinds_of()[kind]
-    announced = [{n: (s.shape, s.dtype) for n, s in shape.items()} for shape in shapes(batches)]
-    seen = [signature(batches(step)) for step in range(3 * batches.steps_per_epoch)]
-    assert all(s in announced for s in seen)
-    assert len(announced) == batches.kinds == len({str(a) for a in announced})
+    signatures = announced(batches)
+    assert all(signature(batches(step)) in signatures for step in range(3 * batches.steps_per_epoch))
+    assert len(signatures) == batches.kinds == len({str(s) for s in signatures})
 
 
 @pytest.mark.parametrize("kind", kinds_of())
@@ -77,11 +79,11 @@ def test_no_row_is_without_a_token_to_attend(kind):
 
 
 def tokens_of_epoch(batches, epoch):
-    found = []
+    tokens = []
     for step in range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch):
         batch = batches(step)
-        found.append(batch["input_ids"][batch["input_ids"] > 0])
-    return np.concatenate(found)
+        tokens.append(batch["input_ids"][batch["input_ids"] > 0])
+    return np.concatenate(tokens)
 
 
 @pytest.mark.parametrize("kind", ["bucketed", "packed", "packed_examples", "in_order"])
@@ -127,20 +129,20 @@ def positions(sizes, buckets):
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=20), st.integers(1, 5))
 def test_no_other_buckets_take_fewer_positions(sizes, count):
     possible = (8, 16, 24, 32, 40, 48, 56, 60)
-    found = fitted(np.array(sizes), count, max_length=60)
+    lengths = fitted(np.array(sizes), count, max_length=60)
     last = min(length for length in possible if length >= max(sizes))
     others = itertools.chain.from_iterable(
         itertools.combinations(possible[: possible.index(last)], n) for n in range(count)
     )
-    assert len(found) <= count and found[-1] == last and set(found) <= set(possible)
-    assert positions(sizes, found) == min(positions(sizes, (*chosen, last)) for chosen in others)
+    assert len(lengths) <= count and lengths[-1] == last and set(lengths) <= set(possible)
+    assert positions(sizes, lengths) == min(positions(sizes, (*chosen, last)) for chosen in others)
 
 
 def test_buckets_of_long_texts_are_found_on_a_grid():
     sizes = np.random.default_rng(0).integers(1, 100_001, 5000)
-    found = fitted(sizes, 8, max_length=100_000)
-    assert len(found) == 8 and found[-1] == 100_000
-    assert positions(sizes, found) < 1.005 * positions(sizes, (*np.quantile(sizes, np.arange(1, 8) / 8), 100_000))
+    lengths = fitted(sizes, 8, max_length=100_000)
+    assert len(lengths) == 8 and lengths[-1] == 100_000
+    assert positions(sizes, lengths) < 1.005 * positions(sizes, (*np.quantile(sizes, np.arange(1, 8) / 8), 100_000))
 
 
 def test_no_examples_need_one_bucket():
@@ -215,7 +217,7 @@ def test_a_decoder_starts_with_the_id_of_its_model():
         assert (batch["decoder_input_ids"][:, 0] == 9).all() and (before["decoder_input_ids"][:, 0] == 0).all()
         before["decoder_input_ids"][:, 0] = 9
         assert batch.keys() == before.keys() and all(np.array_equal(batch[n], a) for n, a in before.items())
-    assert shapes(batches) == shapes(plain)
+    assert announced(batches) == announced(plain)
     without = kinds_of()["packed"]
     assert started(without, 9) is without and started(plain, None) is plain
 
@@ -263,21 +265,6 @@ def test_packed_examples_stay_whole():
         packed_examples(examples(3, labels=np.zeros(3, np.int32)), 1, 0, length=48)
 
 
-def test_hosts_partition_the_global_batch():
-    for batches in kinds_of().values():
-        for hosts in (1, 2, 4):
-            parts = [shard(batches, host, hosts) for host in range(hosts)]
-            for step in (0, 7, 31):
-                together = {k: np.concatenate([p(step)[k] for p in parts]) for k in batches(step)}
-                assert all(np.array_equal(together[k], v) for k, v in batches(step).items())
-            assert parts[0].steps_per_epoch == batches.steps_per_epoch
-            assert shapes(parts[0])[0]["input_ids"].shape[0] == shapes(batches)[0]["input_ids"].shape[0] // hosts
-    with pytest.raises(ValueError, match="8 rows does not divide among 3 hosts"):
-        shard(kinds_of()["bucketed"], 0, 3)(0)
-    with pytest.raises(ValueError, match="numbered from 0"):
-        shard(kinds_of()["bucketed"], 2, 2)
-
-
 def test_generator_keys():
     draws = {tuple(generator(*key).integers(0, 2**60, 2)) for key in ((0, 0), (0, 1), (1, 0), (0,), (0, -1), (2**32,))}
     assert len(draws) == 6
@@ -286,4 +273,4 @@ def test_generator_keys():
 
 def test_map_gives_the_step():
     batches = kinds_of()["packed"].map(lambda batch, step: batch | {"step": np.array(step)})
-    assert batches(11)["step"] == 11 and shapes(batches)[0]["step"].shape == ()
+    assert batches(11)["step"] == 11 and announced(batches)[0]["step"][0] == ()

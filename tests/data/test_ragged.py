@@ -93,5 +93,5 @@ def test_examples_behind_examples():
     assert both.columns["labels"].tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match=r"one has the columns \['input_ids', 'labels'\], the other \['input_ids'\]"):
         first.then(Examples({"input_ids": second.columns["input_ids"]}))
-    with pytest.raises(ValueError, match="'labels' has one value a row in one, one a token in the other"):
+    with pytest.raises(ValueError, match="'labels' has one value per row in one, one per token in the other"):
         first.then(Examples({"input_ids": second.columns["input_ids"], "labels": second.columns["input_ids"]}))

@@ -78,10 +78,10 @@ def test_other_rows(data_path):
 
 
 def test_tinyshakespeare_by_characters(data_path):
-    place = str(data_path / "tinyshakespeare" / "input.txt")
-    (whole,) = [record["text"] for record in read("text", place)]
-    (train,) = [record["text"] for record in read("text", place + "[:90%]")]
-    (held_out,) = [record["text"] for record in read("text", place + "[90%:]")]
+    path = str(data_path / "tinyshakespeare" / "input.txt")
+    (whole,) = [record["text"] for record in read("text", path)]
+    (train,) = [record["text"] for record in read("text", path + "[:90%]")]
+    (held_out,) = [record["text"] for record in read("text", path + "[90%:]")]
     assert len(whole) == 1_115_394 and len(train) == 1_003_854 and train + held_out == whole
     tokenizer = load_tokenizer("character", [whole])
     assert len(set(whole)) == 65 and len(tokenizer) == 68  # and three special tokens

@@ -60,8 +60,8 @@ for kind in sys.argv[1:]:
     print(hashlib.sha256(load_tokenizer(kind, texts).backend_tokenizer.to_str().encode()).hexdigest())
 """
     runs = {subprocess.run([sys.executable, "-c", program, *KINDS], capture_output=True, check=True).stdout}
-    here = [hashlib.sha256(tokenizers[kind].backend_tokenizer.to_str().encode()).hexdigest() for kind in KINDS]
-    assert runs == {("\n".join(here) + "\n").encode()}
+    digests = [hashlib.sha256(tokenizers[kind].backend_tokenizer.to_str().encode()).hexdigest() for kind in KINDS]
+    assert runs == {("\n".join(digests) + "\n").encode()}
 
 
 def test_training_streams(texts, tokenizers):
@@ -141,7 +141,7 @@ def test_words_equal_transformers(texts, tokenizers, tmp_path, kind):
     ("text", "least"), [("a b", 3), (["a", "b"], 3), (("a b", "c d"), 5)], ids=["text", "words", "pair"]
 )
 def test_a_length_without_room_for_text_is_refused(tokenizers, text, least):
-    """Beside [CLS] and [SEP], and what stands around every row; the least length that does is told."""
+    """Beside [CLS] and [SEP], and the tokens added to every row; the message names the least length."""
     tokenizer, words = tokenizers["wordpiece:600"], isinstance(text, list)
     for length in (-1, 0, 1, least - 1):
         with pytest.raises(ValueError, match=rf"config.data.max_length = {length} .*at least {least}"):
@@ -165,7 +165,7 @@ def test_encoding_leaves_the_tokenizer_as_it_was(tokenizers):
     assert encode(tokenizers["wordpiece:600"], []).ids.lengths.tolist() == []
 
 
-def test_what_is_no_text_is_told(tokenizers):
+def test_what_is_no_text_is_named(tokenizers):
     tokenizer = tokenizers["wordpiece:600"]
     with pytest.raises(ValueError, match="texts 2 to 3: None is NoneType, not a string"):
         encode(tokenizer, ["a", "b", "c", None], chunk=2)

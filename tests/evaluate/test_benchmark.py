@@ -6,11 +6,10 @@ import pytest
 
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.evaluate.benchmark import NEW_TOKENS, Loaded, Trial, prompt_ids, write_sample
+from jaxlm.evaluate.benchmark import NEW_TOKENS, RunnableModel, Trial, prompt_ids, write_sample
 from jaxlm.evaluate.settings import ReportSettings
-from jaxlm.io.pretrained import LM
+from jaxlm.io.lm import LM
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
@@ -41,12 +40,13 @@ def sample():
     """`carried ends -> what is shown`, of one random model."""
     tokenizer = begun(load_tokenizer("character", [LETTERS]))
     config = model_config("gpt2", vocab_size=len(tokenizer), hidden_size=16, num_layers=1, num_heads=2)
-    model, trial = Network(config), Trial("causal", DataSettings(eval="nowhere"), ReportSettings(prompt="the cat"))
-    params = jax.tree.map(lambda a: 9 * a, model.init(jax.random.key(0)))
+    trial = Trial("causal", DataSettings(eval="nowhere"), ReportSettings(prompt="the cat"))
+    fresh = LM.initialize(config, jax.random.key(0), tokenizer)
+    random = fresh.replace(params=jax.tree.map(lambda a: 9 * a, fresh.params))
 
     def shown(ends):
-        lm = LM(config, params, tokenizer, carried={"generation": {"eos_token_id": ends}})
-        return write_sample(Loaded(lm, model.run_view(params), None), trial)
+        lm = random.replace(carried={"generation": {"eos_token_id": ends}})
+        return write_sample(RunnableModel(lm, lm.network.run_view(lm.params), None), trial)
 
     return tokenizer, shown
 

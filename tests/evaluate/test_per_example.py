@@ -15,22 +15,22 @@ def text(nats, tokens, sizes):
 
 
 def test_bits_per_byte_and_perplexity_divide_sums_once():
-    found = text((10.0, 90.0), (10, 20), (20, 80))
-    assert found.quality.value == pytest.approx(100 / math.log(2) / 100)
-    assert found.estimate(perplexity).value == pytest.approx(math.exp(100 / 30))
-    assert found.agreement is None
+    results = text((10.0, 90.0), (10, 20), (20, 80))
+    assert results.quality.value == pytest.approx(100 / math.log(2) / 100)
+    assert results.estimate(perplexity).value == pytest.approx(math.exp(100 / 30))
+    assert results.agreement is None
 
 
-def test_perplexity_never_overflows_and_one_piece_has_no_interval():
+def test_perplexity_never_overflows_and_one_example_has_no_interval():
     assert text((1e6,), (1,), (1,)).estimate(perplexity).value == math.inf
     assert math.isnan(text((math.nan,), (1,), (1,)).estimate(perplexity).value)
     assert text((10.0,), (10,), (20,)).quality == pytest.approx((10 / math.log(2) / 20, None))
 
 
-def bootstrap(held_out, measure, draws=3000):
-    sums = held_out.sums(measure)
+def bootstrap(held_out, metric, draws=3000):
+    sums = held_out.sums(metric)
     weights = np.random.default_rng(1).multinomial(len(sums), [1 / len(sums)] * len(sums), draws)
-    return 2 * measure.value(weights @ sums).std()
+    return 2 * metric.value(weights @ sums).std()
 
 
 def tagged(rng, sentences=400):
@@ -49,29 +49,27 @@ def rated(rng, examples=300):
     return PerExampleResults("regression", {name: tuple(c) for name, c in columns.items()})
 
 
-@pytest.mark.parametrize(
-    "measure", [accuracy, macro_f1, matthews, entity_f1, pearson, perplexity], ids=lambda m: m.name
-)
-def test_the_error_is_that_of_resampling_pieces(make, measure):
-    of = {"entity_f1": tagged, "pearson": rated}.get(measure.name)
+@pytest.mark.parametrize("metric", [accuracy, macro_f1, matthews, entity_f1, pearson, perplexity], ids=lambda m: m.name)
+def test_the_error_is_that_of_resampling_examples(make, metric):
+    of = {"entity_f1": tagged, "pearson": rated}.get(metric.name)
     held_out = of(np.random.default_rng(2)) if of else make.answers(0.9)
-    if measure is perplexity:
+    if metric is perplexity:
         held_out = make.held_out(1.6)
-    assert held_out.estimate(measure).error == pytest.approx(bootstrap(held_out, measure), rel=0.1)
+    assert held_out.estimate(metric).error == pytest.approx(bootstrap(held_out, metric), rel=0.1)
 
 
 def test_of_a_mean_it_is_the_textbook_error(make):
     held_out = make.answers(0.9)
-    p, n = held_out.quality.value, held_out.pieces
+    p, n = held_out.quality.value, held_out.num_examples
     assert held_out.quality.error == pytest.approx(2 * math.sqrt(p * (1 - p) / (n - 1)))
 
 
-def test_measures_of_classes_are_those_of_scikit_learn():
+def test_metrics_of_classes_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     true, predicted = rng.integers(0, 4, 90), rng.integers(0, 5, 90)
     columns = {"true": tuple(map(int, true)), "predicted": tuple(map(int, predicted))}
     held_out = PerExampleResults("sequence", columns, classes=6)
-    values = {measure.name: held_out.estimate(measure).value for measure in held_out.measures}
+    values = {metric.name: held_out.estimate(metric).value for metric in held_out.measures}
     assert values == pytest.approx(
         {
             "accuracy": np.mean(true == predicted),
@@ -87,10 +85,10 @@ def test_correlations_are_those_of_scipy():
     assert held_out.quality.value == pytest.approx(pearsonr(columns["true"], columns["predicted"])[0])
     assert held_out.agreement.value == pytest.approx(pearsonr(columns["teacher"], columns["predicted"])[0])
     same = PerExampleResults("regression", {"true": (1.0, 2.0, 3.0), "predicted": (5.0, 5.0, 5.0)})
-    assert math.isnan(same.quality.value) and TASKS["regression"].quality.agreement is correlation
+    assert math.isnan(same.quality.value) and TASKS["regression"].evaluation.agreement is correlation
 
 
-def test_leaving_out_is_the_measure_of_the_rest(make):
+def test_leaving_out_is_the_metric_of_the_rest(make):
     held_out = make.answers(0.8)
     rest = {name: column[1:] for name, column in held_out.columns.items()}
     without = left_out(matthews, held_out.sums(matthews))[0]
@@ -100,10 +98,10 @@ def test_leaving_out_is_the_measure_of_the_rest(make):
 def test_a_paired_difference_is_that_of_the_same_examples(make):
     a, b = make.answers(0.90, seed=1), make.answers(0.88, seed=2)
     change = difference(a, b)
-    each = np.array(a.columns["predicted"]) == np.array(a.columns["true"])
-    each = each.astype(float) - (np.array(b.columns["predicted"]) == np.array(b.columns["true"]))
-    assert change.value == pytest.approx(each.mean())
-    assert change.error == pytest.approx(2 * each.std(ddof=1) / math.sqrt(len(each)))
+    right = [(np.array(r.columns["predicted"]) == np.array(r.columns["true"])).astype(float) for r in (a, b)]
+    differences = right[0] - right[1]
+    assert change.value == pytest.approx(differences.mean())
+    assert change.error == pytest.approx(2 * differences.std(ddof=1) / math.sqrt(len(differences)))
     assert change.error < math.hypot(a.quality.error, b.quality.error)
 
 
@@ -123,7 +121,7 @@ def test_what_is_not_a_number_loses(make):
 
 
 def test_what_does_not_fit_is_refused(make):
-    with pytest.raises(ValueError, match="same pieces"):
+    with pytest.raises(ValueError, match="same examples"):
         text((1.0, 2.0), (1,), (1,))
     with pytest.raises(ValueError, match="at least one"):
         PerExampleResults("sequence", {})
@@ -133,14 +131,17 @@ def test_what_does_not_fit_is_refused(make):
         PerExampleResults("casual", {"nats": (1.0,)})
     a = make.answers(0.9)
     other = PerExampleResults("sequence", {**a.columns, "true": tuple(1 - t for t in a.columns["true"])}, classes=2)
-    with pytest.raises(ValueError, match="different held-out data: the pieces of sequence and sequence differ in true"):
+    with pytest.raises(
+        ValueError, match="different held-out data: the examples of sequence and sequence differ in true"
+    ):
         difference(a, other)
     with pytest.raises(ValueError, match="different held-out data"):
         difference(a, make.held_out(1.6))
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_says_what_it_measures(task):
-    quality = TASKS[task].quality
-    assert quality.measures and quality.same and {"input_ids", "labels"} <= TASKS[task].columns.keys()
-    assert quality.measures[0] is not loss or not quality.measures[0].higher
+def test_every_task_says_how_it_is_evaluated(task):
+    spec = TASKS[task].evaluation
+    assert spec.compared and spec.same and {"input_ids", "labels"} <= TASKS[task].columns.keys()
+    assert spec.compared[0] is not loss or not spec.compared[0].higher
+    assert next(iter(spec.metrics)) == "loss" and not spec.metrics["loss"].higher

@@ -51,8 +51,8 @@ def test_greedy(tmp_path, family):
     if family == "t5":
         mask = mask[:, ::-1].copy()  # an encoder's prompt is padded on the right
     ids = np.where(mask, ids, 0)
-    given = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    theirs = model.generate(**given, max_new_tokens=8, do_sample=False, use_cache=True).numpy()
+    prompt = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    theirs = model.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=True).numpy()
     ours = np.asarray(lm.generate({"input_ids": ids, "attention_mask": mask}, new_tokens=8))
     assert np.array_equal(ours, theirs[:, -8:])
     if family == "t5":
@@ -61,10 +61,10 @@ def test_greedy(tmp_path, family):
     for row, size in enumerate(mask.sum(1)):
         right[row, :size] = 1
         holes[row, np.sort(np.random.default_rng(row).permutation(7)[:size])] = 1
-    for places in (right, holes):
+    for real in (right, holes):
         moved = np.full_like(ids, 60)
-        moved[places == 1] = ids[mask == 1]
-        ours = np.asarray(lm.generate({"input_ids": moved, "attention_mask": places}, new_tokens=8))
+        moved[real == 1] = ids[mask == 1]
+        ours = np.asarray(lm.generate({"input_ids": moved, "attention_mask": real}, new_tokens=8))
         assert np.array_equal(ours, theirs[:, -8:])
 
 
@@ -81,8 +81,8 @@ def params():
 def written(stop=None, batch=PROMPT, **options):
     """What a random model writes, at a temperature at which it repeats itself little."""
     key = jax.random.key(0)
-    found = generate(CONFIG, params(), batch, key, new_tokens=NEW, temperature=2.0, stop=stop, **options)
-    return np.asarray(found)
+    tokens = generate(CONFIG, params(), batch, key, new_tokens=NEW, temperature=2.0, stop=stop, **options)
+    return np.asarray(tokens)
 
 
 def test_a_row_repeats_the_first_end_that_it_meets():

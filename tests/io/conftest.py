@@ -11,7 +11,7 @@ from jaxlm.core import Gate, HardConcrete, LowRank, Masked, Quantized, Scheme, f
 from jaxlm.io.model_directory import OWN
 from jaxlm.io.safetensors import read_json
 from jaxlm.models import FAMILIES, model_config
-from jaxlm.models.transformer import model_spec
+from jaxlm.models.network import Network
 
 
 def small(family, **fields):
@@ -20,7 +20,7 @@ def small(family, **fields):
     if family in ("gpt2", "bert", "roberta"):
         sizes["max_positions"] = 8
     config = model_config(family, **{**sizes, **fields})
-    values = {path: np.zeros(p.shape, np.float32) for path, p in flatten(model_spec(config)).items()}
+    values = {path: np.zeros(p.shape, np.float32) for path, p in flatten(Network(config).spec).items()}
     return jaxlm.LM(config, unflatten(values))
 
 
@@ -42,7 +42,7 @@ def compressed():
         "layers_1/mlp/gate": HardConcrete(np.ones(64, np.float32), speed=2.0),
     }
     axes = {"layers_0/mlp/gate": ("ffn",), "layers_1/mlp/gate": ("ffn",)}
-    return jaxlm.LM(lm.config, unflatten({**flat, **weights}), site_axes=axes, carried={"eos_token_id": 3})
+    return jaxlm.LM(lm.config, unflatten({**flat, **weights}), axes=axes, carried={"eos_token_id": 3})
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import jaxlm
 from jaxlm.io.carried import GENERATION_KEYS, for_tokenizer
-from jaxlm.io.pretrained import LM
+from jaxlm.io.lm import LM
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 
 
 def tokenizer(*words: str, end: str) -> PreTrainedTokenizerFast:
@@ -21,7 +20,7 @@ def tokenizer(*words: str, end: str) -> PreTrainedTokenizerFast:
 
 def small() -> LM:
     config = model_config("llama", vocab_size=11, hidden_size=16, num_layers=1, num_heads=2)
-    return LM(config, Network(config).init(jax.random.key(0)))
+    return LM.initialize(config, jax.random.key(0))
 
 
 def test_transformers_knows_every_key_of_a_generation_config():
@@ -35,7 +34,7 @@ def test_both_layouts_carry_the_same_and_no_code(native, tmp_path):
         "max_position_embeddings": 64,
         "generation": {"eos_token_id": [2, 5], "top_p": 0.9},
     }
-    jaxlm.save(LM(small().config, small().params, carried=carried), tmp_path / "a", native=native)
+    jaxlm.save(small().replace(carried=carried), tmp_path / "a", native=native)
     for name in ("config.json", "jaxlm.json", "generation_config.json"):
         content = json.loads((tmp_path / "a" / name).read_text())
         hostile = {"auto_map": {"AutoModel": "evil.Model"}, "custom_generate": "evil"}

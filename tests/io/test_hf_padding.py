@@ -1,19 +1,19 @@
 """Pruned models in sizes that transformers can express: it loads them, and its logits are the small model's."""
 
-import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import Gate, flatten, map_leaves
+from jaxlm.core import Gate, flatten, map_leaves, unflatten
 from jaxlm.io.model_directory import PADDED
 from jaxlm.methods.prune.structured.gates import open_gates, prune
 from jaxlm.methods.prune.structured.shrink import shrink
 from jaxlm.methods.quantize.round_to_nearest import quantize
-from jaxlm.models.network import Network
+from jaxlm.models import model_config
 from jaxlm.runner import registry
 
 PRUNED = {
@@ -75,25 +75,24 @@ def test_transformers_loads_the_padded_model(name, tmp_path):
             parameter.add_(0.15 * torch.randn(parameter.shape))
     model.save_pretrained(tmp_path / "theirs")
     lm = jaxlm.load(tmp_path / "theirs")
-    small, params, _ = prune(Network(lm.config), lm.params, lm.axes, **PRUNED[name])
-    little = dataclasses.replace(lm, config=small.config, params=params)
-    reason = jaxlm.save(little, tmp_path / "small", padded=True)
+    small = prune(lm, **PRUNED[name])
+    reason = jaxlm.save(small, tmp_path / "small", padded=True)
     assert reason is not None, "transformers cannot hold these sizes"
 
     batch = batch_of(small.config)
-    expected = real(small.config, little.apply(params, batch)["logits"], batch)
+    expected = real(small.config, small.apply(small.params, batch)["logits"], batch)
     loaded, info = type(model).from_pretrained(tmp_path / "small" / PADDED, output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     with torch.no_grad():
-        found = loaded.eval()(**{n: torch.tensor(v) for n, v in batch.items()}).logits.numpy()
-    assert np.abs(expected).max() > 0.1 and np.abs(real(small.config, found, batch) - expected).max() <= 1e-4
+        logits = loaded.eval()(**{n: torch.tensor(v) for n, v in batch.items()}).logits.numpy()
+    assert np.abs(expected).max() > 0.1 and np.abs(real(small.config, logits, batch) - expected).max() <= 1e-4
     assert isinstance(loaded, tf.PreTrainedModel)
 
     back = jaxlm.load(tmp_path / "small" / PADDED)
     assert np.abs(real(small.config, back.apply(back.params, batch)["logits"], batch) - expected).max() <= 1e-5
     again = jaxlm.load(tmp_path / "small")
     assert again.config == small.config
-    assert all(np.array_equal(a, flatten(params)[path]) for path, a in flatten(again.params).items())
+    assert all(np.array_equal(a, flatten(small.params)[path]) for path, a in flatten(again.params).items())
 
 
 EXPRESSIBLE = {
@@ -113,74 +112,61 @@ def test_transformers_loads_what_it_can_express(family, tmp_path):
     model = theirs(family)
     model.save_pretrained(tmp_path / "theirs")
     lm = jaxlm.load(tmp_path / "theirs")
-    now, params, axes = Network(lm.config), lm.params, lm.axes
     for entry in EXPRESSIBLE[family]:
-        now, params, axes = registry.make(registry.SURGERY, entry, "surgery", {}, model=now, params=params, axes=axes)
-    assert jaxlm.save(dataclasses.replace(lm, config=now.config, params=params), tmp_path / "small") is None
-    batch = batch_of(now.config)
-    expected = real(now.config, now.forward(params, batch)["logits"], batch)
+        lm = registry.operate(entry, lm)
+    assert jaxlm.save(lm, tmp_path / "small") is None
+    batch = batch_of(lm.config)
+    expected = real(lm.config, lm.network.forward(lm.params, batch)["logits"], batch)
     loaded, info = type(model).from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     with torch.no_grad():
-        found = loaded.eval()(**{n: torch.tensor(v) for n, v in batch.items()}).logits.numpy()
-    assert np.abs(real(now.config, found, batch) - expected).max() <= 1e-4
+        logits = loaded.eval()(**{n: torch.tensor(v) for n, v in batch.items()}).logits.numpy()
+    assert np.abs(real(lm.config, logits, batch) - expected).max() <= 1e-4
 
 
 def tiny(family, **fields):
-    """A model in memory, without torch."""
-    import jax
+    """A model in memory, without torch; its biases and norms are random too."""
+    sizes = {"vocab_size": 23, "hidden_size": 16, "num_heads": 4, "num_layers": 2, "ffn_size": 12}
+    lm = jaxlm.LM.initialize(model_config(family, **sizes, **fields), jax.random.key(0))
 
-    from jaxlm.models import model_config
+    def noisy(path, array):
+        return array + 0.1 * jax.random.normal(jax.random.key(len(path)), array.shape)
 
-    model = Network(
-        model_config(family, vocab_size=23, hidden_size=16, num_heads=4, num_layers=2, ffn_size=12, **fields)
-    )
-    return model, map_leaves(
-        lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(len(path)), a.shape), model.init(jax.random.key(0))
-    )
+    return lm.replace(params=map_leaves(noisy, lm.params))
 
 
 def test_t5_heads_stand_where_their_bias_is(tmp_path):
     """Layers that keep different heads share one table of relative positions."""
-    model, params = tiny("t5")
-    params, axes = open_gates(model, params, model.axes(), ("heads",))
-    flat = flatten(params)
+    gated = open_gates(tiny("t5"), ("heads",))
+    flat = dict(flatten(gated.params))
     for i, heads in enumerate(((1.0, 0.0, 0.0, 1.0), (0.0, 1.0, 0.0, 1.0))):
         for stack in ("encoder", "decoder"):
-            path = f"{stack}/layers_{i}/attention/gate"
-            flat[path] = Gate(jnp.array(heads).reshape(4, 1, 1))
-    from jaxlm.core import unflatten
-
-    small, little, _ = shrink(model, unflatten(flat), axes)
-    lm = jaxlm.LM(small.config, little)
-    jaxlm.save(lm, tmp_path / "m", padded=True)
-    back, batch = jaxlm.load(tmp_path / "m" / PADDED), batch_of(small.config)
-    assert (
-        np.abs(np.asarray(back.apply(back.params, batch)["logits"] - lm.apply(little, batch)["logits"])).max() <= 1e-5
-    )
+            flat[f"{stack}/layers_{i}/attention/gate"] = Gate(jnp.array(heads).reshape(4, 1, 1))
+    small = shrink(gated.replace(params=unflatten(flat)))
+    jaxlm.save(small, tmp_path / "m", padded=True)
+    padded, batch = jaxlm.load(tmp_path / "m" / PADDED), batch_of(small.config)
+    logits, expected = (np.asarray(lm.apply(lm.params, batch)["logits"]) for lm in (padded, small))
+    assert np.abs(logits - expected).max() <= 1e-5
 
 
 def test_saving_again_without_it_removes_the_padded_model(tmp_path):
-    model, params = tiny("bert", max_positions=16)
-    small, little, _ = prune(model, params, model.axes(), heads=0.25)
-    jaxlm.save(jaxlm.LM(small.config, little), tmp_path / "m", padded=True)
+    small = prune(tiny("bert", max_positions=16), heads=0.25)
+    jaxlm.save(small, tmp_path / "m", padded=True)
     assert json.loads((tmp_path / "m" / PADDED / "config.json").read_text())["model_type"] == "bert"
-    jaxlm.save(jaxlm.LM(small.config, little), tmp_path / "m")
+    jaxlm.save(small, tmp_path / "m")
     assert not (tmp_path / "m" / PADDED).exists()
 
 
 def test_what_transformers_can_hold_needs_no_padding(tmp_path):
-    model, params = tiny("bert", max_positions=16)
-    assert jaxlm.save(jaxlm.LM(model.config, params), tmp_path / "m", padded=True) is None
+    assert jaxlm.save(tiny("bert", max_positions=16), tmp_path / "m", padded=True) is None
     assert not (tmp_path / "m" / PADDED).exists()
 
 
 def test_what_no_padding_can_help_is_said(tmp_path):
-    model, params = tiny("bert", max_positions=16)
-    narrow, little, _ = prune(model, params, model.axes(), hidden=0.2)  # 13 dimensions, 4 heads of 4
+    lm = tiny("bert", max_positions=16)
+    narrow = prune(lm, hidden=0.2)  # 13 dimensions, 4 heads of 4
     with pytest.raises(ValueError, match="hidden_size 13 divided by the number of heads, and no number from 4 on"):
-        jaxlm.save(jaxlm.LM(narrow.config, little), tmp_path / "m", padded=True)
+        jaxlm.save(narrow, tmp_path / "m", padded=True)
     assert not (tmp_path / "m").exists()
-    _, coded, _ = quantize(model, params, model.axes())
     with pytest.raises(ValueError, match=r"transformers has no Quantized .*bake the model first"):
-        jaxlm.save(jaxlm.LM(model.config, coded), tmp_path / "m", padded=True)
+        jaxlm.save(quantize(lm), tmp_path / "m", padded=True)

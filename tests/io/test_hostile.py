@@ -19,7 +19,6 @@ from jaxlm.core import arrays, flatten
 from jaxlm.io.model_directory import CONFIG, OWN, open_model
 from jaxlm.io.safetensors import INDEX, SINGLE, read_json
 from jaxlm.models import FAMILIES
-from jaxlm.models.transformer import model_spec
 from tests.io.conftest import refused
 
 CASES = 10_000 if os.environ.get("JAXLM_FULL") else 300
@@ -89,7 +88,7 @@ def outcome(directory, head):
     """Opens a model and reads every tensor; `None` where that worked, or the documented error."""
     try:
         stored = open_model(directory, head)
-        spec = flatten(model_spec(stored.config))
+        spec = flatten(stored.network.spec)
         for path, leaf in flatten(stored.params).items():
             assert path not in spec or tuple(leaf.shape) == spec[path].shape
         for tensor in arrays(stored.params).values():

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import FakeQuant, Gate, LowRank, Masked, Quantized, arrays, flatten, initialize, unflatten
-from jaxlm.io.model_directory import CONFIG, OWN, Stored, open_model, write_model
+from jaxlm.core import FakeQuant, Gate, LowRank, Masked, Quantized, arrays, flatten, unflatten
+from jaxlm.io.model_directory import CONFIG, OWN, open_model, write_model
 from jaxlm.io.safetensors import SINGLE, Tensor, open_file, write_file
 from jaxlm.models import model_config
-from jaxlm.models.transformer import model_spec
 
 
 def small(family="gpt2", **fields):
@@ -18,7 +17,7 @@ def small(family="gpt2", **fields):
     if family == "gpt2":
         sizes["max_positions"] = 16
     config = model_config(family, **{**sizes, **fields})
-    return jaxlm.LM(config, initialize(jax.random.key(0), model_spec(config)))
+    return jaxlm.LM.initialize(config, jax.random.key(0))
 
 
 def assert_equal(a, b):
@@ -54,7 +53,7 @@ def compressed():
         "layers_0/mlp/gate": Gate(jnp.arange(24, dtype=jnp.float32)),
     }
     axes = {"layers_0/mlp/gate": ("ffn",)}
-    return jaxlm.LM(lm.config, unflatten({**flat, **weights}), site_axes=axes, carried={"eos_token_id": 3})
+    return lm.replace(params=unflatten({**flat, **weights}), axes=axes, carried={"eos_token_id": 3})
 
 
 def test_plain_model_has_the_layout_of_transformers(tmp_path):
@@ -88,26 +87,27 @@ def test_native_layout_keeps_every_weight_and_static_field(tmp_path):
 
 def test_ragged_layers_are_native(tmp_path):
     lm = small(ffn_size=(24, 8))
-    assert "one ffn_size for all layers" in jaxlm.save(lm, tmp_path)
+    assert "transformers needs the same ffn_size in all layers" in jaxlm.save(lm, tmp_path)
     assert_equal(jaxlm.load(tmp_path), lm)
 
 
 def test_a_weight_makes_an_expressible_config_native(tmp_path):
     lm = small()
     path = "layers_0/mlp/up/kernel"
-    lm = jaxlm.LM(lm.config, unflatten({**flatten(lm.params), path: Quantized.of(flatten(lm.params)[path])}))
+    flat = flatten(lm.params)
+    lm = lm.replace(params=unflatten({**flat, path: Quantized.of(flat[path])}))
     assert jaxlm.save(lm, tmp_path) == f"transformers has no Quantized ({path})"
 
 
 def test_dtype_leaves_scales_masks_and_codes_alone(tmp_path):
     jaxlm.save(compressed(), tmp_path, dtype=jnp.bfloat16)
-    found = {name: array.dtype for name, array in arrays(jaxlm.load(tmp_path).params).items()}
-    assert found["layers_0/mlp/up/kernel.codes"] == jnp.int8
-    assert found["layers_0/mlp/up/kernel.scale"] == jnp.float32
-    assert found["layers_1/mlp/down/kernel.base"] == jnp.bfloat16
-    assert found["layers_1/mlp/down/kernel.mask"] == jnp.bool_
-    assert found["layers_0/attention/key/kernel.a"] == jnp.bfloat16
-    assert found["layers_0/attention_norm/scale"] == jnp.bfloat16
+    dtypes = {name: array.dtype for name, array in arrays(jaxlm.load(tmp_path).params).items()}
+    assert dtypes["layers_0/mlp/up/kernel.codes"] == jnp.int8
+    assert dtypes["layers_0/mlp/up/kernel.scale"] == jnp.float32
+    assert dtypes["layers_1/mlp/down/kernel.base"] == jnp.bfloat16
+    assert dtypes["layers_1/mlp/down/kernel.mask"] == jnp.bool_
+    assert dtypes["layers_0/attention/key/kernel.a"] == jnp.bfloat16
+    assert dtypes["layers_0/attention_norm/scale"] == jnp.bfloat16
 
 
 def test_transformers_refuses_the_native_layout_plainly(tmp_path):
@@ -151,11 +151,12 @@ def test_killed_save_leaves_the_previous_model(tmp_path):
 
     flat = {path: Tensor.of(value, path) for path, value in flatten(lm.params).items()}
     flat["final_norm/bias"] = flat["final_norm/bias"]._replace(read=killed)
+    unreadable = lm.replace(params=unflatten(flat))
     with pytest.raises(KeyboardInterrupt):
-        write_model(tmp_path / "m", Stored(lm.config, unflatten(flat)))
+        write_model(tmp_path / "m", unreadable)
     assert_equal(jaxlm.load(tmp_path / "m"), lm)
     with pytest.raises(KeyboardInterrupt):
-        write_model(tmp_path / "new", Stored(lm.config, unflatten(flat)))
+        write_model(tmp_path / "new", unreadable)
     assert not (tmp_path / "new").exists()
     # Killed between the two renames: the next save finds the previous model where it was put.
     (tmp_path / "m").rename(tmp_path / ".m.replaced")
@@ -173,10 +174,10 @@ def test_params_that_do_not_fit_the_config_are_not_written(tmp_path):
         ({"layers_0/mlp/gate": Gate(jnp.ones(24))}, "hold 'layers_0/mlp/gate'.*has no axis names"),
     ):
         with pytest.raises(ValueError, match=message):
-            jaxlm.save(jaxlm.LM(lm.config, unflatten({**flat, **change})), tmp_path / "m")
+            jaxlm.save(lm.replace(params=unflatten({**flat, **change})), tmp_path / "m")
     del flat["final_norm/bias"]
     with pytest.raises(ValueError, match="lack 'final_norm/bias'"):
-        jaxlm.save(jaxlm.LM(lm.config, unflatten(flat)), tmp_path / "m")
+        jaxlm.save(lm.replace(params=unflatten(flat)), tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import Tap, flatten, initialize
+from jaxlm.core import Tap, flatten
 from jaxlm.io.model_directory import CONFIG, OWN
 from jaxlm.io.safetensors import SINGLE, Tensor, open_file, write_file
 from jaxlm.models import model_config
-from jaxlm.models.transformer import model_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def small(family="bert", **fields):
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
     config = model_config(family, **{**sizes, **fields})
-    return jaxlm.LM(config, initialize(jax.random.key(1), model_spec(config)))
+    return jaxlm.LM.initialize(config, jax.random.key(1))
 
 
 def edit(directory, change):
@@ -57,7 +56,7 @@ def test_sequence_head_takes_the_pooler(tmp_path):
     jaxlm.save(encoder, tmp_path)
     lm = jaxlm.load(tmp_path, head="sequence", labels=["a", "b"])
     assert set(lm.fresh) == {"head/output/kernel", "head/output/bias"}
-    assert same(lm, jaxlm.LM(encoder.config, {"head": {"pooler": encoder.params["head"]["pooler"]}}), "head/pooler")
+    assert same(lm, encoder.replace(params={"head": {"pooler": encoder.params["head"]["pooler"]}}), "head/pooler")
     regression = jaxlm.load(tmp_path, head="sequence", regression=True)
     assert regression.config.num_labels == 1
 
@@ -230,7 +229,7 @@ def test_tokenizer_is_carried_along(tmp_path, native):
     assert lm.tokenizer is None
     jaxlm.save(lm, tmp_path / "none")
     assert jaxlm.load(tmp_path / "none").tokenizer is None
-    jaxlm.save(jaxlm.LM(lm.config, lm.params, tokenizer_source=fast_tokenizer()), tmp_path / "first", native=native)
+    jaxlm.save(lm.replace(tokenizer_source=fast_tokenizer()), tmp_path / "first", native=native)
     first = jaxlm.load(tmp_path / "first")
     assert first.tokenizer("a b c")["input_ids"] == [2, 3, 1]
     config = tmp_path / "first" / "tokenizer_config.json"
@@ -250,8 +249,8 @@ def test_token_ids_of_the_config_are_carried_along(tmp_path):
     extra = {"eos_token_id": [7, 8], "bos_token_id": 6, "max_position_embeddings": 77, "surprise": 1}
     (tmp_path / "a" / CONFIG).write_text(json.dumps(hf | extra))
     jaxlm.save(jaxlm.load(tmp_path / "a"), tmp_path / "b")
-    found = json.loads((tmp_path / "b" / CONFIG).read_text())
-    assert {key: found.get(key) for key in extra} == {**extra, "surprise": None}
+    written = json.loads((tmp_path / "b" / CONFIG).read_text())
+    assert {key: written.get(key) for key in extra} == {**extra, "surprise": None}
 
 
 # The hub and the command line ---------------------------------------------------------------------------------------

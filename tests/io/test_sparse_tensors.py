@@ -11,8 +11,8 @@ import pytest
 import jaxlm
 from jaxlm.core import Masked, arrays, flatten
 from jaxlm.evaluate.cost import bytes_on_disk
+from jaxlm.io.lm import LM
 from jaxlm.io.model_directory import OWN, open_model
-from jaxlm.io.pretrained import LM
 from jaxlm.io.safetensors import SINGLE, Tensor, open_file, write_file
 from jaxlm.io.sparse_tensors import compress, expand
 from jaxlm.methods.bake import bake
@@ -20,7 +20,6 @@ from jaxlm.methods.prune.unstructured.magnitude import prune_magnitude
 from jaxlm.methods.prune.unstructured.patterns import keep
 from jaxlm.methods.share.clustering import cluster
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int8]
 N, SHAPE = 64 * 48, (64, 48)
@@ -42,13 +41,14 @@ def through(tensors, tmp_path):
     """What comes back from disk, what is stored, and the descriptions."""
     stored, described = compress({name: Tensor.of(array, name) for name, array in tensors.items()})
     write_file(tmp_path / "file.safetensors", stored)
-    found = expand(open_file(tmp_path / "file.safetensors"), json.loads(json.dumps(described)), tmp_path / "x.json")
-    assert found.keys() == tensors.keys()
+    expanded = expand(open_file(tmp_path / "file.safetensors"), json.loads(json.dumps(described)), tmp_path / "x.json")
+    assert expanded.keys() == tensors.keys()
     for name, array in tensors.items():
-        again = found[name].read()
-        assert again.dtype == array.dtype == found[name].dtype and again.shape == array.shape == found[name].shape
+        again = expanded[name].read()
+        assert again.dtype == array.dtype == expanded[name].dtype
+        assert again.shape == array.shape == expanded[name].shape
         assert again.tobytes() == array.tobytes(), name
-    return found, stored, described
+    return expanded, stored, described
 
 
 def nbytes(stored):
@@ -133,8 +133,8 @@ def test_masks_alone(pattern, tmp_path):
 
 def test_converted_while_it_is_read(tmp_path):
     array, _ = pruned(np.float32, 0.8)
-    found, _, _ = through({"w": array}, tmp_path)
-    assert np.array_equal(found["w"].cast(ml_dtypes.bfloat16).read(), array.astype(ml_dtypes.bfloat16))
+    expanded, _, _ = through({"w": array}, tmp_path)
+    assert np.array_equal(expanded["w"].cast(ml_dtypes.bfloat16).read(), array.astype(ml_dtypes.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,9 @@ def test_too_few_values_are_named(tmp_path):
 # Model directories ---------------------------------------------------------------------------------------------------
 
 
-def model(surgery=lambda *model: model, **options):
+def small():
     config = model_config("gpt2", vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, max_positions=16)
-    own = Network(config)
-    _, params, _ = surgery(own, own.init(jax.random.key(0)), own.axes(), **options)
-    return LM(config, params)
+    return LM.initialize(config, jax.random.key(0))
 
 
 def same(a, b):
@@ -186,9 +184,9 @@ def same(a, b):
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_pruned_model_is_smaller_on_disk(pattern, dtype, tmp_path):
-    lm = model(prune_magnitude, sparsity=0.5, pattern=pattern)
+    lm = prune_magnitude(small(), sparsity=0.5, pattern=pattern)
     assert "transformers has no Masked" in jaxlm.save(lm, tmp_path / "sparse", dtype=dtype)
-    jaxlm.save(model(), tmp_path / "dense", dtype=dtype)
+    jaxlm.save(small(), tmp_path / "dense", dtype=dtype)
     again = jaxlm.load(tmp_path / "sparse")
     assert all(isinstance(leaf, Masked) for path, leaf in flatten(again.params).items() if path.endswith("kernel"))
     jaxlm.save(again, tmp_path / "again")
@@ -202,8 +200,7 @@ def test_a_pruned_model_is_smaller_on_disk(pattern, dtype, tmp_path):
 
 
 def test_zeros_of_plain_arrays_in_the_native_layout_alone(tmp_path):
-    lm = model(prune_magnitude, sparsity=0.9)
-    plain = LM(lm.config, bake(None, lm.params, {})[1])
+    plain = bake(prune_magnitude(small(), sparsity=0.9))
     assert jaxlm.save(plain, tmp_path / "hf") is None
     jaxlm.save(plain, tmp_path / "native", native=True)
     assert bytes_on_disk(tmp_path / "native") < 0.6 * bytes_on_disk(tmp_path / "hf")
@@ -214,15 +211,15 @@ def test_zeros_of_plain_arrays_in_the_native_layout_alone(tmp_path):
 
 
 def test_clustered_models_take_few_bits(tmp_path):
-    lm = model(cluster, values=16)
+    lm = cluster(small(), values=16)
     jaxlm.save(lm, tmp_path)
     same(jaxlm.load(tmp_path), lm)
-    own = json.loads((tmp_path / OWN).read_text())["sparse"]
-    assert {description["packed"] for description in own.values()} == {4}
-    assert len(own) == 12, "six kernels in each of two layers"
+    sparse = json.loads((tmp_path / OWN).read_text())["sparse"]
+    assert {description["packed"] for description in sparse.values()} == {4}
+    assert len(sparse) == 12, "six kernels in each of two layers"
 
 
 def test_opening_a_sparse_model_reads_no_tensor(tmp_path, monkeypatch):
-    jaxlm.save(model(prune_magnitude, sparsity=0.9), tmp_path)
+    jaxlm.save(prune_magnitude(small(), sparsity=0.9), tmp_path)
     monkeypatch.setattr(np, "empty", lambda *_: pytest.fail("read a tensor"))
     open_model(tmp_path)

@@ -28,7 +28,7 @@ def states(seed, heads, width):
 
 
 def test_attention_by_hand():
-    """Two tokens that see each other; teacher 3:1 and 1:1, student 1:1: KL and mean square of the first query only."""
+    """Two tokens, no mask; teacher 3:1 and 1:1, student 1:1: KL and mean square of the first query only."""
     teacher = jnp.array([[[[math.log(3.0), 0.0], [0.0, 0.0]]]])
     student, tokens = jnp.zeros((1, 1, 2, 2)), jnp.array([[True, True]])
     kl = attention_distance(teacher, student, tokens)
@@ -39,10 +39,10 @@ def test_attention_by_hand():
 
 @both
 def test_nothing_to_learn_from_oneself(on):
-    own = scores(0, 3)
-    f = lambda s: attention_distance(own, s, TOKENS, on).sum  # noqa: E731
-    assert abs(f(own)) < 1e-6 and np.abs(jax.grad(f)(own)).max() < 1e-6
-    assert attention_distance(own, own, TOKENS, on).weight == 6
+    teacher = scores(0, 3)
+    f = lambda s: attention_distance(teacher, s, TOKENS, on).sum  # noqa: E731
+    assert abs(f(teacher)) < 1e-6 and np.abs(jax.grad(f)(teacher)).max() < 1e-6
+    assert attention_distance(teacher, teacher, TOKENS, on).weight == 6
 
 
 @both
@@ -53,12 +53,12 @@ def test_rows_and_columns_of_padding_count_nothing(on, heads):
     f = lambda t, s, tokens: attention_distance(t, s, tokens, on, heads)  # noqa: E731
     expected, gradient = f(t, s, TOKENS), jax.grad(lambda s: f(t, s, TOKENS).sum)(s)
     real = (TOKENS[:, None, :] & TOKENS[:, :, None])[:, None]
-    spoilt = [jnp.where(real, x, jnp.nan) for x in (t, s)]
-    assert f(*spoilt, TOKENS) == expected
-    assert np.array_equal(jax.grad(lambda s: f(spoilt[0], s, TOKENS).sum)(spoilt[1]), gradient)
+    corrupted = [jnp.where(real, x, jnp.nan) for x in (t, s)]
+    assert f(*corrupted, TOKENS) == expected
+    assert np.array_equal(jax.grad(lambda s: f(corrupted[0], s, TOKENS).sum)(corrupted[1]), gradient)
     longer = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 3), (0, 3)), constant_values=7.0)  # noqa: E731
-    found = f(longer(t), longer(s), jnp.pad(TOKENS, ((0, 0), (0, 3))))
-    assert np.isclose(found.sum, expected.sum, rtol=1e-6) and found.weight == expected.weight
+    padded = f(longer(t), longer(s), jnp.pad(TOKENS, ((0, 0), (0, 3))))
+    assert np.isclose(padded.sum, expected.sum, rtol=1e-6) and padded.weight == expected.weight
 
 
 @both
@@ -79,8 +79,8 @@ def test_averaged_probabilities_by_hand():
     t, s = scores(0, 3), scores(1, 2)
     p, q = (np.asarray(jax.nn.softmax(x)).mean(1) for x in (t, s))
     valid = np.asarray(TOKENS)
-    each = np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(q > 0, q, 1)), 0).sum(-1)
-    assert np.isclose(attention_distance(t, s, TOKENS).sum, each[valid].sum(), rtol=1e-5)
+    divergence = np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(q > 0, q, 1)), 0).sum(-1)
+    assert np.isclose(attention_distance(t, s, TOKENS).sum, divergence[valid].sum(), rtol=1e-5)
 
 
 def test_the_student_learns_and_the_teacher_does_not():
@@ -123,9 +123,9 @@ def test_relations_do_not_see_padding_or_another_segment():
     t, s = states(0, 2, 8), states(1, 2, 8)
     f = lambda t, s, segments: relation_distance(t, s, segments, 4)  # noqa: E731
     expected = f(t, s, SEGMENTS)
-    spoilt = [jnp.where(TOKENS[..., None, None], x, jnp.nan) for x in (t, s)]
-    assert f(*spoilt, SEGMENTS) == expected
-    gradient = jax.grad(lambda s: f(spoilt[0], s, SEGMENTS).sum)(spoilt[1])
+    corrupted = [jnp.where(TOKENS[..., None, None], x, jnp.nan) for x in (t, s)]
+    assert f(*corrupted, SEGMENTS) == expected
+    gradient = jax.grad(lambda s: f(corrupted[0], s, SEGMENTS).sum)(corrupted[1])
     assert np.array_equal(gradient, jax.grad(lambda s: f(t, s, SEGMENTS).sum)(s))
     longer = lambda x: jnp.pad(x, ((0, 0), (0, 3), (0, 0), (0, 0)), constant_values=7.0)  # noqa: E731
     padded = f(longer(t), longer(s), jnp.pad(SEGMENTS, ((0, 0), (0, 3))))

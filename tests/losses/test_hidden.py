@@ -13,8 +13,8 @@ def test_hidden_distance_by_hand():
     teacher, student = jnp.zeros((1, 3, 2)), jnp.array([[[1.0, 3.0], [2.0, 0.0], [9.0, 9.0]]])
     term = hidden_distance(teacher, student, jnp.array([[True, True, False]]))
     assert (float(term.sum), float(term.weight)) == (5.0 + 2.0, 2.0)
-    weighed = hidden_distance(teacher, student, jnp.array([[True, True, False]]), jnp.array([0.5]))
-    assert (float(weighed.sum), float(weighed.weight)) == (3.5, 1.0)
+    weighted = hidden_distance(teacher, student, jnp.array([[True, True, False]]), jnp.array([0.5]))
+    assert (float(weighted.sum), float(weighted.weight)) == (3.5, 1.0)
 
 
 def test_the_teacher_is_not_differentiated_and_padding_is_not_looked_at():
@@ -22,8 +22,8 @@ def test_the_teacher_is_not_differentiated_and_padding_is_not_looked_at():
     assert not np.asarray(jax.grad(lambda t: hidden_distance(t, h, valid).sum)(2 * h)).any()
     f = lambda t, s: hidden_distance(t, s, valid).sum  # noqa: E731
     expected = jax.value_and_grad(f, 1)(2 * h, h)
-    spoilt = jnp.where(valid[..., None], h, jnp.nan)
-    value, gradient = jax.value_and_grad(f, 1)(2 * spoilt, spoilt)
+    corrupted = jnp.where(valid[..., None], h, jnp.nan)
+    value, gradient = jax.value_and_grad(f, 1)(2 * corrupted, corrupted)
     assert value == expected[0] and np.array_equal(gradient, expected[1])
 
 

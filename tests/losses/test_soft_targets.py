@@ -79,9 +79,9 @@ def test_equals_cross_entropy_for_a_certain_teacher():
     labels = jnp.array([2, 0, -100])
     student = jax.random.normal(jax.random.key(0), (3, 4))
     teacher = jnp.where(jax.nn.one_hot(labels, 4) > 0, 0.0, -jnp.inf)
-    ours = jax.value_and_grad(lambda s: response(teacher, s, labels >= 0, temperature=1.0).sum)(student)
-    theirs = jax.value_and_grad(lambda s: cross_entropy(s, labels).sum)(student)
-    assert np.isclose(ours[0], theirs[0], rtol=1e-6) and np.allclose(ours[1], theirs[1], atol=1e-6)
+    value, gradient = jax.value_and_grad(lambda s: response(teacher, s, labels >= 0, temperature=1.0).sum)(student)
+    expected = jax.value_and_grad(lambda s: cross_entropy(s, labels).sum)(student)
+    assert np.isclose(value, expected[0], rtol=1e-6) and np.allclose(gradient, expected[1], atol=1e-6)
 
 
 @every
@@ -177,16 +177,16 @@ def test_a_beta_that_means_nothing_is_refused(name, beta, message):
         divergence_of(name, beta)
 
 
-def test_samples_and_positions_are_weighed():
+def test_samples_and_positions_are_weighted():
     """Twice the weight is the sample twice; weight 0, or NaN where nothing is valid, is no sample."""
     t, s = (jax.random.normal(jax.random.key(i), (3, 2, 5)) for i in (0, 1))
     valid = jnp.array([[True, True], [True, False], [False, False]])
     one = [response(t[i], s[i], valid[i]) for i in range(3)]
     term = response(t, s, valid, weights=jnp.array([2.0, 0.5, jnp.nan]))
     assert np.isclose(term.sum, 2 * one[0].sum + 0.5 * one[1].sum) and term.weight == 2 * 2 + 0.5
-    each = response(t, s, valid, weights=jnp.array([[2.0, 0.0], [1.0, jnp.nan], [jnp.nan, jnp.nan]]))
+    by_position = response(t, s, valid, weights=jnp.array([[2.0, 0.0], [1.0, jnp.nan], [jnp.nan, jnp.nan]]))
     expected = 2 * response(t[0, :1], s[0, :1], valid[0, :1]).sum + one[1].sum
-    assert np.isclose(each.sum, expected) and each.weight == 3
+    assert np.isclose(by_position.sum, expected) and by_position.weight == 3
     with pytest.raises(ValueError, match=r"weights \(3, 2\) for values \(3,\)"):
         response(t[:, 0], s[:, 0], valid[:, 0], weights=jnp.ones((3, 2)))
 
@@ -195,16 +195,16 @@ def test_samples_and_positions_are_weighed():
 
 
 def test_means_of_teachers():
-    """Probabilities by mixture, logits by geometric mean; one of weight 1 is heard alone."""
-    a, b = (np.asarray(3 * jax.random.normal(jax.random.key(i), (4, 6))) for i in (0, 1))
+    """Probabilities by mixture, logits by geometric mean; a teacher of weight 1 is the only one."""
+    a, b = (3 * jax.random.normal(jax.random.key(i), (4, 6)) for i in (0, 1))
     softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)  # noqa: E731
-    found = softmax(np.asarray(mixture_logits([a, b], (0.3, 0.7), 2.0)) / 2)
-    assert np.allclose(found, 0.3 * softmax(a / 2) + 0.7 * softmax(b / 2), atol=1e-6)
+    mixture = softmax(mixture_logits([a, b], (0.3, 0.7), 2.0) / 2)
+    assert np.allclose(mixture, 0.3 * softmax(a / 2) + 0.7 * softmax(b / 2), atol=1e-6)
     assert np.allclose(mean_logits([a, b], (0.3, 0.7)), 0.3 * a + 0.7 * b, atol=1e-6)
-    assert np.allclose(softmax(np.asarray(mixture_logits([a, b], (1.0, 0.0), 2.0)) / 2), softmax(a / 2), atol=1e-6)
-    excluded = np.array([[0.0, -np.inf, 1.0]])
-    assert np.isfinite(mixture_logits([excluded, np.zeros((1, 3))], (0.5, 0.5), 2.0)).all()
-    assert mean_logits([excluded, np.zeros((1, 3))], (0.5, 0.5))[0, 1] < -1e29
+    assert np.allclose(softmax(mixture_logits([a, b], (1.0, 0.0), 2.0) / 2), softmax(a / 2), atol=1e-6)
+    excluded, uniform = jnp.array([[0.0, -jnp.inf, 1.0]]), jnp.zeros((1, 3))
+    assert np.isfinite(mixture_logits([excluded, uniform], (0.5, 0.5), 2.0)).all()
+    assert mean_logits([excluded, uniform], (0.5, 0.5))[0, 1] < -1e29
 
 
 def test_the_mixture_has_the_gradient_of_the_mean_of_forward_divergences():
@@ -220,7 +220,7 @@ TEMPERATURES = (1.0, 2.0)
 
 
 def buckets(logits, ids, temperature):
-    """Probabilities of the given tokens and of all others, in plain numpy."""
+    """Probabilities of the tokens `ids` and of all others, in plain numpy."""
     p = np.exp(np.asarray(logits, np.float64) / temperature)
     p /= p.sum()
     return np.append(p[ids], 1 - p[ids].sum())
@@ -252,11 +252,9 @@ def test_top_k_of_all_is_the_teacher(name):
     t, s = (2 * jax.random.normal(jax.random.key(i), (2, 7)) for i in (0, 1))
     answers = top_answers(t, 7, TEMPERATURES)
     f = lambda s: top_response(answers, s, ALL, TEMPERATURES, 2.0, DIVERGENCES[name]).sum  # noqa: E731
-    ours, theirs = (
-        jax.value_and_grad(f)(s),
-        jax.value_and_grad(lambda s: response(t, s, ALL, 2.0, DIVERGENCES[name]).sum)(s),
-    )
-    assert np.isclose(ours[0], theirs[0], rtol=1e-5) and np.allclose(ours[1], theirs[1], atol=1e-5)
+    value, gradient = jax.value_and_grad(f)(s)
+    expected = jax.value_and_grad(lambda s: response(t, s, ALL, 2.0, DIVERGENCES[name]).sum)(s)
+    assert np.isclose(value, expected[0], rtol=1e-5) and np.allclose(gradient, expected[1], atol=1e-5)
 
 
 def test_the_rest_is_penalised():
@@ -264,9 +262,9 @@ def test_the_rest_is_penalised():
     t = jnp.array([[3.0, 2.0, -4.0, -4.0]])
     answers = top_answers(t, 2, TEMPERATURES)
     f = lambda s: top_response(answers, s, jnp.array([True]), TEMPERATURES, 1.0).sum  # noqa: E731
-    astray = jnp.array([[3.0, 2.0, 8.0, -4.0]])
-    assert f(astray) > 1 > 1e-3 > abs(f(t))
-    gradient = np.asarray(jax.grad(f)(astray))
+    off_cache = jnp.array([[3.0, 2.0, 8.0, -4.0]])
+    assert f(off_cache) > 1 > 1e-3 > abs(f(t))
+    gradient = np.asarray(jax.grad(f)(off_cache))
     assert gradient[0, 2] > 0.5 and abs(gradient.sum()) < 1e-6
 
 
@@ -278,8 +276,8 @@ def test_top_k_ignores_what_is_ignored(name, bad):
     valid = jnp.array([True, False])
     f = lambda a, s: top_response(a, s, valid, TEMPERATURES, 2.0, DIVERGENCES[name]).sum  # noqa: E731
     expected = jax.value_and_grad(f, 1)(answers, s)
-    spoilt = {n: a.at[1].set(99 if n == "ids" else bad) for n, a in answers.items()}
-    value, gradient = jax.value_and_grad(f, 1)(spoilt, s.at[1].set(bad))
+    corrupted = {n: a.at[1].set(99 if n == "ids" else bad) for n, a in answers.items()}
+    value, gradient = jax.value_and_grad(f, 1)(corrupted, s.at[1].set(bad))
     assert value == expected[0] and np.array_equal(gradient, expected[1])
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm.core import Context, Loss, Method, Term, describe, dot, trainable
-from jaxlm.nn.stack import run_view
+from jaxlm.io.lm import LM
+from jaxlm.models import model_config
 from jaxlm.train.gradient import gradient
 from jaxlm.train.optimizer import moments, optimizer
 from jaxlm.train.settings import TrainSettings
@@ -17,6 +18,8 @@ from jaxlm.train.step import create_state, dropout_key, make_step
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 UP = "layers_0-1/mlp/up/kernel"
+CONFIG = model_config("llama", vocab_size=8, hidden_size=8, num_layers=2, ffn_size=8, num_heads=1)
+"""The network whose `up` kernels the two matrices are."""
 
 
 class Followed(NamedTuple):
@@ -41,10 +44,15 @@ def both_moments(state, name=f"{UP}.base"):
     return [tree[name] for tree in moments(state.optimizer, frozenset({name}))]
 
 
+def lm_of(params, axes=None):
+    """The LM that holds these parameters alone, whatever they are; for methods that read no more of it than those."""
+    return LM(CONFIG, params, axes=axes or {})
+
+
 def start_of(wrap):
-    """Two layers with entries of unequal size, canonical view; `wrap(matrix, number of the layer)`."""
+    """The LM that training begins from: two layers with entries of unequal size, `wrap(matrix, layer number)` each."""
     values = jax.random.normal(jax.random.key(0), (2, 8, 8)) * jnp.array([1.0, 0.5])[:, None, None]
-    return {f"layers_{i}": {"mlp": {"up": {"kernel": wrap(values[i], i)}}} for i in range(2)}
+    return lm_of({f"layers_{i}": {"mlp": {"up": {"kernel": wrap(values[i], i)}}} for i in range(2)})
 
 
 def follow(method, steps, wrap=lambda values, i: values, norm=0.0, skipped=(), decay=0.3) -> Followed:
@@ -55,8 +63,8 @@ def follow(method, steps, wrap=lambda values, i: values, norm=0.0, skipped=(), d
         out = jax.vmap(lambda w, x: dot(x, w))(params["layers_0-1"]["mlp"]["up"]["kernel"], x)
         return {"squares": Term(jnp.sum((out - target) ** 2) * batch["factor"], jnp.float32(1))}, {}
 
-    adapted = method.init(jax.random.key(0), None, start_of(wrap), {})
-    params = run_view(adapted.params, lambda path: None)
+    lm, _, method_state = method.init(jax.random.key(0), start_of(wrap))
+    params = lm.network.run_view(lm.params)
     verdicts = [method.trainable]
     infos = {name: info for name, info in describe(params).items() if trainable(verdicts, info)}
     tx = optimizer(TrainSettings(steps=9, learning_rate=0.05, schedule="constant", weight_decay=decay), 9, infos)
@@ -65,7 +73,7 @@ def follow(method, steps, wrap=lambda values, i: values, norm=0.0, skipped=(), d
         make_step(grad, tx, method, verdicts, ctx=Context(), largest_norm=norm),
         compiler_options=QUICK,
     )
-    states, logs = [create_state(dropout_key(0), params, adapted.state, tx, verdicts)], []
+    states, logs = [create_state(dropout_key(0), params, method_state, tx, verdicts)], []
     for number in range(1, steps + 1):
         factor = jnp.float32("nan") if number in skipped else jnp.float32(1)
         state, log = step(states[-1], {}, {"factor": factor})
@@ -79,4 +87,4 @@ def follow(method, steps, wrap=lambda values, i: values, norm=0.0, skipped=(), d
 @pytest.fixture(scope="session")
 def run():
     """What tests of methods need, under one name."""
-    return SimpleNamespace(follow=follow, leaf=leaf, moments=both_moments, start=start_of, path=UP)
+    return SimpleNamespace(follow=follow, leaf=leaf, moments=both_moments, start=start_of, lm_of=lm_of, path=UP)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import InputScaled, LowRank, flatten, map_leaves, unflatten
-from jaxlm.methods.calibration import Calibration, Statistics, calibrate, each
+from jaxlm.core import Calibration, InputScaled, LowRank, SurgeryContext, flatten, map_leaves, unflatten
+from jaxlm.io.lm import LM
+from jaxlm.methods.calibration import Statistics, calibrate, each, matrix
 from jaxlm.methods.prune.unstructured.sparsegpt import sparsegpt
 from jaxlm.methods.prune.unstructured.wanda import wanda
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 from jaxlm.nn.dense import norm
 
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "ffn_size": 12, "num_heads": 4}
@@ -28,30 +28,27 @@ MASK = (np.arange(6) < np.array([[6], [4], [0]])).astype(np.int32)
 
 
 @functools.cache
-def model_of(family):
+def lm_of(family):
     """A model whose biases and norms are random too."""
-    model = Network(model_config(family, **SIZES, **MODELS[family]))
+    lm = LM.initialize(model_config(family, **SIZES, **MODELS[family]), jax.random.key(0))
     noise = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
-    return model, map_leaves(noise, model.init(jax.random.key(0)))
+    return lm.replace(params=map_leaves(noise, lm.params))
 
 
 def batches(family, seed=0):
     """Two batches of three rows, the last of them all padding."""
-    rng, found = np.random.default_rng(seed), []
+    rng, drawn = np.random.default_rng(seed), []
     for _ in range(2):
         batch = {"input_ids": rng.integers(1, 19, MASK.shape) * MASK, "attention_mask": MASK}
         if family == "t5":
             batch |= {"decoder_input_ids": rng.integers(1, 19, (3, 5)), "decoder_attention_mask": MASK[:, 1:]}
-        found.append(batch)
-    return found
+        drawn.append(batch)
+    return drawn
 
 
-def calibration(family):
-    return Calibration(batches(family), "somewhere")
-
-
-def logits(model, params, batch):
-    return np.asarray(model.forward(params, batch)["logits"])
+def context_of(batches):
+    """The context of a surgery that calibrates with these batches."""
+    return SurgeryContext(read_calibration=lambda lm: Calibration(batches, "somewhere"))
 
 
 # What a rule sees -----------------------------------------------------------------------------------------------------
@@ -66,7 +63,7 @@ CROSS = ["cross_attention/query", "cross_attention/key value", "cross_attention/
 
 @every
 def test_groups_come_in_the_order_of_the_data(family):
-    model, params = model_of(family)
+    lm = lm_of(family)
     seen = []
 
     def rule(group):
@@ -75,9 +72,10 @@ def test_groups_come_in_the_order_of_the_data(family):
         assert group.chosen == tuple(group.kernels)
         return {}
 
-    unchanged = calibrate(model, params, calibration(family), rule, who="test")
-    assert flatten(unchanged).keys() == flatten(params).keys()
-    assert all(a is b for a, b in zip(flatten(unchanged).values(), flatten(params).values(), strict=True))
+    unchanged = calibrate(lm, context_of(batches(family)), rule, who="test")
+    old, new = flatten(lm.params), flatten(unchanged.params)
+    assert unchanged.config is lm.config and new.keys() == old.keys()
+    assert all(a is b for a, b in zip(new.values(), old.values(), strict=True))
     if family == "t5":
         groups = {"encoder/": ORDER["llama"], "decoder/": [*ORDER["llama"][:2], *CROSS, *ORDER["llama"][2:]]}
     else:
@@ -92,24 +90,23 @@ def test_groups_come_in_the_order_of_the_data(family):
 @every
 def test_statistics_are_those_of_the_valid_tokens(family):
     """By hand for the first product, whose input is the (normed) embedding."""
-    model, params = model_of(family)
-    found = {}
+    lm = lm_of(family)
+    first_of_layer = {}
 
     def rule(group):
-        found.setdefault(group.layer, group.statistics)
+        first_of_layer.setdefault(group.layer, group.statistics)
         return {}
 
-    calibrate(model, params, calibration(family), rule, who="test", moment=True)
-    first = "encoder/layers_0" if family == "t5" else "layers_0"
-    side, own = ("encoder/", params["encoder"]) if family == "t5" else ("", params)
-    rows = []
+    calibrate(lm, context_of(batches(family)), rule, who="test", moment=True)
+    side, stack = ("encoder/", lm.params["encoder"]) if family == "t5" else ("", lm.params)
+    inputs = []
     for batch in batches(family):
-        x = model.embed(params, batch, side).x
-        if model.config.pre_norm:
-            x = norm(model.config.norm, own["layers_0"]["attention_norm"], x, model.config.norm_eps)
-        rows.append(np.asarray(x, np.float64)[MASK > 0])
-    x = np.concatenate(rows)
-    statistics = found[first]
+        x = lm.network.embed(lm.params, batch, side).x
+        if lm.config.pre_norm:
+            x = norm(lm.config.norm, stack["layers_0"]["attention_norm"], x, lm.config.norm_eps)
+        inputs.append(np.asarray(x, np.float64)[MASK > 0])
+    x = np.concatenate(inputs)
+    statistics = first_of_layer[f"{side}layers_0"]
     assert len(x) == statistics.tokens == 20
     assert np.allclose(statistics.moment, x.T @ x, rtol=1e-5, atol=1e-5)
     assert np.allclose(statistics.norm, np.linalg.norm(x, axis=0), rtol=1e-5)
@@ -118,7 +115,6 @@ def test_statistics_are_those_of_the_valid_tokens(family):
 
 
 def test_a_cross_attention_reads_the_encoders_tokens():
-    model, params = model_of("t5")
     tokens = {}
 
     def rule(group):
@@ -126,7 +122,7 @@ def test_a_cross_attention_reads_the_encoders_tokens():
             tokens[next(iter(group.kernels)).removesuffix("/kernel")] = int(group.statistics.tokens)
         return {}
 
-    calibrate(model, params, calibration("t5"), rule, who="test")
+    calibrate(lm_of("t5"), context_of(batches("t5")), rule, who="test")
     assert tokens.pop("cross_attention/key") == 20  # 6 + 4 tokens a batch
     assert set(tokens.values()) == {16}  # 5 + 3
 
@@ -134,31 +130,31 @@ def test_a_cross_attention_reads_the_encoders_tokens():
 @every
 def test_every_group_sees_what_was_changed_before_it(family):
     """A rule that zeroes everything: each group then reads what a model without the ones before it gives."""
-    model, params = model_of(family)
-    masses = {}
+    lm, context = lm_of(family), context_of(batches(family))
+    sums_on_the_way = {}
 
-    def rule(group):
+    def zero(group):
         name = next(iter(group.kernels))
-        masses[f"{group.layer}/{name}"] = float(group.statistics.absolute.sum())
+        sums_on_the_way[f"{group.layer}/{name}"] = float(group.statistics.absolute.sum())
         return {name: jnp.zeros_like(leaf) for name, leaf in group.kernels.items()}
 
-    changed = calibrate(model, params, calibration(family), rule, who="test")
-    flat, own = flatten(params), {}
+    changed = flatten(calibrate(lm, context, zero, who="test").params)
+    flat, sums = flatten(lm.params), {}
 
-    def look(group):
-        own[f"{group.layer}/{next(iter(group.kernels))}"] = float(group.statistics.absolute.sum())
+    def record(group):
+        sums[f"{group.layer}/{next(iter(group.kernels))}"] = float(group.statistics.absolute.sum())
         return {}
 
     # The same input, from a model in which only what comes before is zero.
-    for place in list(masses)[1:6]:
-        before = list(masses)[: list(masses).index(place)]
-        zeroed = {p: jnp.zeros_like(a) if _comes_before(p, before, changed, params) else a for p, a in flat.items()}
-        calibrate(model, unflatten(zeroed), calibration(family), look, who="test")
-        assert np.isclose(own[place], masses[place], rtol=1e-5), place
-    assert not any(np.asarray(a).any() for p, a in flatten(changed).items() if p.endswith("kernel") and "layers_" in p)
+    for first_kernel in list(sums_on_the_way)[1:6]:
+        before = list(sums_on_the_way)[: list(sums_on_the_way).index(first_kernel)]
+        zeroed = {p: jnp.zeros_like(a) if _comes_before(p, before) else a for p, a in flat.items()}
+        calibrate(lm.replace(params=unflatten(zeroed)), context, record, who="test")
+        assert np.isclose(sums[first_kernel], sums_on_the_way[first_kernel], rtol=1e-5), first_kernel
+    assert not any(np.asarray(a).any() for p, a in changed.items() if p.endswith("kernel") and "layers_" in p)
 
 
-def _comes_before(path, before, changed, params):
+def _comes_before(path, before):
     """Whether a kernel belongs to one of the groups that were done before."""
     shared = {"attention/query": "attention/key value", "mlp/gate_proj": "mlp/up", "cross_attention/key": "value"}
     names = set(before)
@@ -172,24 +168,24 @@ def _comes_before(path, before, changed, params):
 
 
 def test_only_targets_are_chosen_and_the_rest_is_left():
-    model, params = model_of("llama")
     seen = []
 
     def rule(group):
         seen.append((group.layer, sorted(group.chosen)))
         return {}
 
-    calibrate(model, params, calibration("llama"), rule, who="test", targets=r"layers_1/.*/(up|value)/kernel")
+    context = context_of(batches("llama"))
+    calibrate(lm_of("llama"), context, rule, who="test", targets=r"layers_1/.*/(up|value)/kernel")
     assert seen == [("layers_1", ["attention/value/kernel"]), ("layers_1", ["mlp/up/kernel"])]
 
 
 def test_below_scaled_inputs_the_base_is_changed_with_the_statistics_of_the_scaled():
     scale = jnp.array([2.0, -1.0])
     x = jax.random.normal(jax.random.key(0), (5, 2))
-    found = []
+    received = []
 
     def change(path, leaf, statistics):
-        found.append(statistics)
+        received.append(statistics)
         return 2 * leaf
 
     class Group:
@@ -200,7 +196,7 @@ def test_below_scaled_inputs_the_base_is_changed_with_the_statistics_of_the_scal
     leaf = each(change)(Group)["up"]
     assert isinstance(leaf, InputScaled) and np.array_equal(leaf.base, np.full((2, 3), 2.0))
     expected = Statistics.of(x * scale, jnp.ones(5, bool), moment=True)
-    assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(found[0], expected, strict=True))
+    assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(received[0], expected, strict=True))
 
 
 def test_statistics_add_up():
@@ -217,10 +213,10 @@ def nothing(group):
     return {}
 
 
-def refused(message, **options):
-    model, params = model_of("gpt2")
+def refused(message, data=None, rule=nothing, **options):
+    context = context_of(batches("gpt2") if data is None else data)
     with pytest.raises(ValueError, match=message):
-        calibrate(model, params, **{"calibration": calibration("gpt2"), "rule": nothing, "who": "wanda", **options})
+        calibrate(lm_of("gpt2"), context, rule, who="wanda", **options)
 
 
 def test_targets_that_match_nothing_or_lie_outside():
@@ -229,16 +225,16 @@ def test_targets_that_match_nothing_or_lie_outside():
 
 
 def test_layers_that_are_shared():
-    model, params = model_of("gpt2")
-    shared = {name: tree for name, tree in params.items() if name != "layers_1"}
+    lm = lm_of("gpt2")
+    shared = lm.replace(params={name: tree for name, tree in lm.params.items() if name != "layers_1"})
     with pytest.raises(ValueError, match="wanda: layers_1 shares the parameters of another layer"):
-        calibrate(model, shared, calibration("gpt2"), nothing, who="wanda")
+        calibrate(shared, context_of(batches("gpt2")), nothing, who="wanda")
 
 
 def test_no_token_at_all():
     empty = [{**batch, "attention_mask": 0 * MASK} for batch in batches("gpt2")]
-    refused("wanda: the calibration data hold no token that layers_0/attention/query", calibration=Calibration(empty))
-    refused("wanda: the calibration data hold no row", calibration=Calibration(()))
+    refused("wanda: the calibration data hold no token that layers_0/attention/query", data=empty)
+    refused("wanda: the calibration data hold no row", data=())
 
 
 def test_inputs_that_are_not_finite_are_named():
@@ -249,8 +245,6 @@ def test_inputs_that_are_not_finite_are_named():
 
 
 def test_weights_that_have_parts_are_named():
-    from jaxlm.methods.calibration import matrix
-
     leaf = LowRank(jnp.ones((4, 4)), jnp.ones((4, 1)), jnp.ones((1, 4)))
     with pytest.raises(ValueError, match=r"gptq: layers_0/mlp/up/kernel is a LowRank; .* bake it first"):
         matrix("gptq", "layers_0/mlp/up/kernel", leaf)
@@ -259,12 +253,11 @@ def test_weights_that_have_parts_are_named():
 @pytest.mark.parametrize("surgery", [wanda, sparsegpt])
 def test_shares_by_rules(surgery):
     """Each matrix has the share of the first rule that matches it; what no rule matches is an error."""
-    model, params = model_of("gpt2")
-    axes, given = model.axes(), calibration("gpt2")
+    lm, context = lm_of("gpt2"), context_of(batches("gpt2"))
     rules = ((r".*mlp/up/kernel", 0.25), (r".*", 0.5))
-    flat = flatten(surgery(model, params, axes, given, sparsity=rules)[1])
+    flat = flatten(surgery(lm, context, sparsity=rules).params)
     for path in ("layers_0/mlp/up/kernel", "layers_1/mlp/down/kernel"):
         left = float(np.mean(np.asarray(flat[path].mask)))
         assert left == pytest.approx(0.75 if "up" in path else 0.5, abs=0.05)
     with pytest.raises(ValueError, match="no sparsity rule matches"):
-        surgery(model, params, axes, given, sparsity=rules[:1])
+        surgery(lm, context, sparsity=rules[:1])

@@ -79,8 +79,8 @@ def test_the_weights_that_stay_are_those_of_least_squares():
 def test_blocks_change_nothing_but_where_masks_are_chosen(block):
     """Under N:M the masks come from groups of four, so any block gives the same."""
     expected, mask = sparsegpt_matrix(W, factor(), None, "2:4", block=48)
-    found, same = sparsegpt_matrix(W, factor(), None, "2:4", block=block)
-    assert np.array_equal(mask, same) and np.allclose(found, expected, rtol=1e-3, atol=1e-4)
+    pruned, same = sparsegpt_matrix(W, factor(), None, "2:4", block=block)
+    assert np.array_equal(mask, same) and np.allclose(pruned, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_factor_is_that_of_the_inverse():

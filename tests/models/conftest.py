@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.models.network import Network
 
 TOLERANCE = 1e-4
 
@@ -21,8 +20,8 @@ def randomize(model, seed):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            around = 1.0 if "norm" in name.lower() or ".ln_" in name else 0.0
-            parameter.copy_(around * name.endswith("weight") + 0.15 * noise)
+            mean = 1.0 if "norm" in name.lower() or ".ln_" in name else 0.0
+            parameter.copy_(mean * name.endswith("weight") + 0.15 * noise)
     return model.eval()
 
 
@@ -54,13 +53,13 @@ def torch_outputs(model, batch):
 
 @functools.cache
 def _jitted(config):
-    # Compiling takes most of the time here, so it is told not to optimize.
+    # Compilation takes most of the time here, so it does not optimize.
     return jax.jit(jaxlm.LM(config, {}).apply, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def outputs_of(lm, batch):
     """What jaxlm computes, in the run view; models of equal config share one compilation."""
-    outputs = _jitted(lm.config)(Network(lm.config).run_view(lm.params), batch)
+    outputs = _jitted(lm.config)(lm.network.run_view(lm.params), batch)
     return {name: np.asarray(value) for name, value in outputs.items() if name != "taps"}
 
 

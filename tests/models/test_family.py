@@ -18,10 +18,10 @@ CASES = [
 
 
 def config_of(family, architecture, **fields):
-    own = dict(FAMILIES[family].architectures[architecture])
-    if own["head"] in ("sequence", "token"):
-        own["labels"] = ("a", "b", "c")
-    return model_config(family, **{**SMALL, **own, **fields})
+    implied = dict(FAMILIES[family].architectures[architecture])
+    if implied["head"] in ("sequence", "token"):
+        implied["labels"] = ("a", "b", "c")
+    return model_config(family, **{**SMALL, **implied, **fields})
 
 
 @pytest.mark.parametrize(("family", "architecture", "tie"), CASES)

@@ -44,9 +44,9 @@ HIDDEN = jax.random.normal(jax.random.key(5), (2, 3, WIDTH), jnp.bfloat16)
 
 
 def logits(config, params, hidden=HIDDEN):
-    found = apply_head(config, params, hidden, jnp.ones(hidden.shape[:2], jnp.int32), Context())["logits"]
-    assert found.dtype == jnp.float32
-    return np.asarray(found)
+    result = apply_head(config, params, hidden, jnp.ones(hidden.shape[:2], jnp.int32), Context())["logits"]
+    assert result.dtype == jnp.float32
+    return np.asarray(result)
 
 
 def close(ours, exact):
@@ -61,7 +61,9 @@ def test_a_tied_head_of_bfloat16_hidden_states(name):
     close(ours, exact(np.asarray(HIDDEN, np.float64)))
     labels = jnp.array([[3, IGNORED, 0], [36, 1, 2]])
     likelihood = np.take_along_axis(log_softmax(ours.astype(np.float64), -1), np.maximum(labels, 0)[..., None], -1)
-    assert float(cross_entropy(ours, labels).sum) == pytest.approx(-likelihood[np.asarray(labels) >= 0].sum(), rel=1e-6)
+    assert float(cross_entropy(jnp.asarray(ours), labels).sum) == pytest.approx(
+        -likelihood[np.asarray(labels) >= 0].sum(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("kernel", [TABLE.T, Quantized.of(TABLE.T)], ids=["array", "Quantized"])

@@ -21,7 +21,7 @@ SCALINGS = [
 
 def by_hand(rotary, d):
     """Frequency by frequency, in Python floats; llama3 by wavelengths, as the model's paper states it."""
-    found = []
+    result = []
     for i in range(d // 2):
         f = rotary.theta ** (-2 * i / d)
         if rotary.scaling == "linear":
@@ -33,8 +33,8 @@ def by_hand(rotary, d):
             elif wavelength >= n / rotary.high_freq_factor:
                 smooth = (n / wavelength - rotary.low_freq_factor) / (rotary.high_freq_factor - rotary.low_freq_factor)
                 f = (1 - smooth) * f / rotary.factor + smooth * f
-        found.append(f)
-    return found
+        result.append(f)
+    return result
 
 
 @pytest.mark.parametrize("rotary", SCALINGS, ids=lambda r: r.scaling)
@@ -88,6 +88,6 @@ def bucket_by_hand(distance, causal, buckets, max_distance):
 def test_buckets(causal, buckets, max_distance):
     distances = np.arange(-2 * max_distance, 2 * max_distance + 1)
     expected = [bucket_by_hand(int(d), causal, buckets, max_distance) for d in distances]
-    found = relative_bucket(jnp.asarray(distances), causal, buckets, max_distance)
-    assert found.tolist() == expected
+    numbers = relative_bucket(jnp.asarray(distances), causal, buckets, max_distance)
+    assert numbers.tolist() == expected
     assert set(expected) == set(range(buckets)) - (set() if causal else {buckets // 2})  # no distance is +0

@@ -33,7 +33,7 @@ SEGMENTS = {
 
 @functools.cache
 def model_of(name):
-    """Every array has values of its own, so that layers cannot be exchanged."""
+    """Every array has different values, so that layers cannot be exchanged."""
     family, fields = MODELS[name]
     model = Network(model_config(family, **{**SIZES, "ffn_size": 6, **fields}))
     numbered = {path: i for i, path in enumerate(flatten(model.abstract()))}
@@ -49,12 +49,12 @@ def identical(a, b):
 def test_there_and_back(name):
     model, params = model_of(name)
     view = model.run_view(params)
-    found = {
+    keys = {
         "/".join(part for part in path.split("/")[:2] if part in ("encoder", "decoder") or "layers" in part)
         for path in flatten(view)
         if "layers_" in path
     }
-    assert found == set(SEGMENTS[name])
+    assert keys == set(SEGMENTS[name])
     again = canonical_view(view)
     assert identical(again, params) and jax.tree.structure(again) == jax.tree.structure(params)
     assert identical(canonical_view(params), params)

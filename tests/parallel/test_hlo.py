@@ -81,10 +81,12 @@ ENTRY %main (p0: f32[2,4], p1: f32[8,16]) -> f32[4,16] {
 
 
 def test_a_program_written_by_hand():
-    found = {c.kind: c for c in collectives(PROGRAM) if c.in_loop}
-    assert found["all-reduce"] == ("all-reduce", (("bf16", (4, 8)),), 64, 23, True, "layer/output")
-    assert found["all-gather"].times == 23 and found["all-gather"].bytes == 32  # spread over two loops, counted once
-    assert found["collective-permute"].times == 92 and found["collective-permute"].bytes == 8
+    in_loops = {c.kind: c for c in collectives(PROGRAM) if c.in_loop}
+    assert in_loops["all-reduce"] == ("all-reduce", (("bf16", (4, 8)),), 64, 23, True, "layer/output")
+    assert (
+        in_loops["all-gather"].times == 23 and in_loops["all-gather"].bytes == 32
+    )  # spread over two loops, counted once
+    assert in_loops["collective-permute"].times == 92 and in_loops["collective-permute"].bytes == 8
     outside = {c.kind: c for c in collectives(PROGRAM) if not c.in_loop}
     assert outside["all-gather"].bytes == 8 * 4 * 4 and outside["all-gather"].times == 1
     assert outside["reduce-scatter"].bytes == 8 * 16 * 4
@@ -110,7 +112,7 @@ def test_what_xla_writes_for_a_scan():
     stack = jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp")))
     x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", None)))
     text = jax.jit(step).lower(stack, x).compile().as_text()
-    found = collectives(text)
-    inside = [c for c in found if c.in_loop]
+    operations = collectives(text)
+    inside = [c for c in operations if c.in_loop]
     assert [(c.kind, c.times, c.bytes) for c in inside] == [("all-gather", 6, 64 * 64 * 4)]
-    assert "all-reduce" in {c.kind for c in found if not c.in_loop}  # the sum
+    assert "all-reduce" in {c.kind for c in operations if not c.in_loop}  # the sum

@@ -59,21 +59,24 @@ def test_clusters_are_recognised(environment, expected):
     assert _in_cluster(environment) is expected
 
 
-# The answers go to files: the collectives' library writes to stdout from threads of its own, into the middle of a line.
+# The results go to files: the collectives' library writes to stdout from other threads, into the middle of a line.
 PROGRAM = """
 import sys
 import jax, numpy as np
-from jaxlm.parallel import initialize, make_mesh, shard_batch
+from jaxlm.parallel import initialize, make_mesh
+from jaxlm.parallel.batches import to_devices
 number = initialize()
 mesh = make_mesh({"data": -1, "tensor": 2})
-batch = shard_batch({"x": np.full((2, 3), number + 1, np.float32)}, mesh, {"batch": ("data", "fsdp")})
-total = jax.jit(lambda x: x.sum())(batch["x"])
+_, batch = to_devices(mesh, {"batch": ("data", "fsdp")})({"input_ids": np.full((4, 3), number + 1, np.float32)})
+ids = batch["input_ids"]
+total = jax.jit(lambda x: x.sum())(ids)
 with open(f"{sys.argv[1]}/{number}", "w") as f:
-    print(initialize(), len(jax.devices()), jax.process_count(), batch["x"].shape, float(total), file=f)
+    print(initialize(), len(jax.devices()), jax.process_count(), ids.shape, float(total), file=f)
 """
 
 
 def test_two_processes_share_a_batch(tmp_path):
+    """Each gives its two of the four rows: 6 · 1 + 6 · 2."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]

@@ -53,8 +53,8 @@ def test_only_results_of_the_same_kind_count():
     def gather(dtype, shape):
         return Collective("all-gather", (Result(dtype, shape),), 0, 1, False, "")
 
-    def arguments(*found):
-        return [g.argument for g in gathered_parameters(found, stacks)]
+    def arguments(*operations):
+        return [g.argument for g in gathered_parameters(operations, stacks)]
 
     assert arguments(gather("bf16", (6, 1, 64)), gather("s8", (6, 32, 64))) == ["scale", "codes"]
     assert arguments(gather("s32", (6, 1, 64)), gather("f32", (6, 16)), gather("f32", (1, 64))) == []
@@ -62,24 +62,24 @@ def test_only_results_of_the_same_kind_count():
 
 def test_a_layer_gathered_at_a_time_is_fine(mesh):
     lowered, compiled = compile_scan(mesh, gather_first=False)
-    found = collectives(compiled.as_text())
-    assert any(c.kind == "all-gather" and c.in_loop for c in found)
-    assert not gathered_parameters(found, stacked_arguments(lowered, compiled))
+    operations = collectives(compiled.as_text())
+    assert any(c.kind == "all-gather" and c.in_loop for c in operations)
+    assert not gathered_parameters(operations, stacked_arguments(lowered, compiled))
 
 
 def test_memory_counts_donated_outputs_once():
     sizes = jax.ShapeDtypeStruct((256, 256), jnp.float32)
     compiled = jax.jit(lambda x: x * 2, donate_argnums=0).lower(sizes).compile()
-    found = memory(compiled)
-    assert found.arguments == found.outputs == found.aliased == 256 * 256 * 4
-    assert found.peak == found.arguments + found.temporary + found.code
+    usage = memory(compiled)
+    assert usage.arguments == usage.outputs == usage.aliased == 256 * 256 * 4
+    assert usage.peak == usage.arguments + usage.temporary + usage.code
 
 
 def test_the_report_says_whether_it_fits():
     need = Memory(arguments=10 * GB, outputs=10 * GB, aliased=9 * GB, temporary=6 * GB, code=0)
-    found = Plan("v5e:4x4", {"fsdp": 16}, 20.0, need, 16 * GB, [], [])
-    assert not found.fits and "17.00 of 16 GB DOES NOT FIT" in str(found)
-    assert found._replace(limit=32 * GB).fits
+    report = Plan("v5e:4x4", {"fsdp": 16}, 20.0, need, 16 * GB, [], [])
+    assert not report.fits and "17.00 of 16 GB DOES NOT FIT" in str(report)
+    assert report._replace(limit=32 * GB).fits
 
 
 def test_errors_name_what_to_do():

@@ -1,4 +1,4 @@
-"""Sharded equals unsharded; what the rules say of arrays, trees, batches and activations; errors."""
+"""Sharded equals unsharded; the shardings of arrays, trees, batches and activations; errors."""
 
 from functools import partial
 
@@ -30,15 +30,14 @@ from jaxlm.parallel import (
     make_mesh,
     make_rules,
     mask_padded_logits,
-    notices,
     pad_vocab,
     place,
-    shard_batch,
     shard_tree,
     shardings,
     spec_of,
     ways,
 )
+from jaxlm.parallel.batches import to_devices
 
 RULES = {"embed": "fsdp", "ffn": "tensor", "kv_heads": "tensor", "vocab": "tensor", "batch": ("data", "fsdp")}
 HEADS = ("kv_heads", "q_per_kv", "head_dim")
@@ -114,14 +113,13 @@ def test_sharded_forward_and_gradients_equal_those_of_one_device(case):
     params = pad_vocab(params, axis_names(spec), 4)
     params = run_view(params, lambda path: None)
     rules = make_rules({}, axis_names(spec), mesh)
-    where = shardings(params, axis_names(spec), mesh, rules, axis_sizes(spec))
-    placed = shard_tree(params, where)
+    sharded = shard_tree(params, shardings(params, axis_names(spec), mesh, rules, axis_sizes(spec)))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (8, 12)).astype(np.int32)
 
     results = []
     for tree, batch, ctx in (
         (params, {"input_ids": ids}, Context()),
-        (placed, shard_batch({"input_ids": ids}, mesh, rules), Context(place=place(mesh, rules))),
+        (sharded, to_devices(mesh, rules)({"input_ids": ids})[1], Context(place=place(mesh, rules))),
     ):
         trained, frozen = partition(tree)
         step = jax.jit(jax.value_and_grad(partial(loss, config), has_aux=True))
@@ -137,15 +135,16 @@ def test_sharded_forward_and_gradients_equal_those_of_one_device(case):
 def test_weights_and_stacks_get_shardings(mesh):
     spec = model_spec(GPT)
     params = run_view(with_weights(initialize(jax.random.key(0), spec)), lambda path: None)
-    where = shardings(params, axis_names(spec), mesh, make_rules({}, axis_names(spec), mesh), axis_sizes(spec))
+    rules = make_rules({}, axis_names(spec), mesh)
+    specs = {name: s.spec for name, s in shardings(params, axis_names(spec), mesh, rules, axis_sizes(spec)).items()}
     query = "layers_0-1/attention/query/kernel"
-    assert where[f"{query}.base.codes"].spec == P(None, "fsdp", "tensor")
-    assert where[f"{query}.base.scale"].spec == P(None, None, "tensor")
-    assert where[f"{query}.a"].spec == P(None, "fsdp")
-    assert where[f"{query}.b"].spec == P(None, None, "tensor")
-    assert where["layers_0-1/mlp/down/kernel.base"].spec == P(None, "tensor", "fsdp")
-    assert where["layers_0-1/mlp/down/kernel.mask"].spec == P(None, "tensor", "fsdp")
-    assert where["embed/positions/embedding"].spec == P(None, "fsdp")
+    assert specs[f"{query}.base.codes"] == P(None, "fsdp", "tensor")
+    assert specs[f"{query}.base.scale"] == P(None, None, "tensor")
+    assert specs[f"{query}.a"] == P(None, "fsdp")
+    assert specs[f"{query}.b"] == P(None, None, "tensor")
+    assert specs["layers_0-1/mlp/down/kernel.base"] == P(None, "tensor", "fsdp")
+    assert specs["layers_0-1/mlp/down/kernel.mask"] == P(None, "tensor", "fsdp")
+    assert specs["embed/positions/embedding"] == P(None, "fsdp")
 
 
 def test_a_compound_dimension_is_cut_between_heads():
@@ -170,13 +169,20 @@ def test_precedence_and_division(mesh):
         spec_of(("embed",), (8, 8), RULES, mesh)
 
 
-def test_what_does_not_divide_is_said_once(mesh):
+def test_what_does_not_divide_is_logged_once(mesh, monkeypatch):
     spec = model_spec(GPT)
     params = initialize(jax.random.key(0), spec)
-    lines = notices(params, axis_names(spec), mesh, RULES)
+
+    def logged(params, rules):
+        lines = []
+        monkeypatch.setattr("absl.logging.info", lambda message, *values: lines.append(message % values))
+        shardings(params, axis_names(spec), mesh, rules)
+        return [line.removeprefix("sharding: ") for line in lines]
+
+    lines = logged(params, RULES)
     assert lines == ["vocab over tensor=2: 61 does not divide; replicated in embed/tokens/embedding"]
-    assert not notices(pad_vocab(params, axis_names(spec), 2), axis_names(spec), mesh, RULES)
-    lines = notices(params, axis_names(spec), mesh, {"ffn": "tensor", "embed": "tensor"})
+    assert not logged(pad_vocab(params, axis_names(spec), 2), RULES)
+    lines = logged(params, {"ffn": "tensor", "embed": "tensor"})
     assert [line.split(" over")[0] for line in lines] == ["ffn", "embed"]
     assert lines[0].endswith("another dimension of the array has it; replicated in layers_0/mlp/up/kernel and 1 more")
 
@@ -211,23 +217,24 @@ def test_trees_are_checked(mesh):
         shard_tree(params, {})
 
 
-def test_abstract_trees_are_told_their_sharding(mesh):
+def test_abstract_trees_get_their_shardings(mesh):
     params = {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}
-    where = shardings(params, {"kernel": ("embed", "ffn")}, mesh, RULES)
-    assert flatten(shard_tree(params, where))["kernel"].sharding.spec == P("fsdp", "tensor")
+    sharded = shard_tree(params, shardings(params, {"kernel": ("embed", "ffn")}, mesh, RULES))
+    assert flatten(sharded)["kernel"].sharding.spec == P("fsdp", "tensor")
 
 
 def test_activations_are_pinned_by_name(mesh):
-    pin = place(mesh, RULES)
-    x = jax.jit(lambda x: pin(x * 2, ("batch", "length", "ffn")))(jnp.ones((4, 3, 8)))
+    constrain = place(mesh, RULES)
+    x = jax.jit(lambda x: constrain(x * 2, ("batch", "length", "ffn")))(jnp.ones((4, 3, 8)))
     assert x.sharding.spec == P(("data", "fsdp"), None, "tensor")
-    odd = jax.jit(lambda x: pin(x * 2, ("batch", None, "kv_heads")))(jnp.ones((4, 3, 7)))
+    odd = jax.jit(lambda x: constrain(x * 2, ("batch", None, "kv_heads")))(jnp.ones((4, 3, 7)))
     assert odd.sharding.spec[0] == ("data", "fsdp")
-    assert place(mesh, RULES) == pin and hash(place(mesh, RULES)) == hash(pin)
+    assert place(mesh, RULES) == constrain and hash(place(mesh, RULES)) == hash(constrain)
 
 
 def test_batches_must_divide(mesh):
-    batch = shard_batch({"input_ids": np.ones((8, 4), np.int32), "labels": np.ones(8)}, mesh, RULES)
-    assert batch["input_ids"].sharding.spec == P(("data", "fsdp")) == batch["labels"].sharding.spec
-    with pytest.raises(ValueError, match="labels: 6 rows do not divide over the 4 parts"):
-        shard_batch({"labels": np.ones(6)}, mesh, RULES)
+    put = to_devices(mesh, RULES)
+    tokens, batch = put({"input_ids": np.ones((8, 4), np.int32), "labels": np.ones(8), "segment_ids": np.eye(8, 4)})
+    assert batch["input_ids"].sharding.spec == P(("data", "fsdp")) == batch["labels"].sharding.spec and tokens == 4
+    with pytest.raises(ValueError, match="a batch of 6 rows does not divide over the 4 devices"):
+        put({"input_ids": np.ones((6, 4), np.int32)})

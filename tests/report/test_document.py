@@ -95,7 +95,7 @@ def test_the_page_says_everything(rows, protocol):
         "13.9 M",
         "61.0 MB",
         "Teacher's cache: 12.5 bytes per token.",
-        "Nothing won in quality.",
+        "No gain in quality.",
     ):
         assert said in text, said
 
@@ -141,7 +141,7 @@ def test_json_is_strict_and_complete(awkward, protocol):
 
 def test_a_single_model_makes_a_report_without_recommendations(rows, protocol):
     html = to_html(rows[:1], protocol, "T", 0.05, PICTURE, "")
-    assert 'class="pick"' not in html and "nothing to compare it with" in html
+    assert 'class="recommendation"' not in html and "nothing to compare it with" in html
 
 
 @pytest.mark.parametrize("width", [80, 120])

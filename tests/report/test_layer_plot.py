@@ -7,10 +7,9 @@ from PIL import Image
 
 import jaxlm
 from jaxlm.core import Masked, map_leaves
-from jaxlm.evaluate.layer_stats import anatomy
-from jaxlm.io.pretrained import LM
+from jaxlm.evaluate.layer_stats import layer_statistics
+from jaxlm.io.lm import LM
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 from jaxlm.report.layer_plot import draw, shown
 from jaxlm.runner import registry
 
@@ -21,15 +20,13 @@ def stored(tmp_path):
 
     def make(*surgery, native=False, family="gpt2", change=lambda path, leaf: leaf, **more):
         options = {"vocab_size": 20, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_size": 24, **more}
-        model = Network(model_config(family, **options))
-        params, axes = map_leaves(change, model.init(jax.random.key(0))), model.axes()
+        lm = LM.initialize(model_config(family, **options), jax.random.key(0))
+        lm = lm.replace(params=map_leaves(change, lm.params))
         for entry in surgery:
-            model, params, axes = registry.make(
-                registry.SURGERY, entry, "surgery", model=model, params=params, axes=axes
-            )
-        jaxlm.save(LM(model.config, params), tmp_path / "model", native=native)
+            lm = registry.operate(entry, lm)
+        jaxlm.save(lm, tmp_path / "model", native=native)
         lm = jaxlm.load(tmp_path / "model")
-        return anatomy(lm.config, lm.params, tmp_path / "model")
+        return layer_statistics(lm.config, lm.params, tmp_path / "model")
 
     return make
 

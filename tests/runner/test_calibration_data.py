@@ -8,7 +8,7 @@ from jaxlm.core import Masked, flatten
 from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.runner import run_setup, stage
 from jaxlm.runner.calibration_data import calibration_place, fillers, only, read_calibration
-from jaxlm.runner.run_setup import set_up
+from jaxlm.runner.run_setup import apply_surgery, prepare_run
 from jaxlm.tasks import TASKS
 
 
@@ -30,7 +30,7 @@ def test_nothing_is_read_where_nothing_asks(recipe, monkeypatch):
     config = recipe(steps=0)
     config.surgery = ({"name": "quantize"},)
     monkeypatch.setattr(run_setup, "read_calibration", pytest.fail)
-    assert run_setup.operate(set_up(config, splits=())).calibration is None
+    assert apply_surgery(prepare_run(config, splits=())).calibration is None
 
 
 @pytest.mark.parametrize("name", ["eval", "test"])
@@ -38,17 +38,23 @@ def test_evaluation_data_are_refused(recipe, name):
     config = recipe(steps=0)
     config.data.test = config.data.train.replace("train", "eval") + "[5:]"
     config.surgery = ({"name": "wanda", "sparsity": 0.5},)
-    for source in (name, config.data[name]):
+    for source, message in (
+        (name, f"config.calibration.source = '{name}': what a model is made from must not be what it is measured on"),
+        (
+            config.data[name],
+            "config.calibration.source reads .*: a model must not be evaluated on data that it is made",
+        ),
+    ):
         config.calibration.source = source
-        with pytest.raises(ValueError, match=r"config.calibration.source .*what a model is made from must not be"):
-            run_setup.operate(set_up(config, splits=()))
+        with pytest.raises(ValueError, match=message):
+            apply_surgery(prepare_run(config, splits=()))
 
 
 def test_calibration_is_not_an_argument_of_the_entry(recipe):
     config = recipe(steps=0)
     config.surgery = ({"name": "wanda", "sparsity": 0.5, "calibration": "x"},)
     with pytest.raises(ValueError, match=r"config.surgery: wanda has no option 'calibration'"):
-        run_setup.operate(set_up(config, splits=()))
+        apply_surgery(prepare_run(config, splits=()))
 
 
 def test_rows_beyond_the_positions_are_refused(recipe):
@@ -56,7 +62,7 @@ def test_rows_beyond_the_positions_are_refused(recipe):
     config.calibration.length = 33
     config.surgery = ({"name": "wanda", "sparsity": 0.5},)
     with pytest.raises(ValueError, match=r"config.calibration.length = 33, but the model has 32 positions"):
-        run_setup.operate(set_up(config, splits=()))
+        apply_surgery(prepare_run(config, splits=()))
 
 
 @pytest.mark.parametrize("field", ["samples", "length", "batch_size"])
@@ -83,9 +89,10 @@ def test_a_source_must_be_there():
 
 
 def calibration_of(config, **settings):
-    own = set_up(config, splits=())
+    setup = prepare_run(config, splits=())
+    lm = setup.lm
     return read_calibration(
-        CalibrationSettings(**settings), "causal", TASKS["causal"], own.tokenizer, own.model.config, own.data, 0
+        CalibrationSettings(**settings), "causal", TASKS["causal"], lm.tokenizer, lm.config, setup.data, 0
     )
 
 

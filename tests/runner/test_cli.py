@@ -54,6 +54,14 @@ def wait_for(process: subprocess.Popen, workdir: Path, step: int) -> None:
         lines = read_lines(workdir / "metrics.jsonl")
 
 
+def test_a_program_begins_before_anything_slow_is_imported():
+    """It may start itself again, for large memory pages."""
+    slow = "[name for name in ('jax', 'numpy', 'absl', 'flax') if name in sys.modules]"
+    command = [sys.executable, "-c", f"import sys, jaxlm.runner.cli; print({slow})"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_killed_and_terminated(recipe, start, tmp_path):
     config = recipe(steps=240, log_every=5, checkpoint_every=20)
     whole = stage.run(config, tmp_path / "whole")
@@ -66,9 +74,9 @@ def test_killed_and_terminated(recipe, start, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     step = max(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdecimal())
-    told = (tmp_path / "run.1.log").read_text()
-    assert f"interrupted: step {step} is saved" in told and "resumed from step" in told
-    assert "WARNING" not in told and "absl" not in told
+    log = (tmp_path / "run.1.log").read_text()
+    assert f"interrupted: step {step} is saved" in log and "resumed from step" in log
+    assert "WARNING" not in log and "absl" not in log
     result = stage.run(config, tmp_path / "run")
     assert result["params_sha256"] == whole["params_sha256"]
     steps = [line["step"] for line in read_lines(tmp_path / "run/metrics.jsonl")]

@@ -13,9 +13,9 @@ from made.method import scale
 
 
 def run(x):
-    from made.inner import late
+    from made.inner import lazy
 
-    return late.add(scale(x))
+    return lazy.add(scale(x))
 """,
     "method.py": """
 'A method.'
@@ -29,7 +29,7 @@ def scale(x):
     return FACTOR * x  # of x
 """,
     "inner/__init__.py": "'A package.'",
-    "inner/late.py": "def add(x): return x + 1",
+    "inner/lazy.py": "def add(x): return x + 1",
     "report.py": "from made import stage",
 }
 
@@ -70,7 +70,7 @@ def scale(x):
         {"method.py": FILES["method.py"].replace("FACTOR * x", "x * FACTOR")},
         {"method.py": FILES["method.py"].replace("return", 'return "" or')},
         {"stage.py": FILES["stage.py"].replace("scale(x)", "x")},
-        {"inner/late.py": "def add(x): return x + 2"},
+        {"inner/lazy.py": "def add(x): return x + 2"},
         {"inner/__init__.py": "LEVEL = 1"},
     ],
     ids=str,
@@ -80,12 +80,12 @@ def test_what_may_compute_something_else_is(hash_of, changed):
 
 
 def test_the_hash_of_jaxlm_sees_its_methods_and_not_its_report():
-    found = reachable("jaxlm.runner.stage", PACKAGE)
-    assert {"jaxlm.runner.stage", "jaxlm.runner.registry", "jaxlm.train.step", "jaxlm.nn.attention"} <= found.keys()
-    assert not {"jaxlm.report.document", "jaxlm.runner.pipeline"} & found.keys()
+    modules = reachable("jaxlm.runner.stage", PACKAGE)
+    assert {"jaxlm.runner.stage", "jaxlm.runner.registry", "jaxlm.train.step", "jaxlm.nn.attention"} <= modules.keys()
+    assert not {"jaxlm.report.document", "jaxlm.runner.pipeline"} & modules.keys()
     imported = {
         ".".join(("jaxlm", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
         for folder in ("core", "losses", "train")
         for path in (PACKAGE / folder).rglob("*.py")
     }
-    assert imported <= found.keys()
+    assert imported <= modules.keys()

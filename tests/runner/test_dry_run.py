@@ -6,13 +6,12 @@ import pytest
 
 import jaxlm
 from jaxlm.core import arrays
-from jaxlm.io.pretrained import LM
+from jaxlm.io.lm import LM
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 from jaxlm.parallel import make_mesh
 from jaxlm.runner import registry
 from jaxlm.runner.config import default_config
-from jaxlm.runner.dry_run import lower_step, outline
+from jaxlm.runner.dry_run import dry_run, lower_step
 from jaxlm.tasks import TASKS
 
 SIZES = {"hidden_size": 16, "num_layers": 3, "num_heads": 4, "max_positions": 16}
@@ -32,8 +31,8 @@ def mesh():
     return make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 
 
-def entries(found) -> int:
-    return sum(a.size for a in arrays(found.blueprint.params).values())
+def parameters(dry) -> int:
+    return sum(a.size for a in arrays(dry.step.params).values())
 
 
 @pytest.mark.parametrize(
@@ -45,49 +44,45 @@ def entries(found) -> int:
     ],
 )
 def test_surgery_is_done_on_shapes(recipe, mesh, surgery, heads, ffn):
-    whole = outline(recipe, mesh)
+    before = dry_run(recipe, mesh)
     recipe.surgery = (surgery,)
-    found = outline(recipe, mesh)
-    assert (found.model.config.num_heads, found.model.config.ffn_size) == (heads, ffn)
-    leaves = jax.tree.leaves(found.adapted.params)
+    after = dry_run(recipe, mesh)
+    config = after.setup.lm.config
+    assert (config.num_heads, config.ffn_size) == (heads, ffn)
+    leaves = jax.tree.leaves(after.start.lm.params)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    assert (entries(found) < entries(whole)) == (surgery["name"] != "quantize")
+    assert (parameters(after) < parameters(before)) == (surgery["name"] != "quantize")
 
 
 def test_surgery_whose_outcome_depends_on_values_is_refused(recipe, mesh, monkeypatch):
-    def changed(model, params, axes):
-        total = np.abs(np.asarray(arrays(params)["embed/tokens/embedding"])).sum()
-        return model.replace(model.config.replace(window=1 + int(total))), params, axes
+    def changed(lm, context):
+        total = np.abs(np.asarray(arrays(lm.params)["embed/tokens/embedding"])).sum()
+        return lm.replace(config=lm.config.replace(window=1 + int(total)))
 
-    def refused(model, params, axes, calibration):
+    def reads(lm, context):
+        context.calibration(lm)
         raise AssertionError
 
     monkeypatch.setitem(registry.SURGERY, "changed", changed)
-    monkeypatch.setitem(registry.SURGERY, "reads", refused)
+    monkeypatch.setitem(registry.SURGERY, "reads", reads)
     recipe.surgery = ({"name": "changed"},)
     with pytest.raises(ValueError, match=r"config.surgery: changed: what is left depends on the parameters' values"):
-        outline(recipe, mesh)
+        dry_run(recipe, mesh)
     recipe.surgery = ({"name": "reads"},)
-    with pytest.raises(ValueError, match=r"config.surgery: reads reads data \(calibration\).*leave it out"):
-        outline(recipe, mesh)
+    with pytest.raises(
+        ValueError, match=r"config.surgery: reads: it reads calibration data.*shapes have no data, so leave it out"
+    ):
+        dry_run(recipe, mesh)
     recipe.surgery = ({"name": "quantise"},)
     with pytest.raises(ValueError, match="did you mean 'quantize'"):
-        outline(recipe, mesh)
+        dry_run(recipe, mesh)
 
 
 @pytest.fixture
 def stored(tmp_path):
-    """A directory with a rounded model, as a stage leaves it."""
-    model = Network(model_config("gpt2", **SIZES, vocab_size=300))
-    _, params, _ = registry.make(
-        registry.SURGERY,
-        {"name": "quantize"},
-        "surgery",
-        model=model,
-        params=model.init(jax.random.key(0)),
-        axes=model.axes(),
-    )
-    jaxlm.save(LM(model.config, params), tmp_path / "model")
+    """A directory with a quantized model, as a stage leaves it."""
+    lm = LM.initialize(model_config("gpt2", **SIZES, vocab_size=300), jax.random.key(0))
+    jaxlm.save(registry.operate({"name": "quantize"}, lm), tmp_path / "model")
     return str(tmp_path / "model")
 
 
@@ -95,9 +90,9 @@ def test_a_stored_model_keeps_its_weights_and_a_teacher_its_place(recipe, mesh, 
     config = default_config()
     config.model.init = stored
     config.data.max_length, config.train.batch_size = 16, 8
-    assert any(a.dtype == np.int8 for a in arrays(outline(config, mesh).blueprint.params).values())
+    assert any(a.dtype == np.int8 for a in arrays(dry_run(config, mesh).step.params).values())
     recipe.losses = ({"name": "distill", "teacher": stored, "hidden": 1.0},)
-    constants = jax.tree.leaves(outline(recipe, mesh).adapted.constants)
+    constants = jax.tree.leaves(dry_run(recipe, mesh).start.constants)
     assert all(isinstance(a, jax.ShapeDtypeStruct) and a.sharding.mesh == mesh for a in constants)
     assert any(a.dtype == np.int8 for a in constants)
     assert "response" in lower_step(recipe, mesh).out_info[1]["terms"]

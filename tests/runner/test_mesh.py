@@ -8,8 +8,9 @@ import pytest
 
 import jaxlm
 from jaxlm.core import arrays
-from jaxlm.runner import stage, trainer
-from jaxlm.runner.run_setup import set_up
+from jaxlm.runner import stage
+from jaxlm.runner.run_setup import prepare_run
+from jaxlm.runner.trainer import build_trainer
 from jaxlm.train.checkpointing import Progress
 from jaxlm.train.metric_writer import MetricWriter, read_lines
 
@@ -66,8 +67,8 @@ def test_checkpoints_hold_no_padding(on, recipe, tmp_path, devices):
     devices(8)
     config = recipe()
     config.mesh.update(FSDP_TENSOR)
-    many = trainer.assemble(set_up(config), tmp_path, MetricWriter(tmp_path, "run"))
-    run, state = many.run, many.state
+    inputs = build_trainer(prepare_run(config), tmp_path, MetricWriter(tmp_path, "run"))
+    run, state = inputs.run, inputs.state
     table = state.params["embed"]["tokens"]["embedding"]
     assert table.shape[0] % 4 == 0 and run.stores.shapes.params["embed"]["tokens"]["embedding"].shape[0] % 4
     run.stores.save(3, state, Progress(steps=3))

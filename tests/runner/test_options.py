@@ -6,8 +6,9 @@ import pytest
 
 import jaxlm
 from jaxlm.core import arrays, flatten
-from jaxlm.runner import stage, trainer
-from jaxlm.runner.run_setup import operate, set_up
+from jaxlm.runner import stage
+from jaxlm.runner.run_setup import apply_surgery, prepare_run
+from jaxlm.runner.trainer import build_trainer
 from jaxlm.train.metric_writer import MetricWriter
 
 LAYERS = ((r"layers_1/.*", 0.5), (r"embed/.*", 0.0))
@@ -23,7 +24,7 @@ FROZEN = {"adafactor": "embed/", "lion": "layers_0/", "sgd": "none", "adamw": "n
 @pytest.mark.parametrize("optimizer", COMBINATIONS)
 def test_optimizers_and_their_company(optimizer, recipe, tmp_path):
     config = recipe(optimizer=optimizer, learning_rate=1e-2, **COMBINATIONS[optimizer])
-    before = flatten(set_up(config, splits=()).params)
+    before = flatten(prepare_run(config, splits=()).lm.params)
     result = stage.run(config, tmp_path)
     after = arrays(jaxlm.load(tmp_path / "model").params)
     assert np.isfinite(result["metrics"]["train"]["loss"]) and result["skipped_updates"] == 0
@@ -37,9 +38,9 @@ def test_optimizers_and_their_company(optimizer, recipe, tmp_path):
 
 def test_epochs_are_passes(recipe, tmp_path):
     config = recipe(steps=0, epochs=1.5)
-    setting = set_up(config)
-    batches = setting.task.batches(setting.splits["train"], setting.tokenizer, setting.data, 8, 0)
-    run = trainer.assemble(setting, tmp_path, MetricWriter(tmp_path, "run")).run
+    setup = prepare_run(config)
+    batches = setup.task.batches(setup.splits["train"], setup.lm.tokenizer, setup.data, 8, 0)
+    run = build_trainer(setup, tmp_path, MetricWriter(tmp_path, "run")).run
     assert run.steps == -(-3 * batches.steps_per_epoch // 2)
 
 
@@ -47,7 +48,7 @@ def test_teachers_are_no_part_of_a_checkpoint(recipe, tmp_path):
     config = recipe(steps=4)
     stage.run(config, tmp_path / "teacher")
     config.losses = ({"name": "distill", "teacher": str(tmp_path / "teacher/model"), "alpha": 0.5},)
-    ready = trainer.assemble(operate(set_up(config)), tmp_path, MetricWriter(tmp_path, "run"))
-    teacher, student = (sum(a.size for a in jax.tree.leaves(t)) for t in (ready.run.constants, ready.state.params))
+    run, state, *_ = build_trainer(apply_surgery(prepare_run(config)), tmp_path, MetricWriter(tmp_path, "run"))
+    teacher, student = (sum(a.size for a in jax.tree.leaves(t)) for t in (run.constants, state.params))
     assert teacher == student
-    assert sum(a.size for a in jax.tree.leaves(ready.run.stores.shapes)) < 3.1 * student  # parameters and two moments
+    assert sum(a.size for a in jax.tree.leaves(run.stores.shapes)) < 3.1 * student  # parameters and two moments

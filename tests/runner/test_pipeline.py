@@ -110,9 +110,9 @@ def test_a_misspelt_stage_is_refused_by_name(corpus, tmp_path, change, message):
     config = tiny(corpus)
     (tmp_path / "teacher" / "model").mkdir(parents=True)
     with pytest.raises(ValueError, match=message):
-        own = stage_config(config, {"name": "student", **change}, {"teacher": tmp_path / "teacher"})
-        for entry in own.surgery:
-            registry.make(registry.SURGERY, entry, "surgery", model=None, params=None, axes=None)
+        student = stage_config(config, {"name": "student", **change}, {"teacher": tmp_path / "teacher"})
+        for entry in student.surgery:
+            registry.operate(entry, lm=None)
 
 
 @pytest.mark.parametrize(

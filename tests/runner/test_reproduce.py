@@ -18,20 +18,20 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = reproduce.recipes(ROOT / "configs" / "reproduce")
 
 
-def made_up(task: str, quality: float, pieces: int = 200) -> PerExampleResults:
+def made_up(task: str, quality: float, examples: int = 200) -> PerExampleResults:
     draw = np.random.default_rng(0)
-    hard = draw.random(pieces)
+    hard = draw.random(examples)
     if task == "causal":
-        sizes = (1000,) * pieces
+        sizes = (1000,) * examples
         nats = tuple(1000 * quality * (1 + 0.1 * hard))
         columns = {"nats": nats, "tokens": sizes, "bytes": sizes}
     elif task == "token":
         right = tuple(map(int, hard < quality))
-        columns = {"entities_right": right, "entities_predicted": (1,) * pieces, "entities_true": (1,) * pieces}
-        columns |= {"right": right, "words": (1,) * pieces}
+        columns = {"entities_right": right, "entities_predicted": (1,) * examples, "entities_true": (1,) * examples}
+        columns |= {"right": right, "words": (1,) * examples}
     else:
-        columns = {"true": (1,) * pieces, "predicted": tuple(map(int, hard < quality))}
-    return PerExampleResults(task, columns | {"agreed": (1,) * pieces, "compared": (1,) * pieces}, classes=2)
+        columns = {"true": (1,) * examples, "predicted": tuple(map(int, hard < quality))}
+    return PerExampleResults(task, columns | {"agreed": (1,) * examples, "compared": (1,) * examples}, classes=2)
 
 
 def rows_of(config) -> list[ModelResult]:
@@ -58,7 +58,7 @@ def rows_of(config) -> list[ModelResult]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_claims_of_a_recipe_are_about_its_stages(name):
+def test_the_criteria_of_a_recipe_are_about_its_stages(name):
     recipe = reproduce.read(RECIPES[name])
     criteria = recipe.criteria(Results(rows_of(recipe.get_config())))
     assert criteria and all(
@@ -88,8 +88,8 @@ def test_tables_follow_from_the_reports_that_are_there(tmp_path):
     results.write_text("before\n" + "".join(f"<!-- reproduce: {n} -->\nold\n<!-- end: {n} -->\n" for n in RECIPES))
     rows = rows_of(reproduce.read(RECIPES["sst2"]).get_config())
     (tmp_path / "runs" / "sst2").mkdir(parents=True)
-    said = dict.fromkeys(document.PROTOCOL, "made up")
-    (tmp_path / "runs" / "sst2" / "report.json").write_text(document.to_json(rows, said, "T", 0.05))
+    protocol = dict.fromkeys(document.PROTOCOL, "made up")
+    (tmp_path / "runs" / "sst2" / "report.json").write_text(document.to_json(rows, protocol, "T", 0.05))
     criteria = reproduce.run(ROOT / "configs/reproduce", tmp_path / "runs", results, "", "", only_tables=True)
     text = results.read_text()
     assert "| three layers: distilled minus undistilled | " in text and "| **no** |" in text
@@ -99,7 +99,7 @@ def test_tables_follow_from_the_reports_that_are_there(tmp_path):
     assert results.read_text() == text
 
 
-def test_claims_are_judged_by_their_middle_and_gains_by_their_interval():
+def test_criteria_are_judged_by_their_middle_and_gains_by_their_interval():
     assert at_least("speed", Ratio(1.7, 1.5, 1.8), 1.6) == Criterion("speed", "1.70× (1.50–1.80)", "≥ 1.6", True)
     assert at_most("size", 0.31, 0.3, "%") == Criterion("size", "31.0%", "≤ 30%", False)
     assert at_least("smaller", 3.2, 3.0, "×").measured == "3.20×"

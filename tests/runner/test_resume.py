@@ -86,7 +86,3 @@ def test_bit_for_bit(variant, recipe, tmp_path, cut_at, monkeypatch):
     if variant == "selecting":
         assert whole["steps"] == 9  # stopped early, and stayed so
         assert (run / "best/6").exists()
-
-
-def test_a_finished_run_returns_at_once(recipe, tmp_path, monkeypatch):
-    pass

@@ -60,10 +60,10 @@ def test_a_strength_is_swept_and_a_search_goes_on_where_it_was(files, tmp_path, 
     assert len(before) == 3 and before.items() <= after.items() and len(after) == 4
     assert [row.name for row in rows] == ["whole", "ffn 0", "ffn 0.75", "ffn 0.375"]
     assert [row.layers[0].ffn for row in rows] == [16, 16, 4, 10]
-    found = json.loads((tmp_path / "search.json").read_text())
-    assert sorted(t["values"]["small.surgery.0.ffn"] for t in found["trials"]) == [0.0, 0.375, 0.75]
-    assert [t["size"] for t in found["trials"]] == [rows[i].bytes_on_disk for i in (1, 2, 3)]
-    assert any(t["on_front"] for t in found["trials"]) and (tmp_path / "report.html").exists()
+    study = json.loads((tmp_path / "search.json").read_text())
+    assert sorted(t["values"]["small.surgery.0.ffn"] for t in study["trials"]) == [0.0, 0.375, 0.75]
+    assert [t["size"] for t in study["trials"]] == [rows[i].bytes_on_disk for i in (1, 2, 3)]
+    assert any(t["on_front"] for t in study["trials"]) and (tmp_path / "report.html").exists()
 
 
 def planned(files, vary, trials):

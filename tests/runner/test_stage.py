@@ -9,7 +9,7 @@ import pytest
 import jaxlm
 from jaxlm.runner import stage
 from jaxlm.runner.artifacts import params_sha256
-from jaxlm.runner.run_setup import set_up
+from jaxlm.runner.run_setup import prepare_run
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +31,8 @@ def trained(recipe, finished, tmp_path_factory):
 def test_result(trained):
     config, workdir, result = trained
     assert json.loads((workdir / "result.json").read_text()) == result
-    setting = set_up(config, splits=("train",))
-    batches = setting.task.batches(setting.splits["train"], setting.tokenizer, setting.data, 8, config.seed)
+    setup = prepare_run(config, splits=("train",))
+    batches = setup.task.batches(setup.splits["train"], setup.lm.tokenizer, setup.data, 8, config.seed)
     assert result["steps"] == 12
     assert result["tokens"] == sum(int((batches(step)["segment_ids"] > 0).sum()) for step in range(12))
     assert result["metrics"].keys() == {"train", "eval", "test"}
@@ -50,8 +50,8 @@ def test_the_model_is_what_was_hashed_and_measured(trained):
     assert params_sha256(lm.params) == result["params_sha256"]
     config = config.copy_and_resolve_references()
     config.model.update(init=str(workdir / "model"), **dict.fromkeys(("num_layers", "num_heads", "dropout")))
-    setting = set_up(config, splits=("eval",), info=pytest.fail)
-    measured = stage.measure(setting, stage.Trained(setting.model, setting.params, setting.axes), workdir)
+    setup = prepare_run(config, splits=("eval",), info=pytest.fail)
+    measured = stage.measure(setup, setup.lm, workdir)
     assert measured["metrics"]["eval"] == result["metrics"]["eval"]
 
 
@@ -81,7 +81,7 @@ def test_layouts(trained, tmp_path):
 
 def test_a_finished_run_returns_at_once(trained, monkeypatch):
     config, workdir, result = trained
-    monkeypatch.setattr(stage, "set_up", pytest.fail)
+    monkeypatch.setattr(stage, "prepare_run", pytest.fail)
     assert stage.run(config, workdir) == result
 
 

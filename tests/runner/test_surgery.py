@@ -9,7 +9,7 @@ import jaxlm
 from jaxlm.core import flatten
 from jaxlm.io.model_directory import PADDED, open_model, write_model
 from jaxlm.runner import registry, stage
-from jaxlm.runner.run_setup import operate, set_up
+from jaxlm.runner.run_setup import apply_surgery, prepare_run
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +58,15 @@ def test_a_trimmed_vocabulary_is_the_stage_s_own(recipe, dense, tmp_path_factory
     (tmp_path / "few.txt").write_text("\n".join(line.replace("birds", "cats") for line in lines[:20]))
     config.data.train = str(tmp_path / "few.txt")
     config.surgery = ({"name": "trim_vocabulary"}, {"name": "prune", "ffn": 0.5})
-    before = set_up(config)
-    setting = operate(before)
-    assert len(setting.tokenizer) == setting.model.config.vocab_size < len(before.tokenizer)
-    rows = [(s.tokenizer, s.splits["train"].examples.columns["input_ids"]) for s in (before, setting)]
+    before = prepare_run(config)
+    after = apply_surgery(before)
+    assert len(after.lm.tokenizer) == after.lm.config.vocab_size < len(before.lm.tokenizer)
+    rows = [(s.lm.tokenizer, s.splits["train"].examples.columns["input_ids"]) for s in (before, after)]
     old, new = ([t.convert_ids_to_tokens(row.tolist()) for row in ids] for t, ids in rows)
     assert old == new
     result = stage.run(config, tmp_path / "run")
     lm = jaxlm.load(tmp_path / "run/model")
-    assert len(lm.tokenizer) == lm.config.vocab_size == setting.model.config.vocab_size and result["steps"] == 2
+    assert len(lm.tokenizer) == lm.config.vocab_size == after.lm.config.vocab_size and result["steps"] == 2
     assert flatten(lm.params)["embed/tokens/embedding"].shape[0] == len(lm.tokenizer)
 
 
@@ -74,31 +74,31 @@ def test_scores_from_data_read_calibration_and_others_do_not(recipe, dense, tmp_
     config, _ = trained(recipe, dense, tmp_path_factory)
     config.calibration.update(samples=4, batch_size=2, length=16)
     config.surgery = ({"name": "prune", "ffn": 0.5},)
-    assert operate(set_up(config)).calibration is None
+    assert apply_surgery(prepare_run(config)).calibration is None
     config.surgery = (
         {"name": "trim_vocabulary"},
         {"name": "prune", "heads": 0.5, "ffn": 0.5, "score": "taylor", "budget": "global"},
         {"name": "drop_layers", "share": 0.5},
     )
-    setting = operate(set_up(config))
-    assert setting.calibration["samples"] == 4 and setting.model.config.num_layers == 1
-    assert setting.model.config.vocab_size == len(setting.tokenizer)
+    setup = apply_surgery(prepare_run(config))
+    assert setup.calibration["samples"] == 4 and setup.lm.config.num_layers == 1
+    assert setup.lm.config.vocab_size == len(setup.lm.tokenizer)
 
 
-def test_what_a_surgery_names_it_is_given(recipe, dense, tmp_path_factory, monkeypatch):
+def test_a_surgery_reads_what_its_context_gives(recipe, dense, tmp_path_factory, monkeypatch):
     config, _ = trained(recipe, dense, tmp_path_factory)
     seen = {}
 
-    def look(model, params, axes, *, loss, texts, depth=1):
-        seen.update(loss=loss, text=next(iter(texts("train"))))
-        return model, params, axes
+    def look(lm, context, *, depth=1):
+        seen.update(loss=context.loss(), text=next(iter(context.texts("train"))))
+        return lm
 
     monkeypatch.setitem(registry.SURGERY, "look", look)
     config.surgery = ({"name": "look"},)
-    before = set_up(config)
-    after = operate(before)
+    before = prepare_run(config)
+    after = apply_surgery(before)
     assert seen["loss"] is before.task.loss and seen["text"].endswith(".")
-    assert after.tokenizer is before.tokenizer and after.splits is before.splits
+    assert after.lm.tokenizer is before.lm.tokenizer and after.splits is before.splits
     config.surgery = ({"name": "look", "loss": 3},)
     with pytest.raises(ValueError, match="look has no option 'loss'"):
-        operate(set_up(config))
+        apply_surgery(prepare_run(config))

@@ -1,4 +1,4 @@
-"""Distillation runs: live and cached teachers, several of them, rounded ones, of other families, and own texts."""
+"""Distillation runs: live and cached teachers, several, quantized, of other families; and the student's own texts."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 import jaxlm
 from jaxlm.core import arrays
 from jaxlm.runner import stage
-from jaxlm.runner.distillation import distillation, split
+from jaxlm.runner.distillation import distillation, split_options
 from jaxlm.runner.teachers import cache_teachers
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -16,17 +16,17 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("teachers")
 
 
 @pytest.fixture
-def teacher(place, recipe):
+def teacher(folder, recipe):
     """A model directory of three layers, as wide as the students'; trained once."""
     config = recipe(steps=3, checkpoint_every=0)
     config.model.num_layers, config.model.dropout = 3, 0.0
-    stage.run(config, place / "teacher")
-    return str(place / "teacher" / "model")
+    stage.run(config, folder / "teacher")
+    return str(folder / "teacher" / "model")
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def close(a, b, tolerance):
 
 
 def test_a_cached_teacher_is_the_live_one_and_resumes_bit_for_bit(student, teacher, tmp_path, cut_at, capsys):
-    """k = vocabulary: the same model but for rounding; cut off and resumed: the same bits, nobody asked again."""
+    """k = vocabulary: the same model but for float rounding; cut off and resumed: the same bits, nobody asked again."""
     live = stage.run(student({"alpha": 0.8}), tmp_path / "live")
     cache = {"directory": str(tmp_path / "cache"), "top_k": 1000, "dtype": "float32"}
     cached = stage.run(student({"alpha": 0.8, "cache": cache}), tmp_path / "cached")
@@ -109,20 +109,20 @@ def test_few_answers_teach_too_and_another_teacher_is_refused(student, teacher, 
 
 
 def test_the_second_of_two_teachers_may_weigh_nothing(student, teacher, tmp_path):
-    """Weights (1, 0) are the first alone; the second is rounded to int8 all the same, and deeper."""
+    """Weights (1, 0) are the first alone; the second is quantized to int8 all the same, and deeper."""
     config = student({})
     config.losses, config.model.init = (), teacher
     config.model.update(
         family=None, hidden_size=None, num_layers=None, num_heads=None, max_positions=None, dropout=None
     )
     config.surgery, config.train.steps = ({"name": "quantize"},), 0
-    stage.run(config, tmp_path / "rounded")
-    rounded = str(tmp_path / "rounded" / "model")
-    both = {"hidden": 1.0, "teachers": ({"teacher": teacher, "weight": 1.0}, {"teacher": rounded, "weight": 0.0})}
+    stage.run(config, tmp_path / "int8")
+    int8 = str(tmp_path / "int8" / "model")
+    both = {"hidden": 1.0, "teachers": ({"teacher": teacher, "weight": 1.0}, {"teacher": int8, "weight": 0.0})}
     stage.run(student(both, steps=2), tmp_path / "both")
     stage.run(student({"hidden": 1.0}, steps=2), tmp_path / "first")
     assert close(tmp_path / "both", tmp_path / "first", 1e-6)
-    alone = stage.run(student({"teacher": rounded, "alpha": 1.0}, steps=2), tmp_path / "alone")
+    alone = stage.run(student({"teacher": int8, "alpha": 1.0}, steps=2), tmp_path / "alone")
     assert np.isfinite(alone["metrics"]["train"]["response"])
     assert not close(tmp_path / "alone", tmp_path / "first", 1e-6)
 
@@ -149,15 +149,16 @@ def test_on_a_mesh_as_on_one_device(student, teacher, devices, tmp_path):
     """A live teacher looked into and a cached one, over a vocabulary that does not divide."""
     cached = {"teacher": teacher, "cache": {"directory": str(tmp_path / "cache"), "top_k": 5}}
     both = {"teachers": ({"teacher": teacher, "hidden": 1.0, "attention": 1.0, "relations": 1.0}, cached)}
-    found = []
+    metrics = []
     for count, mesh in ((1, {}), (4, {"data": 2, "tensor": 2})):
         devices(count)
         config = student(both, {"dropout": 0.0}, steps=1)
         config.mesh.update(mesh)
-        found.append(stage.run(config, tmp_path / str(count))["metrics"]["train"])
-    assert len(found[0]) > 10
-    for name in found[0].keys() - {"tokens_per_second"}:
-        assert np.isclose(found[1][name], found[0][name], rtol=1e-3, atol=1e-6), name
+        metrics.append(stage.run(config, tmp_path / str(count))["metrics"]["train"])
+    one_device, four = metrics
+    assert len(one_device) > 10
+    for name in one_device.keys() - {"tokens_per_second"}:
+        assert np.isclose(four[name], one_device[name], rtol=1e-3, atol=1e-6), name
 
 
 def test_the_student_writes_and_the_teacher_judges(student, tmp_path, cut_at):
@@ -174,7 +175,7 @@ def test_the_student_writes_and_the_teacher_judges(student, tmp_path, cut_at):
 
 
 def test_a_classifier_learns_from_a_cache_by_weighed_samples(recipe, tmp_path):
-    """One answer a text, over all its classes; the file's weights reach the lesson: 0 everywhere teaches nothing."""
+    """One answer a text, over all its classes; the file's weights reach the config: 0 everywhere teaches nothing."""
     lines = [
         {"text": f"{'good' if i % 2 else 'bad'} film {i}", "label": str(i % 2), "weight": float(i % 3)}
         for i in range(24)
@@ -196,15 +197,15 @@ def test_a_classifier_learns_from_a_cache_by_weighed_samples(recipe, tmp_path):
         "sample_weight": "weight",
         "cache": {"directory": str(tmp_path / "cache"), "dtype": "float32"},
     }
-    own = config()
-    own.losses = (learn,)
-    result = stage.run(own, tmp_path / "student")
+    student = config()
+    student.losses = (learn,)
+    result = stage.run(student, tmp_path / "student")
     assert result["metrics"]["train"]["response"] > 0
     assert json.loads((tmp_path / "cache/cache.json").read_text())["layout"]["top_k"] == 2
     (tmp_path / "nothing.jsonl").write_text("\n".join(json.dumps(line | {"weight": 0}) for line in lines))
     learn.pop("cache")
-    own.losses, own.data.train = (learn,), str(tmp_path / "nothing.jsonl")
-    assert stage.run(own, tmp_path / "nothing")["metrics"]["train"]["response"] == 0
+    student.losses, student.data.train = (learn,), str(tmp_path / "nothing.jsonl")
+    assert stage.run(student, tmp_path / "nothing")["metrics"]["train"]["response"] == 0
 
 
 # The entry -----------------------------------------------------------------------------------------------------------
@@ -217,9 +218,9 @@ def test_options_of_the_entry_are_defaults_of_its_teachers():
         "temperature": 3.0,
         "teachers": [{"teacher": "a", "weight": 0.5}, {"teacher": "b", "weight": 0.5, "temperature": 1.0}],
     }
-    own, each = split(entry, "config.losses: distill")
-    assert own == {"alpha": 0.7}
-    assert [options["temperature"] for options in each] == [3.0, 1.0]
+    shared, by_teacher = split_options(entry, "config.losses: distill")
+    assert shared == {"alpha": 0.7}
+    assert [options["temperature"] for options in by_teacher] == [3.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_options_of_the_entry_are_defaults_of_its_teachers():
 )
 def test_wrong_entries_are_refused(entry, message):
     with pytest.raises(ValueError, match=message):
-        distillation({"name": "distill", **entry}, lambda *_: None)
+        distillation({"name": "distill", **entry}, teachers=None)
 
 
 @pytest.mark.parametrize(

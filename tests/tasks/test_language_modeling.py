@@ -13,8 +13,8 @@ from jaxlm.data.encoding import bytes_between, encode
 from jaxlm.data.loader import packed
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.evaluate.evaluator import example_columns, result_metrics
 from jaxlm.tasks import TASKS, BatchPredictions
-from jaxlm.tasks.metrics import bits_per_byte
 
 ENGLISH = "It was late , is n't it ? Yes ! We do n't know . Snow fell on the old roofs all night .\n"
 CHINESE = "今天天气很好，我们去公园散步吧。😀 é e\u0301 \u200d\n"
@@ -52,16 +52,16 @@ TEXTS = st.lists(
 def test_rows_hold_the_bytes_of_the_text(kind, begin, texts, length, batch_size):
     """With a begin token all of them; without one those of a document's first token are predicted by nobody."""
     first = [1] if begin else []
-    found = encode(tokenizer_of(kind), texts, special_tokens=False, before=first, after=[2], count_bytes=True)
-    assume(len(found.ids.values))
-    batches = packed(found.ids, batch_size, None, length=length, sizes=found.bytes)
+    encoded = encode(tokenizer_of(kind), texts, special_tokens=False, before=first, after=[2], count_bytes=True)
+    assume(len(encoded.ids.values))
+    batches = packed(encoded.ids, batch_size, None, length=length, sizes=encoded.bytes)
     batch = {name: np.concatenate([batches(i)[name] for i in range(batches.steps_per_epoch)]) for name in batches(0)}
     sizes = [len(text.encode()) for text in texts]
-    assert [int(row.sum()) for row in found.bytes] == sizes
-    assert batch["bytes"].sum() == sum(sizes) - sum(int(row[0]) for row in found.bytes)
+    assert [int(row.sum()) for row in encoded.bytes] == sizes
+    assert batch["bytes"].sum() == sum(sizes) - sum(int(row[0]) for row in encoded.bytes)
     assert not batch["bytes"][batch["labels"] == -100].any() and batch["bytes"].dtype == np.int32
     if begin:
-        assert not any(row[0] for row in found.bytes)
+        assert not any(row[0] for row in encoded.bytes)
     assert batches(-1)["bytes"].shape == batches(0)["bytes"].shape and not batches(-1)["bytes"].any()
 
 
@@ -69,8 +69,8 @@ def test_bytes_are_those_of_the_tokens():
     """Of characters, each its own; of byte-level pieces, up to the end of the character in which a piece ends."""
     text = CHINESE + ENGLISH
     widths = [len(character.encode()) for character in text]
-    found = encode(tokenizer_of("character"), [text], before=[0], after=[0], count_bytes=True).bytes[0]
-    assert found.tolist() == [0, *widths, 0]
+    sizes = encode(tokenizer_of("character"), [text], before=[0], after=[0], count_bytes=True).bytes[0]
+    assert sizes.tolist() == [0, *widths, 0]
     tokenizer = tokenizer_of("bpe:300")
     encoded = encode(tokenizer, [text], before=[0], after=[0], count_bytes=True)
     pieces = tokenizer.convert_ids_to_tokens(encoded.ids[0][1:-1].tolist())  # one character stands for one byte
@@ -90,9 +90,9 @@ def test_pieces_of_a_long_text_add_up(kind, monkeypatch):
     texts = [ENGLISH * 3 + CHINESE * 2 + ENGLISH, "", ENGLISH]
     whole = encode(tokenizer_of(kind), texts, special_tokens=False, after=[2], count_bytes=True)
     monkeypatch.setattr(encoding, "LONG", 40)
-    found = encode(tokenizer_of(kind), texts, special_tokens=False, after=[2], count_bytes=True, chunk=2)
-    assert np.array_equal(found.ids.values, whole.ids.values)
-    assert [row.sum() for row in found.bytes] == [len(text.encode()) for text in texts]
+    encoded = encode(tokenizer_of(kind), texts, special_tokens=False, after=[2], count_bytes=True, chunk=2)
+    assert np.array_equal(encoded.ids.values, whole.ids.values)
+    assert [row.sum() for row in encoded.bytes] == [len(text.encode()) for text in texts]
     assert [row.sum() for row in whole.bytes] == [len(text.encode()) for text in texts]
 
 
@@ -108,8 +108,8 @@ def test_what_no_token_stands_for_belongs_to_the_next_one(monkeypatch):
     text = "aaaa aaaa bc aaaa"
     assert all(tokenizer(piece)["input_ids"] for piece in encoding.pieces(backend, text))
     for after, counts in (([1], [11, 1, 5]), ([], [11, 6])):
-        found = encode(tokenizer, [text, ""], special_tokens=False, after=after, count_bytes=True)
-        assert found.bytes[0].tolist() == counts and not found.bytes[1].any()
+        encoded = encode(tokenizer, [text, ""], special_tokens=False, after=after, count_bytes=True)
+        assert encoded.bytes[0].tolist() == counts and not encoded.bytes[1].any()
 
 
 def evaluated(tmp_path, kind, split="eval"):
@@ -130,39 +130,40 @@ def test_only_what_is_measured_on_has_its_bytes_counted(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bpe:300", "wordpiece:120"])
 def test_the_report_and_the_result_divide_by_the_same_bytes(tmp_path, kind):
-    """`result.json` by way of sums of terms, the report by way of pieces; both against the likelihoods themselves."""
+    """Both against the likelihoods themselves."""
     import jax.numpy as jnp
 
-    task, tokenizer = TASKS["causal"], tokenizer_of(kind)
+    spec, tokenizer = TASKS["causal"].evaluation, tokenizer_of(kind)
     prepared, batches = evaluated(tmp_path, kind)
-    sums, columns, nats = [], [], 0.0
+    predictions, nats, right = [], 0.0, 0
     draw = np.random.default_rng(0)
     for number in range(batches.steps_per_epoch):
         batch = batches(number)
         logits = draw.normal(size=(*batch["labels"].shape, len(tokenizer))).astype(np.float32)
-        outputs, given = {"logits": jnp.asarray(logits)}, {name: jnp.asarray(array) for name, array in batch.items()}
-        sums.append(task.measure(outputs, given))
-        seen = {name: np.asarray(array) for name, array in task.quality.read(outputs, given).items()}
-        columns.append(task.quality.pieces(BatchPredictions(seen, None, batch, tokenizer, ())))
+        read = spec.read({"logits": jnp.asarray(logits)}, {name: jnp.asarray(array) for name, array in batch.items()})
+        read = {name: np.asarray(array) for name, array in read.items()}
+        predictions.append(BatchPredictions(read, teacher=None, batch=batch, labels=()))
         likelihood = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
         real = batch["labels"] >= 0
         nats -= likelihood[real, batch["labels"][real]].sum()
-    terms = {
-        name: type(sums[0][name])(*(sum(float(each[name][i]) for each in sums) for i in range(2))) for name in sums[0]
-    }
-    pieces = {name: np.concatenate([each[name] for each in columns]) for name in columns[0]}
+        right += (logits.argmax(-1) == batch["labels"]).sum()
+    columns = example_columns(spec, predictions)
     first = prepared.examples.columns["bytes"][0][0]
     size = prepared.facts["bytes"] - (0 if kind == "bpe:300" else first)
-    assert terms["bits_per_byte"].weight == pieces["bytes"].sum() == size
-    assert (first == 0) == (kind == "bpe:300")
-    expected = nats / math.log(2) / size
-    assert task.score(terms, {}, (), {}).metrics["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
-    assert bits_per_byte.value(bits_per_byte.sums(pieces, 0).sum(0)) == pytest.approx(expected, rel=1e-5)
+    assert columns["bytes"].sum() == size and (first == 0) == (kind == "bpe:300")
+    metrics = result_metrics(spec, columns, 0, prepared.facts)
+    stored = spec.reported(columns)
+    assert metrics.keys() == {"loss", "perplexity", "accuracy", "bits_per_byte"}
+    assert stored.keys() == {"nats", "tokens", "bytes"} and len(stored["nats"]) == batches.steps_per_epoch
+    assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(nats / columns["tokens"].sum(), rel=1e-5)
+    assert metrics["accuracy"] == right / columns["tokens"].sum()
+    assert {metric.name: metric.over(stored, 0) for metric in spec.compared} == {
+        name: metrics[name] for name in ("bits_per_byte", "perplexity")
+    }
 
 
 def test_text_without_a_byte_has_no_bits_per_byte():
-    from jaxlm.core import Term
-
-    terms = {"cross_entropy": Term(2.0, 1.0), "accuracy": Term(0.0, 1.0)}
-    for nothing in ({}, {"bits_per_byte": Term(3.0, 0.0)}):
-        assert "bits_per_byte" not in TASKS["causal"].score(terms | nothing, {}, (), {"bytes": 7}).metrics
+    columns = {"nats": np.ones(1), "tokens": np.ones(1, np.int64), "right": np.zeros(1, np.int64)}
+    for nothing in ({}, {"bytes": np.zeros(1, np.int64)}):
+        assert "bits_per_byte" not in result_metrics(TASKS["causal"].evaluation, columns | nothing, 0, {"bytes": 7})

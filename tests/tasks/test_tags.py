@@ -7,9 +7,9 @@ import pytest
 from seqeval.metrics import classification_report
 from seqeval.scheme import BILOU, IOB2, IOBES, Entities
 
-from jaxlm.core import Term
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.evaluate.evaluator import Score, example_columns, result_metrics
 from jaxlm.tasks import TASKS, BatchPredictions
 from jaxlm.tasks.tags import scheme_of
 
@@ -80,50 +80,47 @@ def test_words_of_segmented_chinese():
     }
 
 
-def score(true: list[str], predicted: list[str], labels: tuple[str, ...]):
-    """Metrics and report of the result, and F1 as a report's pieces add up."""
+def score(true: list[str], predicted: list[str], labels: tuple[str, ...]) -> tuple[Score, float]:
+    """Metrics and table of the result, and F1 of what a report stores."""
     true_ids, predicted_ids = (
         np.array([[labels.index(tag) for tag in tags.split()] for tags in rows], np.int32) for rows in (true, predicted)
     )
-    found = TASKS["token"].score(
-        {"cross_entropy": Term(1.0, 1.0)},
-        {"true": true_ids, "predicted": predicted_ids},
-        labels,
-        {"truncated_words": 3},
-    )
-    quality = TASKS["token"].quality
-    pieces = quality.pieces(BatchPredictions({"predicted": predicted_ids}, None, {"labels": true_ids}, None, labels))
-    measure = quality.measures[0]
-    return found, float(measure.value(measure.sums(pieces, len(labels)).sum(axis=0)))
+    spec, facts = TASKS["token"].evaluation, {"truncated_words": 3}
+    read = {"predicted": predicted_ids, "nats": np.ones(len(true), np.float32)}
+    predictions = [BatchPredictions(read, None, {"labels": true_ids}, labels)]
+    columns = example_columns(spec, predictions)
+    metrics = result_metrics(spec, columns, len(labels), facts)
+    f1 = spec.compared[0].over(spec.reported(columns), len(labels))
+    return Score(metrics, lambda: spec.table(predictions, facts)), f1
 
 
 def test_flat_tags_are_names_by_their_whole_tag():
     labels = ("art-other", "building-other", "person-other", "O")
-    found, reported = score(
+    result, reported = score(
         ["person-other person-other O art-other"], ["person-other person-other O building-other"], labels
     )
-    assert found.metrics["f1"] == reported == 0.5
-    found, reported = score(["person-other building-other O"], ["building-other building-other O"], labels)
-    assert found.metrics["f1"] == reported == 0.0  # two names, of which the guess makes one
+    assert result.metrics["f1"] == reported == 0.5
+    result, reported = score(["person-other building-other O"], ["building-other building-other O"], labels)
+    assert result.metrics["f1"] == reported == 0.0  # two names, of which the guess makes one
 
 
 def test_scores_of_bilou_are_those_of_its_names():
     labels = ("B-X", "I-X", "L-X", "O", "U-X")
     true, predicted = ["U-X U-X O O", "B-X I-X L-X O"], ["U-X O U-X O", "B-X I-X L-X U-X"]
-    found, reported = score(true, predicted, labels)
-    assert (found.metrics["precision"], found.metrics["recall"]) == (0.5, pytest.approx(2 / 3))
-    assert found.metrics["f1"] == pytest.approx(4 / 7) and reported == pytest.approx(4 / 7)
+    result, reported = score(true, predicted, labels)
+    assert (result.metrics["precision"], result.metrics["recall"]) == (0.5, pytest.approx(2 / 3))
+    assert result.metrics["f1"] == pytest.approx(4 / 7) and reported == pytest.approx(4 / 7)
     iob = [
         [tags.split() for tags in rows]
         for rows in (["B-X B-X O O", "B-X I-X I-X O"], ["B-X O B-X O", "B-X I-X I-X B-X"])
     ]
-    assert classification_report(*iob, digits=4) in found.report
+    assert classification_report(*iob, digits=4) in result.report
 
 
 def test_unread_words_stand_beside_the_score():
-    found, _ = score(["B-X O"], ["B-X O"], ("B-X", "O"))
-    assert found.metrics["unread_words"] == 3
-    assert "unread words (beyond max_length, or without pieces), not counted above: 3" in found.report
+    result, _ = score(["B-X O"], ["B-X O"], ("B-X", "O"))
+    assert result.metrics["unread_words"] == 3
+    assert "unread words (beyond max_length, or without pieces), not counted above: 3" in result.report
 
 
 def test_tags_of_two_kinds_are_refused(tmp_path):

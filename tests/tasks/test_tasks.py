@@ -61,7 +61,7 @@ def recipe(task: str, files: Path) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def done(files, tmp_path_factory):
-    """`done(task)`: the run_setup, the model and the result of its run of two steps."""
+    """`done(task)`: the setup, the model and the result of its run of two steps."""
     runs: dict = {}
 
     def get(task: str):
@@ -70,14 +70,14 @@ def done(files, tmp_path_factory):
                 patch.setattr(run_setup, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
                 config, workdir = recipe(task, files), tmp_path_factory.mktemp(task)
                 result = stage.run(config, workdir)
-                runs[task] = run_setup.set_up(config), jaxlm.load(workdir / "model"), result
+                runs[task] = run_setup.prepare_run(config), jaxlm.load(workdir / "model"), result
         return runs[task]
 
     return get
 
 
 def rows(made, seed=None, batch_size=4) -> Iterator[dict[str, np.ndarray]]:
-    batches = made.task.batches(made.splits["eval"], made.tokenizer, made.data, batch_size, seed)
+    batches = made.task.batches(made.splits["eval"], made.lm.tokenizer, made.data, batch_size, seed)
     for number in range(batches.steps_per_epoch):
         batch = batches(number)
         for row in range(batch_size):
@@ -126,7 +126,7 @@ def test_language_modelling(task, done):
 def test_bits_per_byte_account_for_every_token(done, files):
     made, lm, result = done("causal")
     documents = (files / "eval.txt").read_text().splitlines()
-    ids = [made.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
+    ids = [made.lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
     special = [token for token in (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id) if token is not None]
     labels = sum(len(row) + len(special) - 1 for row in ids)
     metrics = result["metrics"]["eval"]
@@ -203,13 +203,13 @@ def test_entities(done, files):
 
 def test_every_example_counts_once_on_eight_devices(done, files):
     """Eleven examples in batches of eight: the last one has five rows of filler."""
-    made, lm, result = done("sequence")
+    _, lm, result = done("sequence")
     config = recipe("sequence", files)
     config.train.batch_size = 8
-    many = run_setup.set_up(config)
+    many = run_setup.prepare_run(config)
     assert many.mesh.size == 8
-    evaluate = run_setup.split_evaluator(many, made.model, "eval")
-    score = evaluate(run_setup.on_mesh(many, made.model, made.model.run_view(lm.params), lm.axes))
+    evaluate = run_setup.split_evaluator(many, lm.network, "eval")
+    score = evaluate(run_setup.on_mesh(many, lm))
     assert score.metrics == pytest.approx(result["metrics"]["eval"], rel=1e-5)
     assert "11" in score.report.splitlines()[-1].split()
 
@@ -219,9 +219,9 @@ def test_unknown_labels_of_an_evaluation_are_bad_rows(files, tmp_path):
     config = recipe("sequence", files)
     config.data.eval = str(tmp_path / "eval.jsonl")
     with pytest.raises(ValueError, match=r"eval\.jsonl:1: label 'q' is not among the classes \(a, b, z\)"):
-        run_setup.set_up(config)
+        run_setup.prepare_run(config)
     config.data.bad_rows = "skip"
     said: list[str] = []
-    made = run_setup.set_up(config, info=said.append)
+    made = run_setup.prepare_run(config, info=said.append)
     assert len(made.splits["eval"].examples) == 1
     assert any("label 'q'" in line for line in said)

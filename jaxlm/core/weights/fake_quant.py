@@ -1,31 +1,34 @@
 """FakeQuant: quantization-aware training with a straight-through estimator."""
 
-from typing import Any, Self
+from typing import Self
 
 import jax
+import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from jaxlm.core.context import Context
 from jaxlm.core.matmul import matmul, matmul_transposed
 from jaxlm.core.weight import Axes, Component, Weight, materialize
 from jaxlm.core.weights.quantized import Quantized, check_activations, per_token
-from jaxlm.core.weights.scheme import INT8, Scheme, grid, straight_through, to_codes
+from jaxlm.core.weights.scheme import INT8, Scale, Scheme, ZeroPoint, grid, straight_through, to_codes
 
 
 class FakeQuant(Weight):
-    """`W = q(base)`: the float weight is trained, the forward pass sees what its codes stand for.
+    """`W = q(base)`: the float weight is trained, the forward pass sees its quantized values.
 
     The grid follows the weight: recomputed in every pass and not differentiated, exactly as `Quantized.of` computes it,
     so that `quantize()` stores the function that was trained.
 
     Attributes:
-      base: array or Weight `[in, out]`.
+      base: the weight that is trained.
       scheme: format of the weight. Static.
-      activations: format of the inputs, rounded a token at a time; `None` leaves them as they are. Static.
+      activations: format of the inputs, quantized a token at a time; `None` leaves them in floats. Static.
       channel: dimension with a scale of its own, as in `Quantized`. Static.
     """
 
-    base: jax.Array | Weight
+    base: Float[Array, "*layers in out"] | Weight
     scheme: Scheme = struct.field(pytree_node=False, default=INT8)
     activations: Scheme | None = struct.field(pytree_node=False, default=None)
     channel: int = struct.field(pytree_node=False, default=-1)
@@ -33,7 +36,7 @@ class FakeQuant(Weight):
     @classmethod
     def of(
         cls,
-        base: jax.Array | Weight,
+        base: Float[Array, "in out"] | Weight,
         scheme: Scheme = INT8,
         *,
         dynamic: bool = False,
@@ -43,7 +46,7 @@ class FakeQuant(Weight):
         """A weight in training, with the arguments of `Quantized.of`.
 
         Raises:
-          ValueError: for formats that do not go together, or inputs that are not rounded a token at a time.
+          ValueError: for formats that do not go together, or inputs that are not quantized a token at a time.
         """
         activations = per_token(scheme) if dynamic and activations is None else activations
         check_activations(scheme, activations)
@@ -61,30 +64,34 @@ class FakeQuant(Weight):
         return self.base.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         return self.base.dtype
 
-    def grid(self, dense: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def grid(self, dense: Float[Array, "*layers in out"]) -> tuple[Scale, ZeroPoint | None]:
         """Scale and zero point of the weight."""
         return grid(dense, self.scheme, self.axis)
 
-    def materialize(self) -> jax.Array:
+    def materialize(self) -> Float[Array, "*layers in out"]:
         dense = materialize(self.base)
         return straight_through(dense, *jax.lax.stop_gradient(self.grid(dense)), self.scheme, self.axis)
 
-    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+    def dot(
+        self, x: Float[Array, "*batch in"], ctx: Context, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch out"]:
         return matmul(self.rounded(x) if self.channel == -1 else x, self.materialize(), dtype)
 
-    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+    def attend(
+        self, x: Float[Array, "*batch out"], ctx: Context, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch in"]:
         return matmul_transposed(self.rounded(x) if self.channel == -2 else x, self.materialize(), dtype)
 
-    def rounded(self, x: jax.Array) -> jax.Array:
-        """The inputs `[..., in]` as an integer product would see them."""
+    def rounded(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
+        """The inputs as an integer product would see them."""
         if self.activations is None:
             return x
         rows = x.reshape(-1, x.shape[-1])
-        own = jax.lax.stop_gradient(grid(rows, self.activations, -1))
-        return straight_through(rows, *own, self.activations, -1).reshape(x.shape)
+        scale, zero = jax.lax.stop_gradient(grid(rows, self.activations, -1))
+        return straight_through(rows, scale, zero, self.activations, -1).reshape(x.shape)
 
     def quantize(self) -> Quantized:
         """The stored form: the same function with codes."""

@@ -1,9 +1,9 @@
 """InputScaled: a weight whose inputs are scaled first."""
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxlm.core.context import Context
 from jaxlm.core.weight import Axes, Component, Weight, attend, dot, materialize, take
@@ -13,36 +13,36 @@ class InputScaled(Weight):
     """`W = diag(scale) base`, run as `(x ⊙ scale) base`: the base meets the scaled inputs.
 
     SmoothQuant and AWQ divide inputs by `s` and multiply the rows of the base by it; where `1/s` cannot be folded into
-    what made the inputs (a norm whose output is the residual stream too), it stays here. A base that rounds its inputs
-    rounds the scaled ones, which is the point.
-
-    Attributes:
-      base: array or Weight `[in, out]`.
-      scale: float32 `[in]`.
+    what made the inputs (a norm whose output is the residual stream too), it stays here. A base that quantizes its
+    inputs quantizes the scaled ones, which is the point.
     """
 
-    base: jax.Array | Weight
-    scale: jax.Array
+    base: Float[Array, "*layers in out"] | Weight
+    scale: Float32[Array, "*layers in"]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         return self.base.dtype
 
-    def materialize(self) -> jax.Array:
-        return (materialize(self.base).astype(jnp.float32) * self.scale[:, None]).astype(self.dtype)
+    def materialize(self) -> Float[Array, "*layers in out"]:
+        return (materialize(self.base).astype(jnp.float32) * self.scale[..., None]).astype(self.dtype)
 
-    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+    def dot(
+        self, x: Float[Array, "*batch in"], ctx: Context, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch out"]:
         return dot((x.astype(jnp.float32) * self.scale).astype(x.dtype), self.base, ctx, dtype)
 
-    def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
+    def take(self, ids: Int[Array, "*batch"], ctx: Context) -> Float[Array, "*batch out"]:
         rows, scale = take(self.base, ids, ctx), jnp.take(self.scale, ids, axis=0)[..., None]
         return (rows.astype(jnp.float32) * scale).astype(rows.dtype)
 
-    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+    def attend(
+        self, x: Float[Array, "*batch out"], ctx: Context, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch in"]:
         y = attend(x, self.base, ctx, dtype)
         return (y.astype(jnp.float32) * self.scale).astype(y.dtype)
 

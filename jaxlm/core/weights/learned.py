@@ -6,23 +6,38 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
 from jaxlm.core.weight import Axes, Component, Weight, materialize
 from jaxlm.core.weights.fake_quant import FakeQuant
 from jaxlm.core.weights.quantized import Quantized, scale_axes
-from jaxlm.core.weights.scheme import INT8, INTEGERS, Scheme, exactly, from_codes, grid, over, spread, to_codes
+from jaxlm.core.weights.scheme import (
+    INT8,
+    INTEGERS,
+    Scale,
+    Scheme,
+    ZeroPoint,
+    from_codes,
+    grid,
+    reduce_groups,
+    replace_gradient,
+    spread,
+    to_codes,
+)
 
 
-def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
+def scale_gradient(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
     """`x`, whose gradient is multiplied by `factor`.
 
     >>> jax.grad(scale_gradient)(3.0, 0.25).item()
     0.25
     """
-    return exactly(x, x * factor)
+    return replace_gradient(x, x * factor)
 
 
-def learned_step(w: jax.Array, step: jax.Array, scheme: Scheme, axis: int = -2) -> jax.Array:
+def learned_step(
+    w: Float[Array, "*layers rows columns"], step: Scale, scheme: Scheme, axis: int = -2
+) -> Float[Array, "*layers rows columns"]:
     """`ŵ = s · clip(round(w/s), ±Q)`, differentiated in both: LSQ.
 
     `∂ŵ/∂w` is 1 where `|w/s| ≤ Q`, else 0; `∂ŵ/∂s` is `round(w/s) - w/s` there, else `±Q`, and the gradient of the
@@ -41,16 +56,16 @@ def learned_step(w: jax.Array, step: jax.Array, scheme: Scheme, axis: int = -2) 
     inside = jnp.abs(steps) <= largest
     slope = jax.lax.stop_gradient(jnp.where(inside, jnp.round(steps) - steps, largest * jnp.sign(steps)))
     value = from_codes(to_codes(w, step, None, scheme, axis), step, None, scheme, axis)
-    return exactly(value.astype(w.dtype), jnp.where(inside, w, 0) + (slope * wide).astype(w.dtype))
+    return replace_gradient(value.astype(w.dtype), jnp.where(inside, w, 0) + (slope * wide).astype(w.dtype))
 
 
-def positive(scale: jax.Array) -> jax.Array:
+def positive(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`|s|`, and 1 for 0: a learned scale may cross zero, and one of a padded channel is zero."""
     return jnp.where(scale == 0, 1.0, jnp.abs(scale))
 
 
-def learned_clip(x: jax.Array, clip: jax.Array, scheme: Scheme) -> jax.Array:
-    """Inputs clipped to `[0, α]` (asymmetric `scheme`) or `[-α, α]` and rounded: PACT.
+def learned_clip(x: Float[Array, "*batch in"], clip: Float[Array, ""], scheme: Scheme) -> Float[Array, "*batch in"]:
+    """Inputs clipped to `[0, α]` (asymmetric `scheme`) or `[-α, α]` and quantized: PACT.
 
     `q(clip(x, 0, α))` with `s = α / (2^b - 1)`; `∂/∂x` is 1 inside, `∂/∂α` is 1 where `x ≥ α`; the symmetric form adds
     -1 where `x ≤ -α`. Source: Choi et al. 2018, arXiv:1805.06085.
@@ -59,21 +74,21 @@ def learned_clip(x: jax.Array, clip: jax.Array, scheme: Scheme) -> jax.Array:
     >>> jax.grad(lambda a: learned_clip(jnp.array([0.3, 7.0, 9.0]), a, unsigned).sum())(6.0).item()
     2.0
     """
-    bound = positive(jnp.asarray(clip))
-    own = clip_grid(bound, scheme)
-    rows = x.reshape(-1, x.shape[-1])
-    rounded = from_codes(to_codes(rows, *own, scheme, -1), *own, scheme, -1).astype(x.dtype).reshape(x.shape)
+    bound = positive(clip)
+    scale, zero = clip_grid(bound, scheme)
+    codes = to_codes(x.reshape(-1, x.shape[-1]), scale, zero, scheme, -1)
+    rounded = from_codes(codes, scale, zero, scheme, -1).astype(x.dtype).reshape(x.shape)
     low = -bound if scheme.symmetric else jnp.zeros_like(bound)
-    return exactly(rounded, jnp.where(x >= bound, bound, jnp.where(x <= low, low, x)).astype(x.dtype))
+    return replace_gradient(rounded, jnp.where(x >= bound, bound, jnp.where(x <= low, low, x)).astype(x.dtype))
 
 
-def clip_grid(clip: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array | None]:
-    """The grid `[1, 1]` of inputs clipped at a positive `clip []`."""
+def clip_grid(clip: Float[Array, ""], scheme: Scheme) -> tuple[Scale, ZeroPoint | None]:
+    """The grid `[1, 1]` of inputs clipped at a positive `clip`."""
     return grid(jnp.stack([jnp.zeros_like(clip), clip]).astype(jnp.float32)[None], scheme)
 
 
 STATIC = Scheme("int8", "tensor")
-"""Inputs in int8, all on one grid."""
+"""Static int8 activations: all inputs on one grid."""
 
 
 class LSQ(FakeQuant):
@@ -83,12 +98,12 @@ class LSQ(FakeQuant):
       scale: the steps, shaped as in `scheme`.
     """
 
-    scale: jax.Array = struct.field(default=None)
+    scale: Scale = struct.field(default=None)
 
     @classmethod
     def of(
         cls,
-        base: jax.Array | Weight,
+        base: Float[Array, "in out"] | Weight,
         scheme: Scheme = INT8,
         *,
         dynamic: bool = False,
@@ -98,16 +113,16 @@ class LSQ(FakeQuant):
         """A weight in training, its steps at `2 mean|w| / sqrt(Q)`, as in the paper."""
         if scheme.bits not in INTEGERS or not scheme.symmetric:
             raise ValueError(f"LSQ learns the step of symmetric integers, not of {scheme}")
-        own = super().of(base, scheme, dynamic=dynamic, activations=activations, channel=channel)
-        dense = jnp.abs(materialize(base).astype(jnp.float32))
-        total, count = (over(jnp.sum, a, scheme, own.axis) for a in (dense, jnp.ones_like(dense)))
+        weight = super().of(base, scheme, dynamic=dynamic, activations=activations, channel=channel)
+        magnitude = jnp.abs(materialize(base).astype(jnp.float32))
+        total, count = (reduce_groups(jnp.sum, a, scheme, weight.axis) for a in (magnitude, jnp.ones_like(magnitude)))
         step = 2 * total / count / math.sqrt(scheme.largest)
-        return own.replace(scale=jnp.where(step == 0, 1.0, step))
+        return weight.replace(scale=jnp.where(step == 0, 1.0, step))
 
-    def grid(self, dense: jax.Array) -> tuple[jax.Array, None]:
+    def grid(self, dense: Float[Array, "*layers in out"]) -> tuple[Scale, None]:
         return positive(self.scale), None
 
-    def materialize(self) -> jax.Array:
+    def materialize(self) -> Float[Array, "*layers in out"]:
         return learned_step(materialize(self.base), self.scale, self.scheme, self.axis)
 
     def components(self, axes: Axes) -> dict[str, Component]:
@@ -116,20 +131,20 @@ class LSQ(FakeQuant):
 
 
 class PACT(FakeQuant):
-    """A FakeQuant whose inputs are clipped at a learned bound and rounded, all on one grid (`learned_clip`).
+    """A FakeQuant whose inputs are clipped at a learned bound and quantized, all on one grid (`learned_clip`).
 
     Attributes:
       activations: integers with the group `"tensor"`. Static.
-      clip: the bound `α []`.
+      clip: the bound α.
     """
 
     activations: Scheme = struct.field(pytree_node=False, default=STATIC)
-    clip: jax.Array = struct.field(default=None)
+    clip: Float[Array, "*layers"] = struct.field(default=None)
 
     @classmethod
     def of(
         cls,
-        base: jax.Array | Weight,
+        base: Float[Array, "in out"] | Weight,
         scheme: Scheme = INT8,
         *,
         dynamic: bool = False,
@@ -147,13 +162,13 @@ class PACT(FakeQuant):
             raise ValueError(f"PACT: the bound of the inputs must be positive, not {clip}")
         return cls(base, scheme=scheme, activations=activations, channel=channel, clip=jnp.float32(clip))
 
-    def rounded(self, x: jax.Array) -> jax.Array:
+    def rounded(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
         return learned_clip(x, self.clip, self.activations)
 
     def quantize(self) -> Quantized:
         scale, zero = clip_grid(positive(self.clip), self.activations)
-        own = super().quantize()
-        return own.replace(input_scale=scale.reshape(()), input_zero=None if zero is None else zero.reshape(()))
+        stored = super().quantize()
+        return stored.replace(input_scale=scale.reshape(()), input_zero=None if zero is None else zero.reshape(()))
 
     def components(self, axes: Axes) -> dict[str, Component]:
         return super().components(axes) | {"clip": Component((), "scale")}

@@ -1,10 +1,10 @@
 """LowRank: a weight plus a trained update of low rank."""
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from jaxlm.core.context import Context
 from jaxlm.core.dropout import dropout
@@ -18,15 +18,15 @@ class LowRank(Weight):
     Source: Hu et al. 2021, LoRA, arXiv:2106.09685.
 
     Attributes:
-      base: array or Weight `[in, out]`, quantized in QLoRA.
-      a: `[in, rank]`, b: `[rank, out]`.
+      base: quantized in QLoRA.
+      a, b: the factors of the update.
       scale: `alpha / rank`. Static.
       rate: dropout rate on the input of the update. Static.
     """
 
-    base: jax.Array | Weight
-    a: jax.Array
-    b: jax.Array
+    base: Float[Array, "*layers in out"] | Weight
+    a: Float[Array, "*layers in rank"]
+    b: Float[Array, "*layers rank out"]
     scale: float = struct.field(pytree_node=False, default=1.0)
     rate: float = struct.field(pytree_node=False, default=0.0)
 
@@ -35,21 +35,25 @@ class LowRank(Weight):
         return self.base.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         return self.base.dtype
 
-    def materialize(self) -> jax.Array:
+    def materialize(self) -> Float[Array, "*layers in out"]:
         update = self.scale * (self.a.astype(jnp.float32) @ self.b.astype(jnp.float32))
         return (materialize(self.base).astype(jnp.float32) + update).astype(self.dtype)
 
-    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+    def dot(
+        self, x: Float[Array, "*batch in"], ctx: Context, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch out"]:
         update = matmul(matmul(dropout(x, self.rate, ctx.at("low_rank")), self.a), self.b, dtype)
         return dot(x, self.base, ctx, dtype) + self.scale * update
 
-    def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
+    def take(self, ids: Int[Array, "*batch"], ctx: Context) -> Float[Array, "*batch out"]:
         return take(self.base, ids, ctx) + self.scale * matmul(jnp.take(self.a, ids, axis=0), self.b)
 
-    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+    def attend(
+        self, x: Float[Array, "*batch out"], ctx: Context, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch in"]:
         update = matmul_transposed(matmul_transposed(x, self.b), self.a, dtype)
         return attend(x, self.base, ctx, dtype) + self.scale * update
 

@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jaxtyping import Array, Bool, Float, Float32
 
 from jaxlm.core.weight import Axes, Component, Weight, materialize
 
@@ -14,13 +16,13 @@ class Masked(Weight):
     were there, which methods that bring entries back have to know (the straight-through estimator).
 
     Attributes:
-      base: array or Weight `[in, out]`.
-      mask: bool `[in, out]`, true where the entry is kept.
+      base: the weight before masking.
+      mask: true where the entry is kept.
       dense_grad: the gradient passes where the mask is false, too. Static.
     """
 
-    base: jax.Array | Weight
-    mask: jax.Array
+    base: Float[Array, "*layers in out"] | Weight
+    mask: Bool[Array, "*layers in out"]
     dense_grad: bool = struct.field(pytree_node=False, default=False)
 
     @property
@@ -28,10 +30,10 @@ class Masked(Weight):
         return self.mask.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         return self.base.dtype
 
-    def materialize(self) -> jax.Array:
+    def materialize(self) -> Float[Array, "*layers in out"]:
         dense = materialize(self.base)
         # x - x is exactly zero, and has the gradient of x where only the second is held constant.
         hidden = dense - jax.lax.stop_gradient(dense) if self.dense_grad else jnp.zeros((), dense.dtype)
@@ -45,10 +47,10 @@ class Scored(Masked):
     """A Masked weight whose entries carry scores, gathered while it trains.
 
     Attributes:
-      scores: float32 `[in, out]`; a method says what they are. They lie where the weight lies.
+      scores: defined by the method that gathers them; sharded as the weight is.
     """
 
-    scores: jax.Array = struct.field(kw_only=True)
+    scores: Float32[Array, "*layers in out"] = struct.field(kw_only=True)
 
     def components(self, axes: Axes) -> dict[str, Component]:
         return {**super().components(axes), "scores": Component(axes, "mask")}

@@ -1,9 +1,9 @@
-"""Observed: a weight whose inputs are looked at."""
+"""Observed: a weight whose inputs are observed."""
 
-from typing import Any
-
-import jax
+import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from jaxlm.core.context import Context
 from jaxlm.core.weight import Axes, Component, Weight, attend, dot, materialize, take
@@ -15,11 +15,11 @@ class Observed(Weight):
     It exists while a layer is calibrated and is never stored.
 
     Attributes:
-      base: array or Weight `[in, out]`.
-      name: what the observer is told. Static.
+      base: the weight itself.
+      name: passed to the observer. Static.
     """
 
-    base: jax.Array | Weight
+    base: Float[Array, "*layers in out"] | Weight
     name: str = struct.field(pytree_node=False, default="")
 
     @property
@@ -27,21 +27,25 @@ class Observed(Weight):
         return self.base.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         return self.base.dtype
 
-    def materialize(self) -> jax.Array:
+    def materialize(self) -> Float[Array, "*layers in out"]:
         return materialize(self.base)
 
-    def dot(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+    def dot(
+        self, x: Float[Array, "*batch in"], ctx: Context, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch out"]:
         if ctx.observe is not None:
             ctx.observe(self.name, x)
         return dot(x, self.base, ctx, dtype)
 
-    def take(self, ids: jax.Array, ctx: Context) -> jax.Array:
+    def take(self, ids: Int[Array, "*batch"], ctx: Context) -> Float[Array, "*batch out"]:
         return take(self.base, ids, ctx)
 
-    def attend(self, x: jax.Array, ctx: Context, dtype: Any = None) -> jax.Array:
+    def attend(
+        self, x: Float[Array, "*batch out"], ctx: Context, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch in"]:
         return attend(x, self.base, ctx, dtype)
 
     def components(self, axes: Axes) -> dict[str, Component]:

@@ -1,8 +1,8 @@
-"""Scheme: a number format, its granularity, and the three functions that every quantization rests on.
+"""Scheme: a number format, its granularity, and the three functions that every quantizer is built from.
 
-    scale, zero = grid(w, scheme)                  # where the codes lie
+    scale, zero = grid(w, scheme)                  # the grid of values that codes can represent
     codes = to_codes(w, scale, zero, scheme)       # round to nearest
-    w_hat = from_codes(codes, scale, zero, scheme) # what they stand for, float32
+    w_hat = from_codes(codes, scale, zero, scheme) # dequantize, float32
 
 `w` is `[..., in, out]`. Groups run along the inputs, `axis=-2`; a table `[rows, width]` whose rows are the outputs of a
 tied head has its inputs at `axis=-1`. Shapes of `scale` (float32) and `zero` (int8; `None` for a symmetric scheme):
@@ -12,8 +12,8 @@ tied head has its inputs at `axis=-1`. Shapes of `scale` (float32) and `zero` (i
     g              [..., G, out]      [..., rows, G]          G = ceil(inputs / g); the last group may be shorter
     "tensor"       [..., 1, 1]        [..., 1, 1]
 
-Some inputs alone can be encoded with a grid that is known, which is what column-by-column methods need: the grid of one
-group, `scale[..., i // g : i // g + 1, :]`, goes with any rows of that group (its dimension is 1, so it is broadcast).
+A part of the inputs can be encoded on the grid of the whole, which is what column-by-column methods need: the grid of
+one group, `scale[..., i // g : i // g + 1, :]`, is broadcast over any rows of that group.
 """
 
 import math
@@ -23,8 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int8, Num
 
 from jaxlm.core.lookup import lookup
+
+Scale = Float32[Array, "*layers scale_rows scale_columns"]
+"""The scales of a matrix, shaped as above."""
+ZeroPoint = Int8[Array, "*layers scale_rows scale_columns"]
+"""Its zero points, one for every scale."""
 
 INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
 FLOATS = {"fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2}
@@ -71,7 +77,7 @@ class Scheme:
         return FORMATS[self.bits]
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Dtype of the codes. Formats of four bits and fewer are `int4`, which XLA keeps two to a byte in memory."""
         if self.bits in FLOATS:
             return jnp.dtype(FLOATS[self.bits])
@@ -102,7 +108,7 @@ INT8 = Scheme()
 """Symmetric int8, one scale a channel."""
 
 
-def grid(w: jax.Array, scheme: Scheme, axis: int = -2) -> tuple[jax.Array, jax.Array | None]:
+def grid(w: Float[Array, "*layers rows columns"], scheme: Scheme, axis: int = -2) -> tuple[Scale, ZeroPoint | None]:
     """Scale and zero point of every channel, group or tensor, from its smallest and largest entry.
 
     Symmetric `s = max|w| / largest`. Asymmetric, with the range stretched to include 0,
@@ -117,18 +123,18 @@ def grid(w: jax.Array, scheme: Scheme, axis: int = -2) -> tuple[jax.Array, jax.A
     """
     w = w.astype(jnp.float32)
     if scheme.symmetric:
-        scale = over(jnp.max, jnp.abs(w), scheme, axis) / scheme.largest
+        scale = reduce_groups(jnp.max, jnp.abs(w), scheme, axis) / scheme.largest
         return jnp.where(scale == 0, 1.0, scale), None
-    low = jnp.minimum(over(jnp.min, w, scheme, axis), 0)
-    high = jnp.maximum(over(jnp.max, w, scheme, axis), 0)
+    low = jnp.minimum(reduce_groups(jnp.min, w, scheme, axis), 0)
+    high = jnp.maximum(reduce_groups(jnp.max, w, scheme, axis), 0)
     scale = (high - low) / (scheme.largest - scheme.smallest)
     scale = jnp.where(scale == 0, 1.0, scale)
     zero = jnp.clip(jnp.round(scheme.smallest - low / scale), scheme.smallest, scheme.largest)
     return scale, zero.astype(jnp.int8)
 
 
-def over(reduce: Any, w: jax.Array, scheme: Scheme, axis: int) -> jax.Array:
-    """A reduction (`jnp.max`, …) over what shares a scale; the inputs' dimension becomes that of the groups."""
+def reduce_groups(reduce: Any, w: Float[Array, "*layers rows columns"], scheme: Scheme, axis: int) -> Scale:
+    """A reduction (`jnp.max`, …) over the entries that share a scale: the dimension of inputs becomes one of groups."""
     if scheme.group == "tensor":
         return reduce(w, axis=(-2, -1), keepdims=True)
     if scheme.group is None:
@@ -136,9 +142,9 @@ def over(reduce: Any, w: jax.Array, scheme: Scheme, axis: int) -> jax.Array:
     return reduce(grouped(w, scheme, axis), axis=axis)
 
 
-def grouped(w: jax.Array, scheme: Scheme, axis: int = -2) -> jax.Array:
-    """The inputs' dimension split into (groups, group), both of them left of where it was; a shorter last group is
-    filled with zeros, which change no range (0 lies in it) and no sum of products.
+def grouped(w: Num[Array, "*layers rows columns"], scheme: Scheme, axis: int = -2) -> Num[Array, "*layers _ _ _"]:
+    """The inputs' dimension split into (groups, group) in its place; a shorter last group is filled with zeros, which
+    change no range (0 lies in it) and no sum of products.
 
     >>> grouped(jnp.arange(3.0)[:, None], Scheme("int4", 2)).squeeze(-1).tolist()
     [[0.0, 1.0], [2.0, 0.0]]
@@ -146,26 +152,28 @@ def grouped(w: jax.Array, scheme: Scheme, axis: int = -2) -> jax.Array:
     inputs = w.shape[axis]
     groups = scheme.groups(inputs)
     size = math.ceil(inputs / groups) if groups == 1 else int(scheme.group or 0)
-    place = axis % w.ndim
+    axis %= w.ndim
     if missing := groups * size - inputs:
-        w = jnp.pad(w, [(0, missing if d == place else 0) for d in range(w.ndim)])
-    return w.reshape(*w.shape[:place], groups, size, *w.shape[place + 1 :])
+        w = jnp.pad(w, [(0, missing if d == axis else 0) for d in range(w.ndim)])
+    return w.reshape(*w.shape[:axis], groups, size, *w.shape[axis + 1 :])
 
 
-def spread(scale: jax.Array, inputs: int, scheme: Scheme, axis: int = -2) -> jax.Array:
-    """A scale or zero point of each group as one of each input, or with a dimension of 1 where it is shared by all."""
-    have = scale.shape[axis]
-    if have == 1 or not isinstance(scheme.group, int):
+def spread(scale: Num[Array, "*layers _ _"], inputs: int, scheme: Scheme, axis: int = -2) -> Num[Array, "*layers _ _"]:
+    """Scales or zero points of groups repeated for every input; those shared by all inputs keep a dimension of 1."""
+    groups = scale.shape[axis]
+    if groups == 1 or not isinstance(scheme.group, int):
         return scale
-    if have * scheme.group == inputs:
+    if groups * scheme.group == inputs:
         return jnp.repeat(scale, scheme.group, axis=axis, total_repeat_length=inputs)
-    return jnp.take(scale, np.minimum(np.arange(inputs) // scheme.group, have - 1), axis=axis)
+    return jnp.take(scale, np.minimum(np.arange(inputs) // scheme.group, groups - 1), axis=axis)
 
 
-def to_codes(w: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme, axis: int = -2) -> jax.Array:
+def to_codes(
+    w: Float[Array, "*layers rows columns"], scale: Scale, zero: ZeroPoint | None, scheme: Scheme, axis: int = -2
+) -> Num[Array, "*layers rows columns"]:
     """The nearest code of every entry, clipped to the format's range; half is rounded to even.
 
-    Integers `clip(round(w/s) + z)`, floats `w/s` in their own rounding, nf4 the place of the nearest value in the table
+    Integers `clip(round(w/s) + z)`, floats `w/s` rounded by the cast, nf4 the index of the nearest value in the table
     (of two equally near the smaller) less 8. A scale of 0 (a padded channel) counts as 1.
 
     >>> to_codes(jnp.array([[0.7], [0.8], [99.0]]), jnp.array([[0.5]]), None, Scheme("int8")).ravel().tolist()
@@ -185,17 +193,21 @@ def to_codes(w: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Sch
     return jnp.clip(steps, scheme.smallest, scheme.largest).astype(scheme.dtype)
 
 
-def from_codes(codes: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme, axis: int = -2) -> jax.Array:
-    """What codes stand for: `(codes - z) · s`, of nf4 `table[codes + 8] · s`; float32.
+def from_codes(
+    codes: Num[Array, "*layers rows columns"], scale: Scale, zero: ZeroPoint | None, scheme: Scheme, axis: int = -2
+) -> Float32[Array, "*layers rows columns"]:
+    """The values of codes: `(codes - z) · s`, of nf4 `table[codes + 8] · s`.
 
     >>> from_codes(jnp.array([[2], [-3]], jnp.int8), jnp.array([[0.5]]), None, Scheme("int8")).ravel().tolist()
     [1.0, -1.5]
     """
-    return steps_of(codes, zero, scheme, axis) * spread(scale, codes.shape[axis], scheme, axis)
+    return unscaled_values(codes, zero, scheme, axis) * spread(scale, codes.shape[axis], scheme, axis)
 
 
-def steps_of(codes: jax.Array, zero: jax.Array | None, scheme: Scheme, axis: int = -2) -> jax.Array:
-    """What codes stand for in units of their scale, float32: `codes - z`, of nf4 the value in the table."""
+def unscaled_values(
+    codes: Num[Array, "*layers rows columns"], zero: ZeroPoint | None, scheme: Scheme, axis: int = -2
+) -> Float32[Array, "*layers rows columns"]:
+    """The values of codes in units of their scale: `codes - z`, of nf4 the value in the table."""
     if scheme.bits == "nf4":
         return jnp.take(NF4, codes.astype(jnp.int32) + 8, axis=0)
     steps = codes.astype(jnp.float32)
@@ -203,8 +215,8 @@ def steps_of(codes: jax.Array, zero: jax.Array | None, scheme: Scheme, axis: int
 
 
 def straight_through(
-    x: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme, axis: int = -2
-) -> jax.Array:
+    x: Float[Array, "*layers rows columns"], scale: Scale, zero: ZeroPoint | None, scheme: Scheme, axis: int = -2
+) -> Float[Array, "*layers rows columns"]:
     """`from_codes(to_codes(x))` in the dtype of `x`, with the gradient of the identity inside the range and 0 outside.
 
     The range is closed, and of an asymmetric grid half a step wider (its ends are not codes): the entries that set a
@@ -221,9 +233,9 @@ def straight_through(
     else:
         steps = steps + spread(zero, x.shape[axis], scheme, axis).astype(jnp.float32)
         inside = (steps >= scheme.smallest - 0.5) & (steps <= scheme.largest + 0.5)
-    return exactly(rounded, jnp.where(inside, x, 0))
+    return replace_gradient(rounded, jnp.where(inside, x, 0))
 
 
-def exactly(value: jax.Array, gradient_of: jax.Array) -> jax.Array:
+def replace_gradient(value: Float[Array, "*shape"], gradient_of: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`value` to the bit, differentiated as `gradient_of`."""
     return jax.lax.stop_gradient(value) + (gradient_of - jax.lax.stop_gradient(gradient_of))

@@ -1,6 +1,6 @@
 """Comma- and tab-separated values, with a header line or with column names from the config.
 
-csv follows RFC 4180: fields may be quoted, and a quoted field may hold commas and line breaks. tsv has no quoting: a
+csv follows RFC 4180: fields may be quoted, and a quoted field may contain commas and line breaks. tsv has no quoting: a
 quotation mark is text (as in GLUE, STS-B and most data sets of sentences), and a line break always ends the row.
 Values are strings.
 """
@@ -11,22 +11,22 @@ from collections.abc import Iterator
 from jaxlm.data.sources.locations import Slice, find_files
 from jaxlm.data.sources.source import Options, Row, Stream, lines, sliced, whole_lines
 
-REST = "..."  # as the last column name: further fields of a row are ignored
+REST = "..."  # as the last column name: ignore further fields of a row
 
 
-def csv_rows(place: str, part: Slice, options: Options) -> Stream:
-    """One record a row, keyed by column name."""
-    return _rows(place, part, options, _csv_fields)
+def csv_rows(location: str, part: Slice, options: Options) -> Stream:
+    """One record per row, keyed by column name."""
+    return _rows(location, part, options, _csv_fields)
 
 
-def tsv_rows(place: str, part: Slice, options: Options) -> Stream:
-    """One record a line, keyed by column name."""
-    return _rows(place, part, options, _tsv_fields)
+def tsv_rows(location: str, part: Slice, options: Options) -> Stream:
+    """One record per line, keyed by column name."""
+    return _rows(location, part, options, _tsv_fields)
 
 
 def _csv_fields(file: str) -> Iterator[tuple[int, list[str] | str]]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 128 KiB
-    reader = csv.reader(whole_lines(file), strict=True)  # with their ends, which a quoted field may hold
+    csv.field_size_limit(2**31 - 1)  # by default documents of more than 128 KiB are an error
+    reader = csv.reader(whole_lines(file), strict=True)  # lines with their ends, which a quoted field may contain
     while True:
         number = reader.line_num + 1
         try:
@@ -46,8 +46,8 @@ def _tsv_fields(file: str) -> Iterator[tuple[int, list[str] | str]]:
             yield number, line.split("\t")
 
 
-def _rows(place: str, part: Slice, options: Options, fields_of) -> Stream:
-    files = find_files(place)
+def _rows(location: str, part: Slice, options: Options, fields_of) -> Stream:
+    files = find_files(location)
 
     def stream() -> Iterator[Row]:
         for file in files:

@@ -1,4 +1,4 @@
-"""The standard library of the running Python: a corpus that is on every machine, a few million tokens of code."""
+"""The standard library of the running Python: a corpus on every machine, a few million tokens of code."""
 
 import hashlib
 import os
@@ -9,28 +9,29 @@ from collections.abc import Iterator
 from jaxlm.data.sources.locations import Slice
 from jaxlm.data.sources.source import Options, Row, Stream, sliced
 
-# Tests repeat themselves, and the rest is not the library's own text.
+# Tests are repetitive, and the others are not part of the library.
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
-def rows(place: str, part: Slice, options: Options) -> Stream:
-    """One record ``{"text", "name"}`` a module, ordered by a hash of its name.
+def rows(location: str, part: Slice, options: Options) -> Stream:
+    """One record ``{"text", "name"}`` per module, ordered by a hash of its name.
 
-    The order has nothing to do with the alphabet or the machine, so ``stdlib[:90%]`` and ``stdlib[90%:]`` are a random
-    but repeatable split by module.
+    The order does not depend on the alphabet or the machine, so ``stdlib[:90%]`` and ``stdlib[90%:]`` are a random but
+    repeatable split by module.
     """
-    if place != "stdlib":
-        raise ValueError(f"the python format has one place, 'stdlib' (with a slice: 'stdlib[:90%]'), not {place!r}")
-    modules = _in_order()
+    if location != "stdlib":
+        raise ValueError(f"the python format reads 'stdlib' only (with a slice: 'stdlib[:90%]'), not {location!r}")
+    modules = _hashed_order()
     return sliced(lambda: (_row(name, file) for name, file in modules), part)
 
 
-def files(place: str) -> list[str]:
+def files(location: str) -> list[str]:
     """The files that are read."""
-    return [file for _, file in _in_order()]
+    return [file for _, file in _hashed_order()]
 
 
-def _in_order() -> list[tuple[str, str]]:
+def _hashed_order() -> list[tuple[str, str]]:
+    """Names and files of all modules, ordered by the hash of the name."""
     root = sysconfig.get_path("stdlib")
     modules = sorted(_modules(root), key=lambda module: hashlib.sha256(module[0].encode()).digest())
     if not modules:
@@ -39,7 +40,7 @@ def _in_order() -> list[tuple[str, str]]:
 
 
 def _modules(root: str) -> Iterator[tuple[str, str]]:
-    """Dotted names and files; generated files such as ``_sysconfigdata_..-linux-gnu`` are no importable names."""
+    """Dotted names and files of importable modules (``_sysconfigdata_..-linux-gnu``, for one, is not)."""
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f.isidentifier() and f not in _SKIPPED]
         for file in files:
@@ -52,7 +53,7 @@ def _modules(root: str) -> Iterator[tuple[str, str]]:
 
 def _row(name: str, file: str) -> Row:
     try:
-        with tokenize.open(file) as handle:  # honours a coding line
+        with tokenize.open(file) as handle:  # decodes as the coding line says
             return Row(file, 1, {"text": handle.read(), "name": name})
     except (SyntaxError, UnicodeDecodeError) as error:
         return Row(file, 1, None, f"not readable as Python source: {error}")

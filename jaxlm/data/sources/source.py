@@ -1,4 +1,4 @@
-"""Rows: what a source yields, what it does with bad ones, and the reading of text files line by line."""
+"""Sources: rows, the handling of bad ones, and the reading of text files line by line."""
 
 import functools
 import gzip
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Row(NamedTuple):
-    """One row with its origin; ``record`` is None where the row is bad, and ``reason`` says why."""
+    """One row with its file and line; ``record`` is None if the row is bad, and ``reason`` says why."""
 
     file: str
     line: int
@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that could not be read: line numbers start at 1, as editors count."""
+    """A row that could not be read; line numbers start at 1."""
 
     file: str
     line: int
@@ -34,7 +34,7 @@ class BadRow(NamedTuple):
 
 
 class Unusable(ValueError):
-    """Why a row is of no use to whoever reads its record (see ``Source.usable``)."""
+    """Raised for a record that its reader cannot use; the message is the reason (see ``Source.usable``)."""
 
 
 class BadRowError(ValueError):
@@ -47,7 +47,7 @@ class BadRowError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What a format may be told: the names of the columns of a file without a header, and what one document is."""
+    """Options of formats: the column names of a file without a header, and what one document of a text is."""
 
     names: tuple[str, ...] | None = None
     documents: str = "file"
@@ -58,21 +58,21 @@ Reader = Callable[[str, Slice, Options], Stream]
 
 
 class Source:
-    """Records of one place, read anew (and lazily) on every pass.
+    """Records of one location, read again (and lazily) on every pass.
 
-    ``rows`` and ``bad`` describe the latest pass; asking for them before any pass makes one. Nothing is dropped
-    silently: a bad row either stops the reading or stands in ``bad``.
+    ``rows`` and ``bad`` describe the latest pass; reading them before any pass makes one. Nothing is dropped silently:
+    a bad row either raises an error or is listed in ``bad``.
 
     Attributes:
-      columns_field: of the config, where columns are renamed: what an error about them names.
-      evaluated: whether a model is measured on these records, and so every byte of their text is accounted for.
+      columns_field: the config field that renames columns, for error messages.
+      evaluated: whether a model is evaluated on these records, so that the bytes of their text are counted.
     """
 
     columns_field = "config.data.columns"
     evaluated = False
 
-    def __init__(self, format: str, place: str, stream: Stream, rename: Mapping[str, str] | None, bad_rows: str):
-        self.format, self.place = format, place
+    def __init__(self, format: str, location: str, stream: Stream, rename: Mapping[str, str] | None, bad_rows: str):
+        self.format, self.place = format, location
         self._stream, self._rename, self._stop = stream, dict(rename) if rename else None, bad_rows == "stop"
         self._rows: int | None = None
         self._bad: list[BadRow] = []
@@ -81,7 +81,7 @@ class Source:
         return (row.record for row in self.located() if row.record is not None)
 
     def located(self) -> Iterator[Row]:
-        """Good rows together with their file and line, for a reader that may ``reject`` some of them."""
+        """Good rows with their file and line, for a reader that may ``reject`` some of them."""
         self._rows, self._bad = None, []
         rows = 0
         for row in self._stream():
@@ -92,46 +92,46 @@ class Source:
                 continue
             bad = len(self._bad)
             yield row
-            rows += len(self._bad) == bad  # not rejected by whoever took it
+            rows += len(self._bad) == bad  # unless the reader rejected it
         self._rows = rows
 
     def usable(self, read: Callable[[Record], T], optional: Collection[str] = ()) -> Iterator[T]:
-        """`read(record)` of every row; one of which it raises Unusable is a bad row, for the reason that it gives.
+        """`read(record)` of every row; a row for which it raises Unusable is a bad row.
 
         Args:
-          optional: columns that all rows must have or none, as what is made of them does.
+          optional: columns that either all rows have or none.
 
         Raises:
-          ValueError: where no row is usable, for the reason of the first.
+          ValueError: if no row is usable, with the reason of the first.
         """
-        having: frozenset[str] | None = None
+        expected: frozenset[str] | None = None
         for row in self.located():
             assert row.record is not None
             try:
                 value = read(row.record)
                 columns = frozenset(row.record.keys() & set(optional))
-                if having is not None and columns != having:
-                    name = min(columns ^ having)
+                if expected is not None and columns != expected:
+                    name = min(columns ^ expected)
                     raise Unusable(
                         f"no column {name!r}, which the rows before have"
-                        if name in having
+                        if name in expected
                         else f"a column {name!r}, which the rows before do not have"
                     )
             except Unusable as error:
                 self.reject(row, str(error))
                 continue
-            having = columns
+            expected = columns
             yield value
-        if having is None:
+        if expected is None:
             raise self.nothing_usable()
 
     def nothing_usable(self) -> ValueError:
-        """What to raise after a pass that found no good row."""
+        """The error of a pass without good rows."""
         bad = f": all {len(self._bad)} are bad, the first at {self._bad[0]}" if self._bad else ""
         return ValueError(f"{self.place!r} ({self.format}) holds no usable row{bad}")
 
     def reject(self, row: Row, reason: str) -> None:
-        """Marks a row as bad: raises BadRowError under "stop", else counts it. For rows that only a task can judge."""
+        """Marks a row as bad: raises BadRowError with "stop", else lists it. For rows that only a task can check."""
         bad = BadRow(row.file, row.line, reason)
         if self._stop:
             raise BadRowError(bad)
@@ -155,7 +155,7 @@ class Source:
 
     @property
     def bad(self) -> list[BadRow]:
-        """Bad rows of the latest pass (empty under "stop", which raises instead)."""
+        """Bad rows of the latest pass (empty with "stop", which raises instead)."""
         if self._rows is None:
             self.rows  # noqa: B018  (makes the pass that counts)
         return self._bad
@@ -165,7 +165,7 @@ class Source:
 
 
 def sliced(stream: Stream, part: Slice) -> Stream:
-    """The part of a stream that a slice names; a percentage costs one more pass, to count."""
+    """A slice of a stream; a percentage costs one more pass, to count the rows."""
     if part.whole:
         return stream
 
@@ -180,7 +180,7 @@ def sliced(stream: Stream, part: Slice) -> Stream:
 
 
 def open_bytes(file: str) -> IO[bytes]:
-    """A file's bytes; ``.gz`` is unpacked on the way."""
+    """The bytes of a file, decompressed if it ends with ``.gz``."""
     return cast(IO[bytes], gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb"))
 
 
@@ -193,7 +193,7 @@ def lines(file: str) -> Iterator[str]:
 
 
 def whole_lines(file: str) -> Iterator[str]:
-    """The same with their line ends."""
+    """Lines of a UTF-8 file with their line ends; a byte-order mark is dropped."""
     with open_bytes(file) as handle:
         for number, raw in enumerate(handle, start=1):
             try:
@@ -203,6 +203,7 @@ def whole_lines(file: str) -> Iterator[str]:
 
 
 def not_utf8(file: str, line: int, error: UnicodeDecodeError) -> ValueError:
+    """The error of a file that is not UTF-8, with the commands that convert it."""
     byte = error.object[error.start]
     return ValueError(
         f"{file}:{line}: byte 0x{byte:02x} is not UTF-8; convert the file first, for example "

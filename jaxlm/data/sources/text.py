@@ -9,18 +9,18 @@ from jaxlm.data.sources.source import Options, Row, Stream, lines, not_utf8, ope
 DOCUMENTS = ("file", "line", "paragraph")
 
 
-def rows(place: str, part: Slice, options: Options) -> Stream:
-    """One record ``{"text"}`` a document.
+def rows(location: str, part: Slice, options: Options) -> Stream:
+    """One record ``{"text"}`` per document.
 
-    "file": the whole text, byte for byte; a slice cuts the characters of all files together, so that
-    ``input.txt[:90%]`` and ``input.txt[90%:]`` are the customary two parts of one long text.
-    "line": every line that is not blank. "paragraph": stretches between blank lines. Both are sliced by document.
+    "file": the whole text, unchanged; a slice counts the characters of all files together, so that ``input.txt[:90%]``
+    and ``input.txt[90%:]`` are the usual split of one long text.
+    "line": every line that is not blank. "paragraph": the lines between blank lines. Both are sliced by document.
     """
     if options.documents not in DOCUMENTS:
         raise ValueError(f"unknown documents={options.documents!r}; {nearest(options.documents, DOCUMENTS)}")
-    files = find_files(place)
+    files = find_files(location)
     if options.documents == "file":
-        return lambda: _cut(files, part)
+        return lambda: _file_slices(files, part)
     split = _lines if options.documents == "line" else _paragraphs
     return sliced(lambda: (row for file in files for row in split(file)), part)
 
@@ -34,18 +34,19 @@ def _whole(file: str) -> str:
         raise not_utf8(file, content.count(b"\n", 0, error.start) + 1, error) from None
 
 
-def _cut(files: list[str], part: Slice) -> Iterator[Row]:
+def _file_slices(files: list[str], part: Slice) -> Iterator[Row]:
+    """The characters of each file that lie in a slice of all files."""
     sizes = [0] * len(files) if part.whole else [len(_whole(file)) for file in files]
     start, stop = part.bounds(sum(sizes))
-    before = 0
+    offset = 0
     for file, size in zip(files, sizes, strict=True):
-        if part.whole or (before < stop and before + size > start):
+        if part.whole or (offset < stop and offset + size > start):
             text = _whole(file)
-            first = max(start - before, 0)
-            taken = text if part.whole else text[first : stop - before]
-            if taken:
-                yield Row(file, text.count("\n", 0, first) + 1, {"text": taken})
-        before += size
+            first = max(start - offset, 0)
+            document = text if part.whole else text[first : stop - offset]
+            if document:
+                yield Row(file, text.count("\n", 0, first) + 1, {"text": document})
+        offset += size
 
 
 def _lines(file: str) -> Iterator[Row]:
@@ -62,6 +63,6 @@ def _paragraphs(file: str) -> Iterator[Row]:
             continue
         text = paragraph.lstrip()
         if text:
-            skipped = paragraph.count("\n", 0, len(paragraph) - len(text))
-            yield Row(file, start + skipped, {"text": text.rstrip()})
+            blank_lines = paragraph.count("\n", 0, len(paragraph) - len(text))
+            yield Row(file, start + blank_lines, {"text": text.rstrip()})
         start, paragraph = number + 1, ""

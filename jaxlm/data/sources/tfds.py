@@ -1,4 +1,4 @@
-"""TensorFlow Datasets, read through ``as_data_source`` and so without TensorFlow."""
+"""TensorFlow Datasets, read through ``as_data_source``, that is without TensorFlow."""
 
 import os
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from jaxlm.data.sources.source import Options, Row, Stream
 READABLE = ("array_record", "parquet")  # tfrecord needs TensorFlow
 
 
-def rows(place: str, part: Slice, options: Options) -> Stream:
-    """One record an example of ``dataset[/config][:version]:split``, for example ``glue/sst2:train[:90%]``.
+def rows(location: str, part: Slice, options: Options) -> Stream:
+    """One record per example of ``dataset[/config][:version]:split``, for example ``glue/sst2:train[:90%]``.
 
-    Text becomes str, a class label its name (None where the data set leaves it out, as in unlabelled test splits),
-    numbers and lists of them become Python's. ``TFDS_DATA_DIR`` (by default ``~/tensorflow_datasets``) says where data
-    sets lie, prepared; nothing is downloaded here, as preparing many of them needs TensorFlow. Slices round to the
-    nearest row, as TensorFlow Datasets does; they are cut here because its parquet reader ignores them.
+    Text becomes str, a class label its name (None if the data set has none, as in unlabelled test splits), numbers and
+    lists of them become Python's. ``TFDS_DATA_DIR`` (by default ``~/tensorflow_datasets``) is the directory of prepared
+    data sets; nothing is downloaded, as preparing many of them needs TensorFlow. Slices round to the nearest row, as
+    TensorFlow Datasets does; they are applied here because its parquet reader ignores them.
     """
-    name, colon, split = place.rpartition(":")
+    name, colon, split = location.rpartition(":")
     if not colon:
-        raise ValueError(f"a tfds place is 'dataset:split', for example 'glue/sst2:train', not {place!r}")
+        raise ValueError(f"a tfds location is 'dataset:split', for example 'glue/sst2:train', not {location!r}")
     builder = _builder(name)
     if split not in builder.info.splits:
         raise ValueError(f"{name}: no split {split!r}; {nearest(split, builder.info.splits)}")
@@ -40,14 +40,14 @@ def rows(place: str, part: Slice, options: Options) -> Stream:
     return stream
 
 
-def files(place: str) -> list[str]:
-    """The files of a prepared data set, all splits of it."""
-    folder = str(_builder(place.rpartition(":")[0]).data_path)
+def files(location: str) -> list[str]:
+    """The files of a prepared data set, of all its splits."""
+    folder = str(_builder(location.rpartition(":")[0]).data_path)
     return sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
 
 
 def _builder(name: str) -> Any:
-    """The data set as it lies on disk, without the code that prepared it."""
+    """A reader of a data set on disk, which needs no code of the data set."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
@@ -63,7 +63,7 @@ def _builder(name: str) -> Any:
         ) from None
     stored = builder.info.file_format.value
     if stored not in READABLE:
-        raise ValueError(f"{name} is stored as {stored}, which only TensorFlow reads; prepare it anew with {recipe}")
+        raise ValueError(f"{name} is stored as {stored}, which only TensorFlow reads; prepare it again with {recipe}")
     return builder
 
 

@@ -1,21 +1,21 @@
-"""The method of distillation: the lessons of one or several teachers, beside the loss that was there."""
+"""The method of distillation: the configs of one or several teachers, beside the loss that was there."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from jaxlm.core import Adapted, ArrayInfo, Context, Loss, Method, Terms, Tree, flatten, nearest, unflatten
-from jaxlm.methods.distill.projection import OWN, project, projections
-from jaxlm.methods.distill.teacher import Lesson, Plan, shares
+from jaxlm.core import LM, ArrayInfo, Context, Loss, Method, MethodInit, Terms, Tree, flatten, nearest, unflatten
+from jaxlm.methods.distill.on_policy import Sampler
+from jaxlm.methods.distill.projection import ROOT, project, projections
+from jaxlm.methods.distill.teacher import DistillConfig, LayerPairing, shares
 from jaxlm.methods.distill.terms import inner_terms, joint_response, response_terms
 
 COMBINE = ("divergences", "probabilities", "logits")
-Sampler = Callable[[Tree, dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
 
 
 def distill(
-    lessons: Sequence[Lesson],
+    configs: Sequence[DistillConfig],
     *,
     alpha: float = 0.5,
     combine: str = "divergences",
@@ -24,63 +24,77 @@ def distill(
     """`(1 - α) L + Σ_i w_i (α T² D(teacher_i, student) + hidden + attention + relations)`, L being the loss without.
 
     Args:
-      lessons: what is learned from each teacher; their weights w sum to 1.
+      configs: what is distilled from each teacher; their weights w sum to 1.
       alpha: share of the teachers' answers; 0 leaves them out.
       combine: what is averaged over several teachers: their `divergences`, or before one divergence their
         `probabilities` (a mixture) or `logits` (normalised geometric mean). In the forward direction the first two have
         the same gradient.
-      on_policy: `(params, batch, key) -> batch`, lets the student write what the teachers then judge.
+      on_policy: lets the student write what the teachers then judge.
     """
-    share_of = shares(lessons)
+    share_of = shares(configs)
     if not 0 <= alpha <= 1:
         raise ValueError(f"distill: alpha must lie between 0 and 1, not {alpha}")
-    check_combination(lessons, combine, on_policy)
-    plans: list[Plan] = []  # known with the student's layers
+    check_combination(configs, combine, on_policy)
+    # Which layers are paired depends on how many the student has. `loss` has to say what it reads before there is a
+    # batch or a constant, so `init` leaves it here.
+    pairings: list[LayerPairing] = []
 
-    def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
-        check_student(model.config, lessons, alpha)
-        plans[:] = [lesson.plan(model.config.num_layers) for lesson in lessons]
-        new: dict[str, jax.Array] = {}
-        for i, (lesson, plan) in enumerate(zip(lessons, plans, strict=True)):
-            new |= projections(jax.random.fold_in(key, i), lesson, plan, i, model.config.hidden_size)
-        teachers = tuple({} if lesson.live is None else lesson.live.params for lesson in lessons)
-        return Adapted(
-            unflatten({**flatten(params), **new}),
-            {**axes, **dict.fromkeys(new, ("embed", None))},
-            constants={"teachers": teachers},
-        )
+    def init(key: jax.Array, lm: LM) -> MethodInit:
+        check_student(lm.config, configs, alpha)
+        pairings[:] = [config.pairing(lm.config.num_layers) for config in configs]
+        kernels: dict[str, jax.Array] = {}
+        for i, (config, pairing) in enumerate(zip(configs, pairings, strict=True)):
+            folded = jax.random.fold_in(key, i)
+            kernels |= projections(folded, config, pairing, number=i, width=lm.config.hidden_size)
+        teachers = tuple({} if config.live is None else config.live.params for config in configs)
+        params, axes = unflatten(flatten(lm.params) | kernels), dict(lm.axes) | dict.fromkeys(kernels, ("embed", None))
+        return MethodInit(lm.replace(params=params, axes=axes), constants={"teachers": teachers})
 
     def trainable(info: ArrayInfo) -> bool | None:
-        return True if info.path.startswith(f"{OWN}/") else None
+        return True if info.path.startswith(f"{ROOT}/") else None
 
     def loss(inner: Loss) -> Loss:
         def fn(params: Tree, constants: dict, batch: dict, ctx: Context):
+            # The student's pass, and the loss without teachers.
             terms, outputs = inner.fn(params, constants, batch, ctx)
             terms = scaled(terms, 1 - alpha)
-            taught = [
-                {} if lesson.live is None else lesson.live.forward(weights, batch, plan.taps(side=1))
-                for lesson, plan, weights in zip(lessons, plans, constants["teachers"], strict=True)
-            ]
-            taught = jax.lax.stop_gradient(taught)
-            learned: list[Terms] = [{} for _ in lessons]
+
+            # The teachers' passes; those in a cache have no outputs.
+            teacher_outputs = jax.lax.stop_gradient(
+                [
+                    {} if config.live is None else config.live.forward(weights, batch, pairing.taps(side=1))
+                    for config, pairing, weights in zip(configs, pairings, constants["teachers"], strict=True)
+                ]
+            )
+
+            # Answers, of all teachers together or of each.
+            by_teacher: list[Terms] = [{} for _ in configs]
             if alpha and combine != "divergences":
-                together = joint_response(lessons, share_of, combine, taught, outputs["logits"], batch)
-                terms |= scaled(together, alpha)
+                joint = joint_response(configs, share_of, combine, teacher_outputs, outputs["logits"], batch)
+                terms |= scaled(joint, alpha)
             elif alpha:
-                each = response_terms(lessons, taught, outputs["logits"], batch)
-                learned = [scaled(term, alpha) for term in each]
-            for i, (lesson, plan) in enumerate(zip(lessons, plans, strict=True)):
+                responses = response_terms(configs, teacher_outputs, outputs["logits"], batch)
+                by_teacher = [scaled(term, alpha) for term in responses]
 
-                def in_their_space(pair: tuple[int, int], x: jax.Array, i=i, lesson=lesson) -> jax.Array:
-                    return project(params, lesson, i, pair, x, ctx)
+            # Hidden states, attention and relations.
+            for i, (config, pairing) in enumerate(zip(configs, pairings, strict=True)):
 
-                theirs, own = taught[i].get("taps", {}), outputs.get("taps", {})
-                learned[i] |= inner_terms(lesson, plan, theirs, own, batch, in_their_space)
-                prefix = f"teacher_{i}_" if len(lessons) > 1 else ""
-                terms |= {prefix + name: term for name, term in scaled(learned[i], share_of[i]).items()}
+                def to_teacher(pair: tuple[int, int], x: jax.Array, i=i, config=config) -> jax.Array:
+                    return project(params, config, x, ctx, number=i, pair=pair)
+
+                by_teacher[i] |= inner_terms(
+                    config,
+                    pairing,
+                    teacher_taps=teacher_outputs[i].get("taps", {}),
+                    student_taps=outputs.get("taps", {}),
+                    batch=batch,
+                    project=to_teacher,
+                )
+                prefix = f"teacher_{i}_" if len(configs) > 1 else ""
+                terms |= {prefix + name: term for name, term in scaled(by_teacher[i], share_of[i]).items()}
             return terms, outputs
 
-        return Loss(fn, inner.taps.union(*(plan.taps(side=0) for plan in plans)))
+        return Loss(fn, inner.taps.union(*(pairing.taps(side=0) for pairing in pairings)))
 
     def grad(inner: Callable) -> Callable:
         if on_policy is None:
@@ -93,9 +107,9 @@ def distill(
 
         return fn
 
-    def bake(model: Any, params: Tree, axes: dict, state: dict):
-        kept = {path: leaf for path, leaf in flatten(params).items() if not path.startswith(f"{OWN}/")}
-        return model, unflatten(kept), {path: axes[path] for path in kept}
+    def bake(lm: LM, state: dict[str, Any]) -> LM:
+        params = {path: leaf for path, leaf in flatten(lm.params).items() if not path.startswith(f"{ROOT}/")}
+        return lm.replace(params=unflatten(params), axes={path: lm.axes[path] for path in params})
 
     return Method(init=init, trainable=trainable, loss=loss, grad=grad, bake=bake)
 
@@ -105,11 +119,11 @@ def scaled(terms: Terms, factor: float) -> Terms:
     return {name: term._replace(coefficient=factor * term.coefficient) for name, term in terms.items()}
 
 
-def check_combination(lessons: Sequence[Lesson], combine: str, on_policy: Sampler | None) -> None:
-    """Raises ValueError for teachers that cannot be heard together, or cannot judge what the student writes."""
+def check_combination(configs: Sequence[DistillConfig], combine: str, on_policy: Sampler | None) -> None:
+    """Raises ValueError for teachers that cannot be combined, or cannot judge what the student writes."""
     if combine not in COMBINE:
         raise ValueError(f"distill: combine {combine!r}; {nearest(combine, COMBINE)}")
-    cached = any(lesson.live is None for lesson in lessons)
+    cached = any(config.live is None for config in configs)
     if on_policy is not None and cached:
         raise ValueError(
             "distill: a cache has answers to its data only, not to what the student writes; leave out one of them"
@@ -118,7 +132,7 @@ def check_combination(lessons: Sequence[Lesson], combine: str, on_policy: Sample
         return
     if cached:
         raise ValueError(f"distill: caches keep other tokens of each teacher; combine their divergences, not {combine}")
-    settings = {(lesson.temperature, lesson.divergence, lesson.beta, lesson.sample_weight) for lesson in lessons}
+    settings = {(config.temperature, config.divergence, config.beta, config.sample_weight) for config in configs}
     if len(settings) > 1:
         raise ValueError(
             f"distill: with combine = {combine!r} there is one divergence, but the teachers differ in temperature, "
@@ -126,14 +140,14 @@ def check_combination(lessons: Sequence[Lesson], combine: str, on_policy: Sample
         )
 
 
-def check_student(config: Any, lessons: Sequence[Lesson], alpha: float) -> None:
-    """Raises ValueError for a student that has not what the lessons compare."""
-    if alpha and config.head == "sequence" and config.regression:
+def check_student(student: Any, configs: Sequence[DistillConfig], alpha: float) -> None:
+    """Raises ValueError for a student that has not what the configs compare."""
+    if alpha and student.head == "sequence" and student.regression:
         raise ValueError(
             "distill: a regression has one output and no distribution to learn from; set alpha to 0 and give hidden, "
             "attention or relations a coefficient"
         )
-    if config.encoder_decoder and any(lesson.inner for lesson in lessons):
+    if student.encoder_decoder and any(config.inner for config in configs):
         raise ValueError(
             "distill: hidden states and attention of an encoder-decoder cannot be paired; set hidden, attention and "
             "relations to 0"

@@ -5,40 +5,49 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from jaxlm.core import Context, dot
-from jaxlm.methods.distill.teacher import Lesson, Plan
+from jaxlm.methods.distill.teacher import DistillConfig, LayerPairing
 
-OWN = "distill"
-"""Where they live in the parameter tree: `distill/teacher_0/projection/kernel`; dropped when the model is baked."""
+ROOT = "distill"
+"""Where they lie in the parameter tree: `distill/teacher_0/projection/kernel`; dropped when the model is baked."""
 
 
-def projections(key: jax.Array, lesson: Lesson, plan: Plan, number: int, width: int) -> dict[str, jax.Array]:
-    """`{path: kernel [student's width, teacher's width]}` of one lesson; none where equal widths share nothing to map.
+def projections(
+    key: jax.Array, config: DistillConfig, pairing: LayerPairing, *, number: int, width: int
+) -> dict[str, Float32[Array, "student_width teacher_width"]]:
+    """`{path: kernel}` of the teacher of that number; none where widths are equal and all pairs share one.
 
     A kernel begins as the identity where widths are equal, else as a random map that keeps lengths on average.
     """
-    teacher = lesson.live
-    if teacher is None or (lesson.projection == "shared" and width == teacher.hidden_size):
+    teacher = config.live
+    if teacher is None or (config.projection == "shared" and width == teacher.hidden_size):
         return {}
-    names = dict.fromkeys(_name(lesson, *pair) for pair in plan.hidden)
+    names = dict.fromkeys(_name(config, *pair) for pair in pairing.hidden)
     return {
-        f"{OWN}/teacher_{number}/{name}/kernel": _kernel(jax.random.fold_in(key, i), width, teacher.hidden_size)
+        f"{ROOT}/teacher_{number}/{name}/kernel": _kernel(jax.random.fold_in(key, i), width, teacher.hidden_size)
         for i, name in enumerate(names)
     }
 
 
-def _kernel(key: jax.Array, own: int, theirs: int) -> jax.Array:
-    return jnp.eye(own) if own == theirs else jax.random.normal(key, (own, theirs)) * own**-0.5
+def _kernel(key: jax.Array, student: int, teacher: int) -> Float32[Array, "{student} {teacher}"]:
+    return jnp.eye(student) if student == teacher else jax.random.normal(key, (student, teacher)) * student**-0.5
 
 
-def _name(lesson: Lesson, s: int, t: int) -> str:
-    return f"projection_{s}_{t}" if lesson.projection == "layer" else "projection"
+def _name(config: DistillConfig, s: int, t: int) -> str:
+    return f"projection_{s}_{t}" if config.projection == "layer" else "projection"
 
 
 def project(
-    params: Mapping[str, Any], lesson: Lesson, number: int, pair: tuple[int, int], x: jax.Array, ctx: Context
-) -> jax.Array:
+    params: Mapping[str, Any],
+    config: DistillConfig,
+    x: Float[Array, "batch length student_width"],
+    ctx: Context,
+    *,
+    number: int,
+    pair: tuple[int, int],
+) -> Float[Array, "batch length teacher_width"]:
     """The student's hidden state in the teacher's space, through the pair's projection if `params` have one."""
-    own = params.get(OWN, {}).get(f"teacher_{number}", {}).get(_name(lesson, *pair))
-    return x if own is None else dot(x, own["kernel"], ctx)
+    projection = params.get(ROOT, {}).get(f"teacher_{number}", {}).get(_name(config, *pair))
+    return x if projection is None else dot(x, projection["kernel"], ctx)

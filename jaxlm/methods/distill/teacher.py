@@ -1,9 +1,9 @@
-"""Teachers, and what is learned from each of them: a lesson."""
+"""Teachers, and what is distilled from each of them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -16,18 +16,25 @@ RELATIONS = ("query", "key", "value")
 PROJECTIONS = ("shared", "layer")
 
 
+class TeacherForward(Protocol):
+    """A teacher's forward pass."""
+
+    def __call__(self, params: Tree, batch: Mapping[str, jax.Array], taps: Collection[Tap], /) -> dict[str, Any]:
+        """Its deterministic outputs: `logits [batch, (length,) classes]`, and `taps` where it was asked for some."""
+
+
 class Teacher(NamedTuple):
     """A model to learn from.
 
     Attributes:
-      forward: `(params, batch, taps) -> outputs`, deterministic.
-      params: whatever leaves they have, rounded ones too; run view.
+      forward: its forward pass.
+      params: whatever leaves they have, quantized ones too; run view.
       num_layers, hidden_size: its sizes.
       classes: how many outputs teacher and student share, where one has more (rows of a table beyond the tokenizer's
         last token); `None` where they have the same.
     """
 
-    forward: Callable[..., dict[str, Any]]
+    forward: TeacherForward
     params: Tree
     num_layers: int
     hidden_size: int
@@ -53,7 +60,7 @@ class CachedTeacher(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillConfig:
     """What is learned from one teacher; a coefficient of 0 leaves a term out.
 
     Attributes:
@@ -99,9 +106,9 @@ class Lesson:
         for name in ("weight", "hidden", "attention", "relations"):
             if (getattr(self, name) or 0.0) < 0:
                 raise ValueError(f"distill: {name} must not be negative, not {getattr(self, name)}")
-        for name, known in (("projection", PROJECTIONS), ("attention_on", MEASURES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"distill: {name} {getattr(self, name)!r}; {nearest(getattr(self, name), known)}")
+        for name, valid in (("projection", PROJECTIONS), ("attention_on", MEASURES)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"distill: {name} {getattr(self, name)!r}; {nearest(getattr(self, name), valid)}")
         for name in self.relation_of:
             if name not in RELATIONS:
                 raise ValueError(f"distill: relations of {name!r}; {nearest(name, RELATIONS)}")
@@ -114,15 +121,15 @@ class Lesson:
                     "attention and relations"
                 )
             if self.temperature not in self.teacher.temperatures:
-                known = ", ".join(map(str, self.teacher.temperatures))
+                cached = ", ".join(map(str, self.teacher.temperatures))
                 raise ValueError(
-                    f"distill: the cache holds answers at the temperatures {known}, not {self.temperature}; take "
+                    f"distill: the cache holds answers at the temperatures {cached}, not {self.temperature}; take "
                     "one of them, or write another cache"
                 )
 
     @property
     def live(self) -> Teacher | None:
-        """The teacher, if it is here."""
+        """The teacher, if it is in memory and not in a cache."""
         return None if isinstance(self.teacher, CachedTeacher) else self.teacher
 
     @property
@@ -132,25 +139,26 @@ class Lesson:
 
     @property
     def measure(self) -> Divergence:
+        """The divergence of answers."""
         return divergence_of(self.divergence, self.beta)
 
-    def plan(self, student_layers: int) -> "Plan":
+    def pairing(self, student_layers: int) -> "LayerPairing":
         """Which layers it compares."""
         teacher = self.live
         if teacher is None:
-            return Plan((), (), (), ())
+            return LayerPairing((), (), (), ())
         pairs = lambda kind: layer_map(student_layers, teacher.num_layers, kind)  # noqa: E731
         hidden = pairs(self.layers) if self.hidden else ()
         attention = tuple((s, t) for s, t in pairs(self.layers) if s and t) if self.attention else ()
         relations = tuple((s, t) for s, t in pairs(self.relation_layers) if s and t) if self.relations else ()
-        for name, found in (("attention", attention), ("relations", relations)):
-            if getattr(self, name) and not found:
+        for name, pairs_of_kind in (("attention", attention), ("relations", relations)):
+            if getattr(self, name) and not pairs_of_kind:
                 raise ValueError(f"distill: embeddings have no {name}; pair layers, which count from 1")
-        return Plan(hidden, attention, relations, tuple(self.relation_of))
+        return LayerPairing(hidden, attention, relations, tuple(self.relation_of))
 
 
-class Plan(NamedTuple):
-    """The pairs `(student, teacher)` of depths that a lesson compares, by kind."""
+class LayerPairing(NamedTuple):
+    """The pairs `(student, teacher)` of depths that are compared, by kind."""
 
     hidden: LayerPairs
     attention: LayerPairs
@@ -159,27 +167,28 @@ class Plan(NamedTuple):
 
     def taps(self, side: int) -> frozenset[Tap]:
         """The activations that it reads of the student (side 0) or of the teacher (side 1)."""
-        found = {Tap("hidden", pair[side]) for pair in self.hidden}
-        found |= {Tap("scores", pair[side] - 1) for pair in self.attention}
-        found |= {Tap(site, pair[side] - 1) for pair in self.relations for site in self.relation_of}
-        return frozenset(found)
+        hidden = {Tap("hidden", pair[side]) for pair in self.hidden}
+        attention = {Tap("scores", pair[side] - 1) for pair in self.attention}
+        relations = {Tap(site, pair[side] - 1) for pair in self.relations for site in self.relation_of}
+        return frozenset(hidden | attention | relations)
 
 
-def shares(lessons: Sequence[Lesson]) -> tuple[float, ...]:
+def shares(configs: Sequence[DistillConfig]) -> tuple[float, ...]:
     """The teachers' weights, which sum to 1: those given, or equal ones.
 
     Raises:
       ValueError: when only some are given, or they sum to something else.
     """
-    if not lessons:
+    if not configs:
         raise ValueError("distill: there is nothing to learn from; name a teacher")
-    given = [lesson.weight for lesson in lessons if lesson.weight is not None]
-    if not given:
-        return (1.0 / len(lessons),) * len(lessons)
-    if len(given) < len(lessons):
+    weights = [config.weight for config in configs if config.weight is not None]
+    if not weights:
+        return (1.0 / len(configs),) * len(configs)
+    if len(weights) < len(configs):
         raise ValueError(
-            f"distill: {len(given)} of {len(lessons)} teachers have a weight; give all of them one, or none"
+            f"distill: {len(weights)} of {len(configs)} teachers have a weight; give all of them one, or none"
         )
-    if not math.isclose(sum(given), 1.0, abs_tol=1e-6):
-        raise ValueError(f"distill: the teachers' weights {', '.join(map(str, given))} sum to {sum(given):g}, not to 1")
-    return tuple(given)
+    if not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
+        listed = ", ".join(map(str, weights))
+        raise ValueError(f"distill: the teachers' weights {listed} sum to {sum(weights):g}, not to 1")
+    return tuple(weights)

@@ -1,7 +1,7 @@
 """A teacher's answers on disk: its top k logits and full logsumexp at every position that training asks about.
 
 A cache is a table from the content of a row to the teacher's answers in it, so it serves whatever order, batch size or
-epoch the rows come in; rows that a seed draws anew (packing, masking) are found under the seed they were written with.
+epoch the rows come in; of rows that a seed draws anew (packing, masking) it has those of the seed it was written with.
 A directory holds `rows.array_record` (a record a row), `index.npy` (the rows' digests, in order) and `cache.json` (what
 it was made of, its layout and sizes).
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from jaxlm.data.loader import Batches
 from jaxlm.data.packing import Batch, counted
@@ -32,7 +33,7 @@ class CacheSettings:
     Attributes:
       directory: of the cache; written by the first run that finds nothing there.
       top_k: answers a position (all, where there are fewer).
-      temperatures: at which the whole is known, besides 1 and that of the lesson.
+      temperatures: of which the logsumexp is kept, besides 1 and that of the config.
       dtype: of the logits, `float16` or `float32`.
     """
 
@@ -72,9 +73,9 @@ class Layout:
         return np.dtype([("ids", ids, k), ("logits", self.dtype, k), ("logsumexp", np.float32, temperatures)])
 
 
-def answered(batch: Batch) -> np.ndarray:
-    """The positions that have answers: where a label counts, or where the column `scored` says so."""
-    return batch["scored"] > 0 if "scored" in batch else counted(batch["labels"])
+def answered(batch: Batch) -> Bool[np.ndarray, "batch *length"]:
+    """The distillation mask: where a label counts, or the column `distill_mask`."""
+    return batch["distill_mask"] > 0 if "distill_mask" in batch else counted(batch["labels"])
 
 
 def row_digests(batch: Batch) -> list[bytes]:
@@ -96,7 +97,7 @@ def row_digests(batch: Batch) -> list[bytes]:
     return digests
 
 
-def _lengths(batch: Batch, side: str) -> np.ndarray | None:
+def _lengths(batch: Batch, side: str) -> Int[np.ndarray, "batch"] | None:
     """Tokens of every row up to its last real one."""
     mask = batch.get(f"{side}segment_ids", batch.get(f"{side}attention_mask"))
     if mask is None:
@@ -138,30 +139,30 @@ class Cache:
         options = "readahead_buffer_size:0,max_parallelism:0"  # rows are read one by one, in any order
         return ArrayRecordReader(str(self.directory / "rows.array_record"), options)
 
-    def refuse_other(self, fingerprint: Mapping[str, Any]) -> None:
+    def check_same(self, fingerprint: Mapping[str, Any]) -> None:
         """Raises ValueError when the cache was made of something else, naming what."""
-        now = json.loads(json.dumps(fingerprint))
-        other = [name for name in now if self.fingerprint.get(name) != now[name]]
-        if other:
+        asked_for = json.loads(json.dumps(fingerprint))
+        changed = [name for name in asked_for if self.fingerprint.get(name) != asked_for[name]]
+        if changed:
             changes = "; ".join(
-                f"{name}: {_short(self.fingerprint.get(name))} there, {_short(now[name])} now" for name in other
+                f"{name}: {_short(self.fingerprint.get(name))} there, {_short(asked_for[name])} now" for name in changed
             )
             raise ValueError(
-                f"the answers in {self.directory} are those of another {', '.join(other)} ({changes}); name another "
+                f"the answers in {self.directory} are those of another {', '.join(changed)} ({changes}); name another "
                 "cache.directory, or delete this one to write it anew"
             )
 
     def answers(self, batch: Batch, step: int) -> dict[str, np.ndarray]:
-        """The answers to a batch, zeros where nobody was asked.
+        """The answers to a batch, zeros outside the distillation mask.
 
         Raises:
           ValueError: for a row that the cache has not seen.
         """
-        where = answered(batch)
+        mask = answered(batch)
         record = self.layout.record
-        kinds = {"ids": np.dtype(np.int32), "logits": np.dtype(self.layout.dtype), "logsumexp": np.dtype(np.float32)}
-        found = {part: np.zeros((*where.shape, *record[part].shape), kind) for part, kind in kinds.items()}
-        rows = np.flatnonzero(where.reshape(len(where), -1).any(axis=1))
+        dtypes = {"ids": np.dtype(np.int32), "logits": np.dtype(self.layout.dtype), "logsumexp": np.dtype(np.float32)}
+        columns = {part: np.zeros((*mask.shape, *record[part].shape), dtype) for part, dtype in dtypes.items()}
+        rows = np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))
         digests = row_digests(batch) if step >= 0 and len(rows) else []
         for row in rows if digests else ():
             number = self._numbers.get(digests[row])
@@ -172,9 +173,9 @@ class Cache:
                     f"for {made}. Train with these, or write another cache"
                 )
             values = np.frombuffer(self._reader.read([number])[0], record)
-            for part in kinds:
-                found[part][row][where[row]] = values[part]
-        return found
+            for part, column in columns.items():
+                column[row][mask[row]] = values[part]
+        return columns
 
     def check(self, batches: Batches, steps: int) -> None:
         """Raises ValueError when the first or the last of so many batches has a row that the cache has not seen."""
@@ -217,46 +218,50 @@ def write_cache(
       answer: the teacher.
       writes: whether this process writes, of several that ask together.
     """
-    part = directory.with_name(f"{directory.name}.part")
+    unfinished = directory.with_name(f"{directory.name}.part")
     record = layout.record
     writer = None
     if writes:
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        writer = ArrayRecordWriter(str(part / "rows.array_record"), "group_size:1,uncompressed")
-    known: dict[bytes, None] = {}
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        writer = ArrayRecordWriter(str(unfinished / "rows.array_record"), "group_size:1,uncompressed")
+
+    # One record for every row that has positions to answer and was not met before.
+    written: dict[bytes, None] = {}
     positions = 0
     for step in range(made_for["steps"]):
         batch = batches(step)
-        where = answered(batch)
+        mask = answered(batch)
         digests = row_digests(batch)
-        new = [r for r in range(len(digests)) if where[r].any() and digests[r] not in known]
-        if not new:
+        unseen = [r for r in range(len(digests)) if mask[r].any() and digests[r] not in written]
+        if not unseen:
             continue
         answers = answer(batch)
-        for row in new:
-            if digests[row] in known:  # twice in one batch
+        for row in unseen:
+            if digests[row] in written:  # twice in one batch
                 continue
-            known[digests[row]] = None
-            values = np.zeros(int(where[row].sum()), record)
+            written[digests[row]] = None
+            values = np.zeros(int(mask[row].sum()), record)
             for name in record.names or ():
-                values[name] = answers[name][row][where[row]]
+                values[name] = answers[name][row][mask[row]]
             positions += len(values)
             if writer is not None:
                 writer.write(values.tobytes())
     if writer is None:
         return
     writer.close()
-    np.save(part / "index.npy", np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16))
-    size = sum(file.stat().st_size for file in part.iterdir())
+
+    # The index, and what the cache is; then it gets its name.
+    np.save(unfinished / "index.npy", np.frombuffer(b"".join(written), np.uint8).reshape(-1, 16))
+    size = sum(file.stat().st_size for file in unfinished.iterdir())
     facts = {
-        "rows": len(known),
+        "rows": len(written),
         "tokens": positions,
         "bytes": size,
         "bytes_per_token": round(size / max(positions, 1), 2),
     }
     about = {"fingerprint": dict(fingerprint), "layout": asdict(layout), "made_for": dict(made_for), "facts": facts}
-    (part / "cache.json").write_text(json.dumps(about, indent=2) + "\n")
-    part.rename(directory)
+    (unfinished / "cache.json").write_text(json.dumps(about, indent=2) + "\n")
+    unfinished.rename(directory)

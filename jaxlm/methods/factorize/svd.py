@@ -5,9 +5,22 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float64
 
-from jaxlm.core import Axes, Factored, InputScaled, Tree, check_rules, describe, flatten, map_leaves, matches
-from jaxlm.methods.calibration import KERNELS, Calibration, Statistics, calibrate, each, matrix
+from jaxlm.core import (
+    LM,
+    NO_DATA,
+    Factored,
+    InputScaled,
+    SurgeryContext,
+    Tree,
+    check_rules,
+    describe,
+    flatten,
+    map_leaves,
+    matches,
+)
+from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, each, matrix
 from jaxlm.methods.second_order import cholesky
 
 
@@ -28,9 +41,9 @@ class Amount(NamedTuple):
 
     def check(self, who: str) -> None:
         """Raises ValueError unless exactly one of the three is set, in its range."""
-        given = [name for name in ("rank", "energy", "size") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"{who}: give one of rank, energy and size, not {' and '.join(given) or 'none'}")
+        names = [name for name in ("rank", "energy", "size") if getattr(self, name) is not None]
+        if len(names) != 1:
+            raise ValueError(f"{who}: give one of rank, energy and size, not {' and '.join(names) or 'none'}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"{who}: rank {self.rank} must be at least 1")
         for name in ("energy", "size"):
@@ -48,8 +61,8 @@ def worthwhile(inputs: int, outputs: int) -> int:
     return (inputs * outputs - 1) // (inputs + outputs)
 
 
-def rank_of(values: np.ndarray, shape: tuple[int, int], amount: Amount) -> int:
-    """The rank that an amount means for singular values in falling order.
+def rank_of(values: Float[np.ndarray, "values"], shape: tuple[int, int], amount: Amount) -> int:
+    """The rank that an amount means for the singular values, in falling order, of a matrix of this shape.
 
     >>> rank_of(np.array([3.0, 2.0, 1.0]), (3, 3), Amount(energy=0.9))
     2
@@ -61,12 +74,16 @@ def rank_of(values: np.ndarray, shape: tuple[int, int], amount: Amount) -> int:
     if amount.size is not None:
         return min(max(int(amount.size * shape[0] * shape[1] / sum(shape)), 1), len(values))
     assert amount.energy is not None
-    held = np.cumsum(np.square(values))
-    return int(np.searchsorted(held, amount.energy * held[-1] * (1 - 1e-12))) + 1
+    energy = np.cumsum(np.square(values))
+    return int(np.searchsorted(energy, amount.energy * energy[-1] * (1 - 1e-12))) + 1
 
 
-def factorize(w: Any, root: np.ndarray | None, choose: Callable[[np.ndarray], int]) -> tuple[np.ndarray, np.ndarray]:
-    """`A [in, r]` and `B [r, out]` with the smallest `‖X(W − AB)‖`, or without inputs the smallest `‖W − AB‖`.
+def factorize(
+    W: Float[Array | np.ndarray, "in out"],
+    S: Float[np.ndarray, "in in"] | None,
+    choose_rank: Callable[[np.ndarray], int],
+) -> tuple[Float64[np.ndarray, "in rank"], Float64[np.ndarray, "rank out"]]:
+    """A and B with the smallest `‖X(W − AB)‖`, or without inputs the smallest `‖W − AB‖`.
 
     With `XᵀX = S Sᵀ` the error is `‖Sᵀ(W − AB)‖`, so the best `Sᵀ A B` is the truncated `SVD(SᵀW) = P Σ Qᵀ`:
     `A = S⁻ᵀ P √Σ`, `B = √Σ Qᵀ`. The squared error is the sum of the squares of the dropped singular values.
@@ -76,30 +93,33 @@ def factorize(w: Any, root: np.ndarray | None, choose: Callable[[np.ndarray], in
     [[0.0, 0.0], [0.0, 1.0]]
 
     Args:
-      w: `[in, out]`; root: S lower triangular `[in, in]`, or `None`.
-      choose: rank, from the singular values in falling order.
+      S: lower triangular, or `None` without inputs.
+      choose_rank: from the singular values in falling order.
     """
-    w = np.asarray(w, np.float64)
-    left, values, right = np.linalg.svd(w if root is None else root.T @ w, full_matrices=False)
-    rank = choose(values)
-    share = np.sqrt(values[:rank])
-    a, b = left[:, :rank] * share, share[:, None] * right[:rank]
-    if root is not None:
+    W = np.asarray(W, np.float64)
+    P, values, QT = np.linalg.svd(W if S is None else S.T @ W, full_matrices=False)
+    rank = choose_rank(values)
+    root = np.sqrt(values[:rank])
+    A, B = P[:, :rank] * root, root[:, None] * QT[:rank]
+    if S is not None:
         from scipy.linalg import solve_triangular
 
-        a = solve_triangular(root.T, a)
-    return a, b
+        A = solve_triangular(S.T, A)
+    return A, B
 
 
-def factored(who: str, path: str, leaf: Any, root: np.ndarray | None, amount: Amount) -> Any:
+def factored(who: str, path: str, leaf: Any, amount: Amount, S: Float[np.ndarray, "in in"] | None = None) -> Any:
     """A leaf as two factors, or the leaf itself where the energy asked for takes factors as large as the matrix.
+
+    Args:
+      S: see `factorize`.
 
     Raises:
       ValueError: naming the parameter, where a rank asked for makes it larger.
     """
-    w, most = matrix(who, path, leaf), worthwhile(*leaf.shape)
-    a, b = factorize(w, root, lambda values: rank_of(values, leaf.shape, amount))
-    rank = a.shape[1]
+    most = worthwhile(*leaf.shape)
+    A, B = factorize(matrix(who, path, leaf), S, lambda values: rank_of(values, leaf.shape, amount))
+    rank = A.shape[1]
     if rank > most and not amount.larger:
         if amount.energy is not None:
             return leaf
@@ -107,7 +127,7 @@ def factored(who: str, path: str, leaf: Any, root: np.ndarray | None, amount: Am
             f"{who}: with rank {rank} the factors of {path} {list(leaf.shape)} are no smaller than the matrix; the "
             f"largest rank that gains is {most} (larger=True factors it all the same)"
         )
-    return Factored(jnp.asarray(a, leaf.dtype), jnp.asarray(b, leaf.dtype))
+    return Factored(jnp.asarray(A, leaf.dtype), jnp.asarray(B, leaf.dtype))
 
 
 def check_gain(who: str, params: Tree, amount: Amount) -> None:
@@ -121,20 +141,18 @@ def check_gain(who: str, params: Tree, amount: Amount) -> None:
 
 
 def svd(
-    model: Any,
-    params: Tree,
-    axes: dict[str, Axes],
+    lm: LM,
+    context: SurgeryContext = NO_DATA,
     *,
     rank: int | None = None,
     energy: float | None = None,
     size: float | None = None,
     larger: bool = False,
     targets: str = KERNELS,
-):
+) -> LM:
     """Surgery: every target as a product of two narrow kernels, by its own singular values; no data needed.
 
     Args:
-      model, params, axes: the model, canonical view.
       rank, energy, size: how much stays, one of them: see `Amount`. With `energy`, a matrix whose factors would be
         larger than itself stays as it is.
       larger: take such factors all the same, where a rank asks for them.
@@ -142,19 +160,17 @@ def svd(
     """
     amount = Amount(rank, energy, size, larger)
     amount.check("svd")
-    check_rules([(targets, None)], describe(params).values(), "svd: targets")
-    new = map_leaves(
-        lambda path, leaf: factored("svd", path, leaf, None, amount) if matches(targets, path) else leaf, params
+    check_rules([(targets, None)], describe(lm.params).values(), "svd: targets")
+    params = map_leaves(
+        lambda path, leaf: factored("svd", path, leaf, amount) if matches(targets, path) else leaf, lm.params
     )
-    check_gain("svd", new, amount)
-    return model, new, axes
+    check_gain("svd", params, amount)
+    return lm.replace(params=params)
 
 
 def activation_svd(
-    model: Any,
-    params: Tree,
-    axes: dict[str, Axes],
-    calibration: Calibration,
+    lm: LM,
+    context: SurgeryContext = NO_DATA,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -162,14 +178,13 @@ def activation_svd(
     larger: bool = False,
     damping: float = 1e-4,
     targets: str = KERNELS,
-):
+) -> LM:
     """Surgery: as `svd`, but the outputs `XW` are approximated and not the matrix, on the calibration's inputs X.
 
     Source: Wang et al. 2024, SVD-LLM, arXiv:2403.07378.
 
     Args:
-      model, params, axes, rank, energy, size, larger: as for `svd`; the energy is that of the outputs.
-      calibration: text, from `config.calibration`.
+      rank, energy, size, larger: as for `svd`; the energy is that of the outputs.
       damping: what is added to `XᵀX`, as a share of the mean of its diagonal.
       targets: regex over paths.
     """
@@ -177,8 +192,9 @@ def activation_svd(
     amount.check(who)
 
     def change(path: str, leaf: Any, statistics: Statistics) -> Any:
-        return factored(who, path, leaf, cholesky(statistics.moment, damping, who, path), amount)
+        assert statistics.moment is not None
+        return factored(who, path, leaf, amount, S=cholesky(statistics.moment, damping, who, path))
 
-    new = calibrate(model, params, calibration, each(change), who=who, targets=targets, moment=True)
-    check_gain(who, new, amount)
-    return model, new, axes
+    lm = calibrate(lm, context, each(change), who=who, targets=targets, moment=True)
+    check_gain(who, lm.params, amount)
+    return lm

@@ -45,30 +45,31 @@ def average(params: Sequence[Any], weights: Sequence[float] | None = None) -> An
             raise ValueError(f"params[{number}] differs from params[0] in structure: {difference}")
     first, structure = tree_flatten_with_path(params[0])
     leaves = zip(*(jax.tree.leaves(tree) for tree in params), strict=True)
-    means = [_mean(_name(path), list(each), shares) for (path, _), each in zip(first, leaves, strict=True)]
+    means = [_mean(_name(path), list(of_trees), shares) for (path, _), of_trees in zip(first, leaves, strict=True)]
     return jax.tree.unflatten(structure, means)
 
 
 def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
     """w_j / Σ_k w_k"""
-    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(given) != count:
-        raise ValueError(f"{len(given)} weights for {count} trees: give one a tree")
-    total = math.fsum(given)
-    if not (all(weight >= 0 for weight in given) and 0 < total < math.inf):
-        raise ValueError(f"weights {given} are not non-negative finite numbers with a positive sum")
-    return [weight / total for weight in given]
+    numbers = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(numbers) != count:
+        raise ValueError(f"{len(numbers)} weights for {count} trees: give one a tree")
+    total = math.fsum(numbers)
+    if not (all(weight >= 0 for weight in numbers) and 0 < total < math.inf):
+        raise ValueError(f"weights {numbers} are not non-negative finite numbers with a positive sum")
+    return [weight / total for weight in numbers]
 
 
 def _mean(path: str, leaves: list[Any], shares: list[float]) -> jax.Array:
-    first, *others = (jnp.asarray(leaf) for leaf in leaves)
-    for number, other in enumerate(others, 1):
-        if (first.dtype, first.shape) != (other.dtype, other.shape):
+    """The mean of one leaf of all trees, with weights that sum to 1."""
+    first, *rest = (jnp.asarray(leaf) for leaf in leaves)
+    for number, leaf in enumerate(rest, 1):
+        if (first.dtype, first.shape) != (leaf.dtype, leaf.shape):
             raise ValueError(
                 f"{path}: params[0] has {first.dtype} {list(first.shape)}, "
-                f"params[{number}] has {other.dtype} {list(other.shape)}"
+                f"params[{number}] has {leaf.dtype} {list(leaf.shape)}"
             )
-    same = functools.reduce(jnp.logical_and, (first == other for other in others), jnp.array(True))
+    same = functools.reduce(jnp.logical_and, (first == leaf for leaf in rest), jnp.array(True))
     if not jnp.issubdtype(first.dtype, jnp.inexact):
         if not bool(same.all()):
             raise ValueError(
@@ -77,12 +78,12 @@ def _mean(path: str, leaves: list[Any], shares: list[float]) -> jax.Array:
             )
         return first
     wide = jnp.promote_types(first.dtype, jnp.float32)
-    mean = sum(share * leaf.astype(wide) for share, leaf in zip(shares, [first, *others], strict=True))
+    mean = sum(share * leaf.astype(wide) for share, leaf in zip(shares, [first, *rest], strict=True))
     return jnp.where(same, first, jnp.asarray(mean).astype(first.dtype))
 
 
 def _difference(a: Any, b: Any, path: KeyPath = ()) -> str | None:
-    """The deepest place that explains why two trees differ in structure, and how; None where they do not."""
+    """The deepest path that explains why two trees differ in structure, and how; None where they do not."""
     structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
     if structures[0] == structures[1]:
         return None
@@ -92,12 +93,13 @@ def _difference(a: Any, b: Any, path: KeyPath = ()) -> str | None:
     if below_a.keys() == below_b.keys():
         below = (_difference(below_a[key], below_b[key], path + key) for key in below_a)
         return next(filter(None, below), f"{_name(path)}: {structures[0]} against {structures[1]}")
-    gone = [f"{_name(path + key)} is missing" for key in below_a if key not in below_b]
-    new = [f"{_name(path + key)} is not in params[0]" for key in below_b if key not in below_a]
-    return "; ".join(gone + new)
+    missing = [f"{_name(path + key)} is missing" for key in below_a if key not in below_b]
+    added = [f"{_name(path + key)} is not in params[0]" for key in below_b if key not in below_a]
+    return "; ".join(missing + added)
 
 
 def _children(tree: Any) -> dict[KeyPath, Any]:
+    """The children of a node by their keys."""
     return dict(tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)[0])
 
 

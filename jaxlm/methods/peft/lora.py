@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import (
-    Adapted,
+    LM,
     ArrayInfo,
     LowRank,
     Method,
+    MethodInit,
     Quantized,
     Tree,
     flatten,
@@ -32,7 +33,7 @@ def lora(
     """`y = x W + (α/r) · drop(x) A B` with W frozen, A uniform (Kaiming, √5) and B zero at first.
 
     Baking merges: `W + (α/r) A B`, in float32, dense (a quantized W comes back dense; quantize it again in a later
-    stage). A W that rounds its inputs is refused: what is merged would not round them. Source: Hu et al. 2021,
+    stage). A W that quantizes its activations is refused: what is merged would not. Source: Hu et al. 2021,
     arXiv:2106.09685; `α/√r` with `rank_stabilized`, Kalajdzievski 2023, arXiv:2312.03732.
 
     Args:
@@ -46,8 +47,8 @@ def lora(
         raise ValueError(f"lora: dropout {dropout} must be in [0, 1)")
     scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
-    def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
-        paths = [path for path in flatten(params) if matches(targets, path)]
+    def init(key: jax.Array, lm: LM) -> MethodInit:
+        paths = [path for path in flatten(lm.params) if matches(targets, path)]
         if not paths:
             raise ValueError(f"lora: targets {targets!r} match no parameter")
         keys = dict(zip(paths, jax.random.split(key, len(paths)), strict=True))
@@ -61,14 +62,15 @@ def lora(
             a = jax.random.uniform(keys[path], (rows, rank), jnp.float32, -bound, bound)
             return LowRank(leaf, a, jnp.zeros((rank, columns), jnp.float32), scale=scale, rate=dropout)
 
-        return Adapted(map_leaves(adapt, params), axes)
+        return MethodInit(lm.replace(params=map_leaves(adapt, lm.params)))
 
     def trainable(info: ArrayInfo) -> bool:
-        own = info.role == "factor" and ".base." not in info.name  # a factored base has factors too
-        return own or matches(also_train, info.path)
+        is_update = info.role == "factor" and ".base." not in info.name  # a factored base has factors too
+        return is_update or matches(also_train, info.path)
 
-    def bake(model: Any, params: Tree, axes: dict, state: dict):
-        return model, map_leaves(lambda _, leaf: materialize(leaf) if isinstance(leaf, LowRank) else leaf, params), axes
+    def bake(lm: LM, state: dict[str, Any]) -> LM:
+        merged = map_leaves(lambda _, leaf: materialize(leaf) if isinstance(leaf, LowRank) else leaf, lm.params)
+        return lm.replace(params=merged)
 
     def claims(params: Tree) -> set[tuple[str, str]]:
         return {(path, "update") for path in flatten(params) if matches(targets, path)}
@@ -77,10 +79,10 @@ def lora(
 
 
 def check_base(path: str, leaf: Any) -> None:
-    """Raises ValueError for a weight that rounds its inputs, which no sum with an update can do."""
+    """Raises ValueError for a weight that quantizes its activations, which no sum with an update can do."""
     parts = jax.tree.leaves(leaf, is_leaf=lambda part: isinstance(part, Quantized))
     if any(isinstance(part, Quantized) and part.activations is not None for part in parts):
         raise ValueError(
-            f"lora: {path} rounds its inputs, and would not once the update is merged; round the weights alone "
+            f"lora: {path} quantizes its inputs, and would not once the update is merged; quantize the weights alone "
             "(quantize with dynamic = False), or quantize in a later stage"
         )

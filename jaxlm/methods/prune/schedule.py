@@ -1,12 +1,15 @@
-"""The cubic sparsity schedule, and when it is looked at."""
+"""The cubic sparsity schedule, and the steps at which masks follow it."""
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+Steps = int | Int[Array, ""]
 
 
-def cubic(step: jax.Array | int, final: Any, begin: int, end: int, initial: float = 0.0) -> jax.Array:
+def cubic(
+    step: Steps, final: float | Float[Array | np.ndarray, "*shares"], begin: int, end: int, initial: float = 0.0
+) -> Float[Array, "*shares"]:
     """`s_f + (s_0 - s_f) (1 - (t - t_0) / (t_1 - t_0))³`, `s_0` before `begin` and `s_f` after `end`.
 
     Fast at first, when there is much to remove, and slow towards the end. Source: Zhu and Gupta 2017, arXiv:1710.01878.
@@ -16,11 +19,11 @@ def cubic(step: jax.Array | int, final: Any, begin: int, end: int, initial: floa
     """
     if end <= begin:
         return jnp.where(step >= begin, final, initial)
-    left = 1.0 - jnp.clip((step - begin) / (end - begin), 0.0, 1.0)
-    return final + (initial - final) * left**3
+    remaining = 1.0 - jnp.clip((step - begin) / (end - begin), 0.0, 1.0)
+    return remaining**3 * (initial - final) + final
 
 
-def overdue(step: jax.Array | int, last: jax.Array | int, begin: int, end: int, every: int) -> jax.Array | bool:
+def overdue(step: Steps, last: Steps, begin: int, end: int, every: int) -> Bool[Array, ""]:
     """Whether a newer mask is due than that of step `last` (0: none): at `begin`, every `every` steps, and at `end`.
 
     The update of such a step may be skipped, because a gradient was not finite; the next one then makes up for it, also

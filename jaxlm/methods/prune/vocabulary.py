@@ -6,13 +6,13 @@ pieces. Tables of tokens are most of a small model, so this is often the largest
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from jaxlm.core import Axes, Operated, Site, Tree, flatten, unflatten
+from jaxlm.core import LM, NO_DATA, Site, SurgeryContext, flatten, unflatten
 from jaxlm.methods.prune.structured.slicing import cut
 
 CHUNK = 1024
@@ -21,15 +21,12 @@ BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 def trim_vocabulary(
-    model: Any,
-    params: Tree,
-    axes: Mapping[str, Axes],
+    lm: LM,
+    context: SurgeryContext = NO_DATA,
     *,
-    tokenizer: Any,
-    texts: Callable[[str], Iterable[str]],
     split: str = "train",
     alphabet: bool = True,
-) -> Operated:
+) -> LM:
     """Surgery: keeps the tokens that a split of the data uses, their rows, and a tokenizer of them.
 
     Special and added tokens stay, and so do the pieces of one character, so that other text is still spelled. The
@@ -37,49 +34,58 @@ def trim_vocabulary(
     from it: distillation compares token by token.
 
     Args:
-      tokenizer: of the model, a fast one; texts: gives the texts of a split, as often as it is asked.
       split: of `config.data`, the corpus.
       alphabet: keep all pieces of one character, also those that the corpus lacks.
 
     Raises:
       ValueError: no texts, a tokenizer of a kind that cannot be trimmed, or (should it ever come to that) a text that
-        the new tokenizer splits otherwise.
+        the trimmed tokenizer splits otherwise.
     """
+    texts = context.texts(split)  # first: a context without texts is that of a dry run, which has no tokenizer either
+    tokenizer, config = lm.tokenizer, lm.config
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    used = used_ids(tokenizer, texts(split))
+    used = used_ids(tokenizer, texts)
     if not used:
         raise ValueError(f"trim_vocabulary: the split {split!r} has no text; name one that config.data has")
+
+    # Ids that the model needs besides.
     used |= {i for i in tokenizer.all_special_ids if i is not None}
-    config = model.config
     if config.position_offset and config.pad_token_id is not None:  # RoBERTa counts positions from the padding's id
         used |= set(range(config.pad_token_id + 1))
     used |= {i for i in (config.pad_token_id, config.decoder_start_token_id) if i is not None}
     used = {i for i in used if i < config.vocab_size}
+
     kept, state = trimmed(state, used, alphabet)
     small = rebuilt(tokenizer, state)
-    check_same(tokenizer, small, kept, texts(split))
+    check_same(tokenizer, small, kept, context.texts(split))
 
-    numbers = {old: new for new, old in enumerate(kept)}
-    flat, sizes = flatten(params), model.sizes()
+    # The rows of the ids that stay, and their numbers in the config.
+    flat, sizes = flatten(lm.params), lm.network.sizes()
     for path, leaf in flat.items():
-        if not isinstance(leaf, Site) and "vocab" in axes[path]:
-            flat[path] = cut(leaf, axes[path], sizes.get(path), {"vocab": np.array(kept)}, path)
+        if not isinstance(leaf, Site) and "vocab" in lm.axes[path]:
+            flat[path] = cut(leaf, lm.axes[path], sizes.get(path), {"vocab": np.array(kept)}, path)
+    new_id = new_ids(kept)
     ids = {
-        name: numbers[getattr(config, name)]
+        name: new_id[getattr(config, name)]
         for name in ("pad_token_id", "decoder_start_token_id")
         if getattr(config, name) is not None
     }
-    model = model.replace(config.replace(vocab_size=len(kept), **ids))
-    return Operated(model, unflatten(flat), dict(axes), small)
+    config = config.replace(vocab_size=len(kept), **ids)
+    return lm.replace(config=config, params=unflatten(flat)).with_tokenizer(small)
 
 
 def used_ids(tokenizer: Any, texts: Iterable[str]) -> set[int]:
     """Ids of all tokens of the texts."""
-    backend, found = plain(tokenizer), set()
-    for some in chunks(texts):
-        for encoding in backend.encode_batch_fast(some):
-            found.update(encoding.ids)
-    return found
+    backend, ids = plain(tokenizer), set()
+    for chunk in chunks(texts):
+        for encoding in backend.encode_batch_fast(chunk):
+            ids.update(encoding.ids)
+    return ids
+
+
+def new_ids(kept: Iterable[int]) -> dict[int, int]:
+    """By old id that stays, in order, the new one."""
+    return {old: new for new, old in enumerate(kept)}
 
 
 def plain(tokenizer: Any) -> Any:
@@ -93,18 +99,18 @@ def plain(tokenizer: Any) -> Any:
 def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     """Lists of `CHUNK` texts."""
     remaining = iter(texts)
-    while some := list(islice(remaining, CHUNK)):
-        yield some
+    while chunk := list(islice(remaining, CHUNK)):
+        yield chunk
 
 
 # The parts of a tokenizer ---------------------------------------------------------------------------------------------
 
 
 def trimmed(state: Mapping[str, Any], used: Collection[int], alphabet: bool) -> tuple[list[int], dict[str, Any]]:
-    """The old ids that stay, in order (their new id is their place), and the tokenizer's JSON of those alone.
+    """The old ids that stay, in order (see `new_ids`), and the tokenizer's JSON of those alone.
 
     Args:
-      state: what `tokenizers.Tokenizer.to_str` says; used: ids that must stay.
+      state: what `tokenizers.Tokenizer.to_str` writes; used: ids that must stay.
 
     Raises:
       ValueError: a kind of tokenizer that cannot be trimmed.
@@ -118,6 +124,8 @@ def trimmed(state: Mapping[str, Any], used: Collection[int], alphabet: bool) -> 
         if kind == "Unigram"
         else {i: piece for piece, i in model["vocab"].items()}
     )
+
+    # Which ids stay.
     added = {token["id"]: token["content"] for token in state["added_tokens"]}
     keep = {i for i in used if i in pieces or i in added} | set(added)
     keep |= {i for i, piece in pieces.items() if piece in BYTES or piece == model.get("unk_token")}
@@ -126,23 +134,36 @@ def trimmed(state: Mapping[str, Any], used: Collection[int], alphabet: bool) -> 
         keep |= {i for i, piece in pieces.items() if len(piece.removeprefix(prefix)) == 1}
     keep |= KINDS[kind](model, pieces, keep)
     kept = sorted(keep)
-    numbers = {old: new for new, old in enumerate(kept)}
+    new_id = new_ids(kept)
 
-    new = copy.deepcopy(dict(state))
-    own = {pieces[i] for i in kept if i in pieces}
+    # The vocabulary, the merges and the post-processor of those alone.
+    small = copy.deepcopy(dict(state))
+    kept_pieces = {pieces[i] for i in kept if i in pieces}
     if kind == "Unigram":
-        new["model"]["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in numbers]
+        small["model"]["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in new_id]
         if model.get("unk_id") is not None:
-            new["model"]["unk_id"] = numbers[model["unk_id"]]
+            small["model"]["unk_id"] = new_id[model["unk_id"]]
     else:
-        new["model"]["vocab"] = {pieces[i]: numbers[i] for i in kept if i in pieces}
+        small["model"]["vocab"] = {pieces[i]: new_id[i] for i in kept if i in pieces}
     if kind == "BPE":
         halves = [pair(merge) for merge in model["merges"]]
-        new["model"]["merges"] = [[a, b] for a, b in halves if own.issuperset((a, b, a + b))]
-    for token in new["added_tokens"]:
-        token["id"] = numbers[token["id"]]
-    _renumber(new["post_processor"], numbers)
-    return kept, new
+        small["model"]["merges"] = [[a, b] for a, b in halves if kept_pieces.issuperset((a, b, a + b))]
+    for token in small["added_tokens"]:
+        token["id"] = new_id[token["id"]]
+    _renumber(small["post_processor"], new_id)
+    return kept, small
+
+
+class AlsoKept(Protocol):
+    """What a kind of tokenizer needs besides the pieces that are used."""
+
+    def __call__(self, model: Mapping[str, Any], pieces: Mapping[int, str], keep: Collection[int], /) -> set[int]:
+        """Ids that must stay too.
+
+        Args:
+          model: the model of the tokenizer's JSON; pieces: by id.
+          keep: ids that stay.
+        """
 
 
 def _word_pieces(model: Mapping[str, Any], pieces: Mapping[int, str], keep: Collection[int]) -> set[int]:
@@ -151,7 +172,7 @@ def _word_pieces(model: Mapping[str, Any], pieces: Mapping[int, str], keep: Coll
 
 
 def _unigram(model: Mapping[str, Any], pieces: Mapping[int, str], keep: Collection[int]) -> set[int]:
-    """The best path stays the best without others. An unknown character costs what the worst piece costs: keep it."""
+    """The best path stays the best without the rest. An unknown character costs what the worst piece costs: keep it."""
     scores = [score for _, score in model["vocab"]]
     unknown = {model["unk_id"]} if model.get("unk_id") is not None else set()
     return unknown | {int(np.argmin(scores))}
@@ -162,14 +183,14 @@ def _bpe(model: Mapping[str, Any], pieces: Mapping[int, str], keep: Collection[i
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError("a BPE tokenizer whose pieces mark the inside or the end of a word cannot be trimmed")
     ranks, ids = merge_ranks(model), {piece: i for i, piece in pieces.items()}
-    made: set[int] = set()
+    parts: set[int] = set()
     for i in keep:
         if i in pieces:
-            made |= {ids[part] for left, right in merges_of(pieces[i], ranks) for part in (left, right, left + right)}
-    return made
+            parts |= {ids[part] for left, right in merges_of(pieces[i], ranks) for part in (left, right, left + right)}
+    return parts
 
 
-KINDS: dict[str, Callable[[Mapping[str, Any], Mapping[int, str], Collection[int]], set[int]]] = {
+KINDS: dict[str, AlsoKept] = {
     "WordPiece": _word_pieces,
     "WordLevel": _word_pieces,
     "Unigram": _unigram,
@@ -213,33 +234,33 @@ def merges_of(piece: str, ranks: Mapping[tuple[str, str], int]) -> list[tuple[st
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-def _renumber(part: Any, numbers: Mapping[int, int]) -> None:
+def _renumber(part: Any, new_id: Mapping[int, int]) -> None:
     """New ids in a post-processor, in place: `"ids": [101]` of templates, `"sep": ["[SEP]", 102]` of BERT's."""
     if isinstance(part, dict):
         for key, value in part.items():
             if key == "ids":
-                part[key] = [numbers[i] for i in value]
+                part[key] = [new_id[i] for i in value]
             elif key in ("sep", "cls") and isinstance(value, list):
-                part[key] = [value[0], numbers[value[1]]]
+                part[key] = [value[0], new_id[value[1]]]
             else:
-                _renumber(value, numbers)
+                _renumber(value, new_id)
     elif isinstance(part, list):
         for value in part:
-            _renumber(value, numbers)
+            _renumber(value, new_id)
 
 
 def rebuilt(tokenizer: Any, state: Mapping[str, Any]) -> Any:
-    """A transformers tokenizer like the given one with another inside."""
+    """The same transformers tokenizer with another `tokenizers.Tokenizer` inside, of this JSON."""
     small = copy.deepcopy(tokenizer)
     small._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
     return small
 
 
-def check_same(old: Any, new: Any, kept: list[int], texts: Iterable[str]) -> None:
-    """Raises ValueError for a text that two tokenizers split into different pieces."""
-    before, after, numbers = plain(old), plain(new), {o: n for n, o in enumerate(kept)}
-    for some in chunks(texts):
-        encoded = zip(some, before.encode_batch_fast(some), after.encode_batch_fast(some), strict=True)
+def check_same(tokenizer: Any, small: Any, kept: list[int], texts: Iterable[str]) -> None:
+    """Raises ValueError for a text that the trimmed tokenizer splits into other pieces."""
+    before, after, new_id = plain(tokenizer), plain(small), new_ids(kept)
+    for chunk in chunks(texts):
+        encoded = zip(chunk, before.encode_batch_fast(chunk), after.encode_batch_fast(chunk), strict=True)
         for text, a, b in encoded:
-            if [numbers[i] for i in a.ids] != b.ids:
+            if [new_id[i] for i in a.ids] != b.ids:
                 raise ValueError(f"trim_vocabulary: the trimmed tokenizer splits {text[:80]!r} otherwise")

@@ -1,1 +1,1 @@
-"""Quantization: number formats, rounding after training and in training."""
+"""Quantization: number formats, after training (PTQ) and in training (QAT)."""

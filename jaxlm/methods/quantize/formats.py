@@ -1,4 +1,4 @@
-"""What the methods that round share: number formats from a config's arguments, targets, and bytes."""
+"""What the methods of quantization share: number formats from a config's arguments, targets, and bytes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from jaxlm.core.weights.quantized import check_activations, per_token
 KERNELS = r".*/kernel"
 TABLES = r"embed/tokens/embedding"
 TARGETS = f"{KERNELS}|{TABLES}"
-"""What is rounded by default: every product, the head's included, and the token table, tied or not."""
+"""What is quantized by default: every product, the head's included, and the token table, tied or not."""
 
 
 def channel_of(path: str) -> int:
@@ -34,19 +34,20 @@ def channel_of(path: str) -> int:
 
 def formats(
     who: str,
+    *,
     bits: str,
     group: int | str | None,
     symmetric: bool,
-    dynamic: bool | None,
-    activations: Mapping[str, Any] | None,
+    dynamic: bool | None = None,
+    activations: Mapping[str, Any] | None = None,
 ) -> tuple[Scheme, Scheme | None]:
-    """The formats of weights and of inputs that a config names.
+    """The formats of weights and of activations that a config names.
 
     Args:
       who: the method, for messages.
       bits, group, symmetric: see `Scheme`.
-      dynamic: round inputs a token at a time; `None` does it for int8 weights.
-      activations: a Scheme of the inputs by its fields, instead of the usual one.
+      dynamic: quantize activations a token at a time; `None` does it for int8 weights.
+      activations: a Scheme of the activations by its fields, instead of the usual one.
     """
     try:
         scheme = Scheme(bits, group, symmetric)
@@ -67,27 +68,27 @@ def check_targets(params: Tree, targets: str, who: str) -> None:
     check_rules([(targets, None)], describe(params).values(), f"{who}: targets")
 
 
-def chosen(path: str, leaf: Any, targets: str) -> bool:
-    """Whether a surgery rounds this leaf: a target that is not stored as codes yet."""
+def is_target(path: str, leaf: Any, targets: str) -> bool:
+    """Whether a surgery quantizes this leaf: a target that is not stored as codes yet."""
     return matches(targets, path) and not isinstance(leaf, Quantized)
 
 
-def inside(leaf: Any, change: Callable[[Any], Any]) -> Any:
+def change_matrices(leaf: Any, change: Callable[[Any], Any]) -> Any:
     """`leaf` with `change(matrix)` for every matrix in it that inputs meet as such and that is not stored as codes: the
     base below scaled inputs, both factors of a Factored, else the leaf itself.
 
-    >>> inside(Factored(jnp.ones((4, 1)), jnp.ones((1, 4))), Quantized.of).b.codes.tolist()
+    >>> change_matrices(Factored(jnp.ones((4, 1)), jnp.ones((1, 4))), Quantized.of).b.codes.tolist()
     [[127, 127, 127, 127]]
     """
     if isinstance(leaf, InputScaled):
-        return leaf.replace(base=inside(leaf.base, change))
+        return leaf.replace(base=change_matrices(leaf.base, change))
     if isinstance(leaf, Factored):
-        return leaf.replace(a=inside(leaf.a, change), b=inside(leaf.b, change))
+        return leaf.replace(a=change_matrices(leaf.a, change), b=change_matrices(leaf.b, change))
     return leaf if isinstance(leaf, Quantized) else change(leaf)
 
 
-def trains_rounded(leaf: Any) -> bool:
-    """Whether a leaf is rounded already, stored or in training."""
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf is quantized already, stored or in training."""
     return isinstance(leaf, FakeQuant | Quantized)
 
 
@@ -98,9 +99,9 @@ def stored_bytes(leaf: Any) -> int:
     38
     """
 
-    def size(array: Any) -> int:
+    def array_bytes(array: Any) -> int:
         if array.dtype == jnp.int4:
             return math.prod(array.shape[:-1]) * math.ceil(array.shape[-1] / 2)
         return array.size * array.dtype.itemsize
 
-    return sum(size(array) for array in jax.tree.leaves(leaf))
+    return sum(array_bytes(array) for array in jax.tree.leaves(leaf))

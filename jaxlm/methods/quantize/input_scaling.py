@@ -7,29 +7,29 @@ keys) it is written down as an `InputScaled`.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from jaxlm.core import InputScaled, Masked
 from jaxlm.methods.calibration import Group, matrix
 
 
-def rescaled(who: str, group: Group, scale: jax.Array, fold: bool = True) -> dict[str, Any]:
-    """The leaves of a group, rescaled by `s [in]`: every kernel of it, since they share their input.
+def rescaled(who: str, group: Group, scale: Float32[Array, "in"], fold: bool = True) -> dict[str, Any]:
+    """The leaves of a group, rescaled by `s`: every kernel of it, since they share their input.
 
     Args:
       who: the method, for messages.
       scale: `s`, positive.
       fold: whether `1/s` goes into the norm in front, where there is one that only these products read.
     """
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, leaf in group.kernels.items():
         dense = (matrix(who, f"{group.layer}/{name}", leaf) * scale[:, None]).astype(leaf.dtype)
-        found[name] = leaf.replace(base=dense) if isinstance(leaf, Masked) else dense
+        leaves[name] = leaf.replace(base=dense) if isinstance(leaf, Masked) else dense
     if not (fold and group.norm):
-        return {name: InputScaled(leaf, 1 / scale) for name, leaf in found.items()}
+        return {name: InputScaled(leaf, 1 / scale) for name, leaf in leaves.items()}
     for field in ("scale", "bias"):
         path = f"{group.norm}/{field}"
         if path in group.params:
-            found[path] = (group.params[path].astype(jnp.float32) / scale).astype(group.params[path].dtype)
-    return found
+            leaves[path] = (group.params[path].astype(jnp.float32) / scale).astype(group.params[path].dtype)
+    return leaves

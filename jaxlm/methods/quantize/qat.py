@@ -1,4 +1,4 @@
-"""Training with rounding in the loop: straight through, with learned steps (LSQ), with learned clipping (PACT)."""
+"""Quantization-aware training: straight through, with learned steps (LSQ), with learned clipping (PACT)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,21 +7,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import (
+    LM,
     LSQ,
     PACT,
-    Adapted,
     Axes,
     FakeQuant,
     Gate,
     LowRank,
     Method,
+    MethodInit,
     Scheme,
     Tree,
     flatten,
     map_leaves,
     matches,
 )
-from jaxlm.methods.quantize.formats import TARGETS, channel_of, check_targets, formats, trains_rounded
+from jaxlm.methods.quantize.formats import TARGETS, channel_of, check_targets, formats, is_quantized
 
 
 def qat(
@@ -33,22 +34,26 @@ def qat(
     activations: Mapping[str, Any] | None = None,
     targets: str = TARGETS,
 ) -> Method:
-    """Quantization-aware training: the forward pass sees rounded weights, gradients pass straight through.
+    """Quantization-aware training: the forward pass sees quantized weights, gradients pass straight through.
 
     Ranges follow the weights: `q(W)` with the grid of `quantize`, recomputed in every step. Baking stores the codes:
     the same function.
 
     Args:
       bits, group, symmetric: the format of the weights, see `quantize`.
-      dynamic: round inputs too, a token at a time; `None`: where bits is int8.
-      activations: another format of the inputs, by its fields.
+      dynamic: quantize activations too, a token at a time; `None`: where bits is int8.
+      activations: another format of the activations, by its fields.
       targets: regex over paths.
     """
-    scheme, inputs = formats("qat", bits, group, symmetric, dynamic, activations)
+    scheme, inputs = formats(
+        "qat", bits=bits, group=group, symmetric=symmetric, dynamic=dynamic, activations=activations
+    )
     if inputs is not None and inputs.group == "tensor":
-        raise ValueError("qat: inputs are rounded a token at a time; the method pact learns one range for all of them")
+        raise ValueError(
+            "qat: activations are quantized a token at a time; the method pact learns one range for all of them"
+        )
     wrap = lambda leaf, channel: FakeQuant.of(leaf, scheme, activations=inputs, channel=channel)  # noqa: E731
-    return _rounding("qat", wrap, scheme, targets)
+    return _quantization_aware("qat", wrap, scheme, targets)
 
 
 def lsq(
@@ -69,16 +74,18 @@ def lsq(
 
     Args:
       bits, group: the format of the weights (symmetric integers), see `quantize`.
-      dynamic: round inputs too, a token at a time; `None`: where bits is int8.
-      activations: another format of the inputs, by its fields.
+      dynamic: quantize activations too, a token at a time; `None`: where bits is int8.
+      activations: another format of the activations, by its fields.
       targets: regex over paths.
     """
-    scheme, inputs = formats("lsq", bits, group, True, dynamic, activations)
+    scheme, inputs = formats("lsq", bits=bits, group=group, symmetric=True, dynamic=dynamic, activations=activations)
     if inputs is not None and inputs.group == "tensor":
-        raise ValueError("lsq: inputs are rounded a token at a time; the method pact learns one range for all of them")
+        raise ValueError(
+            "lsq: activations are quantized a token at a time; the method pact learns one range for all of them"
+        )
     wrap = lambda leaf, channel: LSQ.of(leaf, scheme, activations=inputs, channel=channel)  # noqa: E731
-    _try("lsq", wrap)
-    return _rounding("lsq", wrap, scheme, targets)
+    _check_format("lsq", wrap)
+    return _quantization_aware("lsq", wrap, scheme, targets)
 
 
 def pact(
@@ -91,35 +98,34 @@ def pact(
     clip: float = 8.0,
     targets: str = TARGETS,
 ) -> Method:
-    """PACT: every product clips its inputs to `[-α, α]` and rounds them on that one grid; `α` is trained.
+    """PACT: every product clips its activations to `[-α, α]` and quantizes them on that one grid; `α` is trained.
 
     `∂/∂α` is 1 where an input lies above α (-1 below -α); see `learned_clip`. The bounds have the role `scale` and
-    never decay; weights are rounded as in `qat`. Baking stores static inputs, which need no look at the data when the
-    model runs: the same function. Source: Choi et al. 2018, arXiv:1805.06085, which is for inputs after a ReLU.
+    never decay; weights are quantized as in `qat`. Baking stores static activations, which need no look at the data
+    when the model runs: the same function. Source: Choi et al. 2018, arXiv:1805.06085 (for inputs after a ReLU).
 
     Args:
       bits, group, symmetric: the format of the weights (integers), see `quantize`.
-      input_bits: of the inputs.
+      input_bits: of the activations.
       signed: clip to `[-α, α]`; `False` to `[0, α]`, for inputs that are never negative.
       clip: α at first: no smaller than most inputs.
       targets: regex over paths.
     """
-    scheme, inputs = formats(
-        "pact", bits, group, symmetric, None, {"bits": input_bits, "group": "tensor", "symmetric": signed}
-    )
+    one_grid = {"bits": input_bits, "group": "tensor", "symmetric": signed}
+    scheme, inputs = formats("pact", bits=bits, group=group, symmetric=symmetric, activations=one_grid)
     wrap = lambda leaf, channel: PACT.of(leaf, scheme, activations=inputs, channel=channel, clip=clip)  # noqa: E731
-    _try("pact", wrap)
-    method = _rounding("pact", wrap, scheme, targets)
+    _check_format("pact", wrap)
+    method = _quantization_aware("pact", wrap, scheme, targets)
 
     def claims(params: Tree) -> set[tuple[str, str]]:
         # An update that is added later would read inputs that are not clipped, and could not be merged into W.
-        plain = {path for path, leaf in flatten(params).items() if not isinstance(leaf, LowRank)}
-        return method.claims(params) | {(path, "update") for path in plain if matches(targets, path)}
+        not_updated = {path for path, leaf in flatten(params).items() if not isinstance(leaf, LowRank)}
+        return method.claims(params) | {(path, "update") for path in not_updated if matches(targets, path)}
 
     return method._replace(claims=claims)
 
 
-def _try(name: str, wrap: Callable[[Any, int], FakeQuant]) -> None:
+def _check_format(name: str, wrap: Callable[[Any, int], FakeQuant]) -> None:
     """Raises ValueError for arguments that no leaf could be wrapped with."""
     try:
         wrap(jnp.ones((1, 1)), -1)
@@ -127,25 +133,29 @@ def _try(name: str, wrap: Callable[[Any, int], FakeQuant]) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _rounding(name: str, wrap: Callable[[Any, int], FakeQuant], scheme: Scheme, targets: str) -> Method:
-    """The Method that wraps its targets, and bakes to codes."""
+def _quantization_aware(name: str, wrap: Callable[[Any, int], FakeQuant], scheme: Scheme, targets: str) -> Method:
+    """The Method that wraps its targets, and bakes to codes.
 
-    def fake(path: str, leaf: Any) -> Any:
+    Args:
+      wrap: `(leaf, dimension of the channels) -> FakeQuant`.
+    """
+
+    def fake_quantized(path: str, leaf: Any) -> Any:
         if not matches(targets, path):
             return leaf
-        if trains_rounded(leaf):
+        if is_quantized(leaf):
             raise ValueError(f"{name}: {path} is rounded already ({type(leaf).__name__}); bake it, or leave it out")
         return wrap(leaf, channel_of(path))
 
-    def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
-        check_targets(params, targets, name)
+    def init(key: jax.Array, lm: LM) -> MethodInit:
+        check_targets(lm.params, targets, name)
         if isinstance(scheme.group, int):
-            _refuse_gated_groups(name, params, axes, targets)
-        return Adapted(map_leaves(fake, params), axes)
+            _refuse_gated_groups(name, lm.params, lm.axes, targets)
+        return MethodInit(lm.replace(params=map_leaves(fake_quantized, lm.params)))
 
-    def bake(model: Any, params: Tree, axes: dict, state: dict):
-        stored = map_leaves(lambda path, leaf: leaf.quantize() if isinstance(leaf, FakeQuant) else leaf, params)
-        return model, stored, axes
+    def bake(lm: LM, state: dict[str, Any]) -> LM:
+        stored = map_leaves(lambda path, leaf: leaf.quantize() if isinstance(leaf, FakeQuant) else leaf, lm.params)
+        return lm.replace(params=stored)
 
     def claims(params: Tree) -> set[tuple[str, str]]:
         return {(path, "bits") for path in flatten(params) if matches(targets, path)}
@@ -157,10 +167,10 @@ def _refuse_gated_groups(name: str, params: Tree, axes: Mapping[str, Axes], targ
     """Raises ValueError where a gate will remove single inputs of a target, whose groups would fall apart."""
     flat = flatten(params)
     for gate in [path for path, leaf in flat.items() if isinstance(leaf, Gate)]:
-        module, cut = gate.rpartition("/")[0], set(_names(axes[gate]))
+        module, gated = gate.rpartition("/")[0], set(_names(axes[gate]))
         for path in flat:
-            inputs = axes[path][-3 - channel_of(path)] if matches(targets, path) else None
-            if path.startswith(module) and cut & set(_names((inputs,))):
+            input_axis = axes[path][-3 - channel_of(path)] if matches(targets, path) else None
+            if path.startswith(module) and gated & set(_names((input_axis,))):
                 raise ValueError(
                     f"{name}: {gate} will remove inputs of {path}, whose groups would fall apart: give it group=None, "
                     f"or prune in a stage before"
@@ -168,4 +178,5 @@ def _refuse_gated_groups(name: str, params: Tree, axes: Mapping[str, Axes], targ
 
 
 def _names(axes: Axes) -> list[str]:
+    """Names of all axes, those of compound ones apart."""
     return [n for entry in axes for n in (entry if isinstance(entry, tuple) else (entry,)) if n is not None]

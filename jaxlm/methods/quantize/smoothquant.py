@@ -1,19 +1,21 @@
-"""SmoothQuant: outliers of activations moved into the weights, before both are rounded."""
+"""SmoothQuant: activation outliers moved into the weights, before both are quantized."""
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
-from jaxlm.core import Axes, Tree, materialize
-from jaxlm.methods.calibration import Calibration, Group, calibrate
+from jaxlm.core import LM, NO_DATA, SurgeryContext, materialize
+from jaxlm.methods.calibration import Group, calibrate
 from jaxlm.methods.quantize.input_scaling import rescaled
 
 AFTER_NORMS = r".*layers_\d+/(attention/(query|key|value)|cross_attention/query|mlp/(gate_proj|up))/kernel"
 """Products that read the residual stream, where the outliers are."""
 
 
-def smooth_scale(largest_input: jax.Array, largest_weight: jax.Array, alpha: float) -> jax.Array:
+def smooth_scale(
+    largest_input: Float[Array, "in"], largest_weight: Float[Array, "in"], alpha: float
+) -> Float32[Array, "in"]:
     """`s_j = max|X_j|^α / max|W_j|^{1-α}` of every input j; 1 where either is 0.
 
     With α = ½ inputs and rows have the same range afterwards.
@@ -21,29 +23,25 @@ def smooth_scale(largest_input: jax.Array, largest_weight: jax.Array, alpha: flo
     >>> smooth_scale(jnp.array([16.0, 0.0]), jnp.array([1.0, 1.0]), 0.5).tolist()
     [4.0, 1.0]
     """
-    known = (largest_input > 0) & (largest_weight > 0)
-    x, w = jnp.where(known, largest_input, 1.0), jnp.where(known, largest_weight, 1.0)
+    alive = (largest_input > 0) & (largest_weight > 0)
+    x, w = jnp.where(alive, largest_input, 1.0), jnp.where(alive, largest_weight, 1.0)
     return x**alpha / w ** (1 - alpha)
 
 
 def smoothquant(
-    model: Any,
-    params: Tree,
-    axes: dict[str, Axes],
-    calibration: Calibration,
+    lm: LM,
+    context: SurgeryContext = NO_DATA,
     *,
     alpha: float = 0.5,
     fold: bool = True,
     targets: str = AFTER_NORMS,
-):
+) -> LM:
     """Surgery: divides the inputs of products by `smooth_scale` and multiplies their kernels by it.
 
-    The function stays the same; it is `quantize` with rounded inputs that comes after it and gains. Products that share
-    an input share `s`. Source: Xiao et al. 2022, arXiv:2211.10438.
+    The function stays the same; what gains is `quantize` with quantized activations, after it. Products that share an
+    input share `s`. Source: Xiao et al. 2022, arXiv:2211.10438.
 
     Args:
-      model, params, axes: the model, canonical view.
-      calibration: text, from `config.calibration`.
       alpha: how much of the difficulty moves into the weights, in [0, 1].
       fold: fold `1/s` into the norm in front where that is valid; elsewhere, and without, it is an `InputScaled`.
       targets: regex over paths; of products that share an input all are rescaled if one is named.
@@ -56,4 +54,4 @@ def smoothquant(
         largest = jnp.max(jnp.stack(rows), axis=0).astype(jnp.float32)
         return rescaled("smoothquant", group, smooth_scale(group.statistics.largest, largest, alpha), fold)
 
-    return model, calibrate(model, params, calibration, rule, who="smoothquant", targets=targets), axes
+    return calibrate(lm, context, rule, who="smoothquant", targets=targets)

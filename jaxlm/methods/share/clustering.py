@@ -4,16 +4,19 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float64, UInt8
 
-from jaxlm.core import Axes, Clustered, Masked, Tree, Weight, flatten, map_leaves, matches
+from jaxlm.core import LM, NO_DATA, Clustered, Masked, SurgeryContext, Weight, flatten, map_leaves, matches
 from jaxlm.methods.calibration import KERNELS
 
-MOST = 256
+LARGEST_CODEBOOK = 256
 ROUNDS = 100
 
 
-def kmeans(values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(codebook [k], codes)` with a small `Σ (x - codebook[code])²`, by Lloyd's rounds from evenly spread values.
+def kmeans(
+    values: Float[np.ndarray, "*shape"], k: int
+) -> tuple[Float64[np.ndarray, "{k}"], UInt8[np.ndarray, "*shape"]]:
+    """Codebook and codes with a small `Σ (x - codebook[code])²`, by Lloyd's rounds from evenly spread values.
 
     Nothing is random. As many distinct values as k, or fewer, are kept exactly. Between rounds a cluster without
     entries moves to the entry that is worst represented. Sorted values and prefix sums make a round cost `k log n`.
@@ -23,7 +26,6 @@ def kmeans(values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     ([0.1, 9.9], [0, 1, 0, 1])
 
     Args:
-      values: floats of any shape.
       k: size of the codebook, at most 256.
     """
     flat = np.asarray(values, np.float64).reshape(-1)
@@ -39,29 +41,34 @@ def kmeans(values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return codebook, codes.astype(np.uint8).reshape(np.shape(values))
 
 
-def _lloyd(ordered: np.ndarray, centres: np.ndarray) -> np.ndarray:
+def _lloyd(ordered: Float64[np.ndarray, "values"], centres: Float64[np.ndarray, "k"]) -> Float64[np.ndarray, "k"]:
     """Rounds of assignment and mean over sorted values until nothing moves."""
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
     for _ in range(ROUNDS):
         ends = np.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2, side="right")
         ends = np.concatenate([[0], ends, [ordered.size]])
         counts = np.diff(ends)
-        new = np.diff(sums[ends])[counts > 0] / counts[counts > 0]
-        for _ in range(centres.size - new.size):
-            nearest = new[np.searchsorted((new[1:] + new[:-1]) / 2, ordered)]
-            new = np.sort(np.append(new, ordered[np.argmax(np.abs(ordered - nearest))]))
-        if np.array_equal(new, centres):
+        means = np.diff(sums[ends])[counts > 0] / counts[counts > 0]
+        # A centre without entries moves to the entry that is farthest from its centre.
+        for _ in range(centres.size - means.size):
+            nearest = means[np.searchsorted((means[1:] + means[:-1]) / 2, ordered)]
+            means = np.sort(np.append(means, ordered[np.argmax(np.abs(ordered - nearest))]))
+        if np.array_equal(means, centres):
             break
-        centres = new
+        centres = means
     return centres
 
 
-def clustered(w: Any, k: int, group: int | None = None, kept: Any = None) -> Clustered:
-    """A matrix `[in, out]` with k shared values, or k for every `group` inputs.
+def clustered(
+    w: Float[Array | np.ndarray, "in out"],
+    k: int,
+    group: int | None = None,
+    kept: Bool[Array | np.ndarray, "in out"] | None = None,
+) -> Clustered:
+    """A matrix with k shared values, or k for every `group` inputs.
 
     Args:
-      w: numpy's or jax's.
-      kept: bool `[in, out]`; entries that do not count, because a mask hides them, are left out of the means.
+      kept: entries that do not count, because a mask hides them, are left out of the means.
     """
     values = np.asarray(w, np.float32)
     kept = np.ones(values.shape, bool) if kept is None else np.asarray(kept)
@@ -70,43 +77,41 @@ def clustered(w: Any, k: int, group: int | None = None, kept: Any = None) -> Clu
     codes = np.zeros(values.shape, np.uint8)
     for number in range(len(codebook)):
         rows = groups == number
-        own = np.zeros(values[rows].shape, np.uint8)
-        codebook[number], own[kept[rows]] = kmeans(values[rows][kept[rows]], k)
-        codes[rows] = own
+        codes_of_rows = np.zeros(values[rows].shape, np.uint8)
+        codebook[number], codes_of_rows[kept[rows]] = kmeans(values[rows][kept[rows]], k)
+        codes[rows] = codes_of_rows
     return Clustered(jnp.asarray(codes), jnp.asarray(groups, jnp.int32), jnp.asarray(codebook, w.dtype))
 
 
 def cluster(
-    model: Any,
-    params: Tree,
-    axes: dict[str, Axes],
+    lm: LM,
+    context: SurgeryContext = NO_DATA,
     *,
     values: int = 16,
     group: int | None = None,
     targets: str = KERNELS,
-):
+) -> LM:
     """Surgery: the entries of every target share `values` values, found by k-means; what is trained next is these.
 
     On disk an entry takes `log2(values)` bits, rounded up. Below a mask only the entries that it keeps are clustered.
     Source: Han et al. 2015, Deep Compression, arXiv:1510.00149.
 
     Args:
-      model, params, axes: the model, canonical view.
       values: size of a codebook, 2 to 256.
       group: inputs that share a codebook; `None` for all of a matrix.
       targets: regex over paths.
 
     Returns:
-      `(model, params, axes)` with Clustered leaves.
+      the model with Clustered leaves.
 
     Raises:
       ValueError: for targets that match nothing, or hold a Weight whose entries cannot be set.
     """
-    if not 2 <= values <= MOST:
-        raise ValueError(f"cluster: values must be 2 to {MOST}, not {values}")
+    if not 2 <= values <= LARGEST_CODEBOOK:
+        raise ValueError(f"cluster: values must be 2 to {LARGEST_CODEBOOK}, not {values}")
     if group is not None and group < 1:
         raise ValueError(f"cluster: group must be at least 1, not {group}")
-    if not any(matches(targets, path) for path in flatten(params)):
+    if not any(matches(targets, path) for path in flatten(lm.params)):
         raise ValueError(f"cluster: targets {targets!r} match no parameter")
 
     def change(path: str, leaf: Any) -> Any:
@@ -118,7 +123,7 @@ def cluster(
                 f"cluster: {path} holds a {type(inner).__name__}, whose entries cannot be set one by one; bake it "
                 "first, or leave it out of targets"
             )
-        new = clustered(inner, values, group, kept)
-        return leaf.replace(base=new) if isinstance(leaf, Masked) else new
+        shared = clustered(inner, values, group, kept)
+        return leaf.replace(base=shared) if isinstance(leaf, Masked) else shared
 
-    return model, map_leaves(change, params), axes
+    return lm.replace(params=map_leaves(change, lm.params))

@@ -58,7 +58,7 @@ def test_jsonl_that_python_does_not_read(write):
     assert [(bad.line, bad.reason) for bad in source.bad] == [
         (1, "JSON that is nested too deeply to be read"),
         (2, "an integer of more than 4300 digits"),
-        (3, "the key 'a' stands twice in the object"),
+        (3, "the object has the key 'a' twice"),
     ]
 
 
@@ -159,7 +159,7 @@ def test_conll(write):
 def test_conll_bad_line_spoils_its_sentence_only(write):
     source = read("conll", write("a.conll", "a O\n\nb O\nc\nd O\n\ne O\n"), bad_rows="skip")
     assert [r["tokens"] for r in source] == [["a"], ["e"]]
-    assert [(b.line, b.reason) for b in source.bad] == [(4, "no tag behind the token 'c'")]
+    assert [(b.line, b.reason) for b in source.bad] == [(4, "no tag after the token 'c'")]
 
 
 def test_conll_columns_of_a_sentence_are_equally_many(write):

@@ -1,14 +1,14 @@
-"""Slices share nothing and lose nothing; a place that does not exist is told with the nearest name."""
+"""Slices share nothing and lose nothing; an error about a missing file names the nearest."""
 
 import random
 
 import pytest
 
-from jaxlm.data.sources.locations import Slice, find_files, may_share, split_place
+from jaxlm.data.sources.locations import Slice, find_files, may_share, split_location
 
 
 @pytest.mark.parametrize(
-    ("place", "bare", "part"),
+    ("location", "path", "part"),
     [
         ("a.txt", "a.txt", Slice()),
         ("a.txt[:90%]", "a.txt", Slice(None, "90%")),
@@ -18,8 +18,8 @@ from jaxlm.data.sources.locations import Slice, find_files, may_share, split_pla
         ("a[:]", "a", Slice()),
     ],
 )
-def test_split_place(place, bare, part):
-    assert split_place(place) == (bare, part)
+def test_split_location(location, path, part):
+    assert split_location(location) == (path, part)
 
 
 def test_counts_are_python_slices():
@@ -82,7 +82,7 @@ def test_an_existing_file_is_no_glob(tmp_path):
         ("glue/sst2:1.0.0:validation", "glue/sst2:validation[:5]", True),
     ],
 )
-def test_places_that_may_share_rows(a, b, shared):
+def test_locations_that_may_share_rows(a, b, shared):
     assert may_share(a, b) is may_share(b, a) is shared
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxlm.core import Context, Loss, Tap, Term
+from jaxlm.io.lm import LM
 from jaxlm.losses.soft_targets import mean_logits, mixture_logits, response, top_answers
 from jaxlm.methods.distill.method import distill
-from jaxlm.methods.distill.teacher import CachedTeacher, Lesson, Teacher
+from jaxlm.methods.distill.teacher import CachedTeacher, DistillConfig, Teacher
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 
 LABELS = jnp.array([[1, -100, 3], [-100, -100, -100]])
 BATCH = {
@@ -20,10 +20,10 @@ BATCH = {
 }
 
 
-def student_of(**fields):
-    return Network(
-        model_config("gpt2", vocab_size=7, hidden_size=4, num_layers=2, num_heads=1, max_positions=8, **fields)
-    )
+def student_of(params=None, axes=None, **fields):
+    """A student that holds these parameters alone: `init` reads the sizes, and adds projections."""
+    config = model_config("gpt2", vocab_size=7, hidden_size=4, num_layers=2, num_heads=1, max_positions=8, **fields)
+    return LM(config, params or {}, axes=axes or {})
 
 
 def draw(seed, *shape):
@@ -31,7 +31,7 @@ def draw(seed, *shape):
 
 
 def fixed_teacher(logits, hidden, width=4, **fields):
-    """Gives what it is told, whatever the batch; a hidden state is `hidden` plus its depth."""
+    """Gives these logits and states, whatever the batch; a hidden state is `hidden` plus its depth."""
 
     def forward(params, batch, taps):
         other = {"scores": draw(5, 2, 2, 3, 3), **{name: draw(6, 2, 3, 2, 2) for name in ("query", "key", "value")}}
@@ -49,7 +49,7 @@ def base_loss(logits, hidden):
 
 
 def terms_of(method, logits, hidden, batch=BATCH, count=1):
-    params = method.init(jax.random.key(0), student_of(), {}, {}).params
+    params = method.init(jax.random.key(0), student_of()).lm.params
     loss = method.loss(base_loss(logits, hidden))
     return loss.fn(params, {"teachers": ({},) * count}, batch, Context())[0], loss.taps
 
@@ -60,8 +60,8 @@ T, S = draw(0, 2, 3, 7), draw(1, 2, 3, 7)
 
 def test_terms_and_coefficients():
     """(1 - α) on what was there, α on the answers, a kind's coefficient shared by its pairs; filler counts not."""
-    lesson = Lesson(fixed_teacher(T, HIDDEN), temperature=4.0, hidden=6.0, attention=2.0, relations=3.0)
-    terms, taps = terms_of(distill([lesson], alpha=0.3), S, HIDDEN)
+    config = DistillConfig(fixed_teacher(T, HIDDEN), temperature=4.0, hidden=6.0, attention=2.0, relations=3.0)
+    terms, taps = terms_of(distill([config], alpha=0.3), S, HIDDEN)
     assert taps == {Tap("hidden", i) for i in range(3)} | {Tap("scores", 0), Tap("scores", 1)} | {
         Tap(name, 1) for name in ("query", "key", "value")
     }
@@ -82,36 +82,36 @@ def test_terms_and_coefficients():
 def test_samples_are_weighed_in_every_term():
     """A row of weight 2 is twice in sums and weights, a row of weight 0 not at all."""
     batch = BATCH | {"labels": jnp.array([[1, 2, 3], [4, 5, 6]]), "attention_mask": jnp.ones((2, 3), jnp.int32)}
-    lesson = Lesson(fixed_teacher(T, HIDDEN), hidden=1.0, attention=1.0, relations=1.0, sample_weight="weight")
-    method = distill([lesson])
-    parts = [
+    config = DistillConfig(fixed_teacher(T, HIDDEN), hidden=1.0, attention=1.0, relations=1.0, sample_weight="weight")
+    method = distill([config])
+    weighted = [
         terms_of(method, S, HIDDEN, batch | {"weight": jnp.array(w)})[0] for w in ([1.0, 0.0], [0.0, 1.0], [2.0, 0.5])
     ]
-    for name in parts[0].keys() - {"cross_entropy"}:
-        one, two, both = (part[name] for part in parts)
-        assert np.isclose(both.sum, 2 * one.sum + 0.5 * two.sum, rtol=1e-5) and both.weight == 7.5
+    for name in weighted[0].keys() - {"cross_entropy"}:
+        first, second, both = (terms[name] for terms in weighted)
+        assert np.isclose(both.sum, 2 * first.sum + 0.5 * second.sum, rtol=1e-5) and both.weight == 7.5
     with pytest.raises(ValueError, match=r"sample_weight 'weights' is no column .* did you mean 'weight'"):
-        named = Lesson(fixed_teacher(T, HIDDEN), sample_weight="weights")
-        terms_of(distill([named]), S, HIDDEN, batch | {"weight": jnp.ones(2)})
+        misspelt = DistillConfig(fixed_teacher(T, HIDDEN), sample_weight="weights")
+        terms_of(distill([misspelt]), S, HIDDEN, batch | {"weight": jnp.ones(2)})
 
 
 def test_nothing_ignored_has_influence():
     """Logits where labels are ignored, states at padding and filler rows: NaN changes no value and no gradient."""
-    seen = np.array([[1, 1, 0], [0, 0, 0]])[..., None]
-    counts = np.asarray(LABELS >= 0)[..., None]
-    lesson = Lesson(fixed_teacher(T, HIDDEN, width=6), hidden=1.0)
-    spoilt = Lesson(
-        fixed_teacher(jnp.where(counts, T, jnp.nan), jnp.where(seen, 1.0, jnp.nan) * jnp.ones((2, 3, 6)), 6), hidden=1.0
-    )
-    lesson = Lesson(fixed_teacher(T, jnp.ones((2, 3, 6)), 6), hidden=1.0)
+    real = np.array([[1, 1, 0], [0, 0, 0]])[..., None]
+    labelled = np.asarray(LABELS >= 0)[..., None]
+    student_hidden, teacher_hidden = draw(2, 2, 3, 4), jnp.ones((2, 3, 6))
+    with_nan = lambda x, mask: jnp.where(mask, x, jnp.nan)  # noqa: E731
     results = []
-    own = draw(2, 2, 3, 4)
-    for one, logits, hidden in (
-        (lesson, S, own),
-        (spoilt, jnp.where(counts, S, jnp.nan), jnp.where(seen, own, jnp.nan)),
+    for teacher, logits, hidden in (
+        (fixed_teacher(T, teacher_hidden, 6), S, student_hidden),
+        (
+            fixed_teacher(with_nan(T, labelled), with_nan(teacher_hidden, real), 6),
+            with_nan(S, labelled),
+            with_nan(student_hidden, real),
+        ),
     ):
-        method = distill([one])
-        params = method.init(jax.random.key(0), student_of(), {}, {}).params
+        method = distill([DistillConfig(teacher, hidden=1.0)])
+        params = method.init(jax.random.key(0), student_of()).lm.params
 
         def total(params, logits, hidden, method=method):
             terms, _ = method.loss(base_loss(logits, hidden)).fn(params, {"teachers": ({},)}, BATCH, Context())
@@ -137,24 +137,23 @@ def test_nothing_ignored_has_influence():
 def test_projections(projection, width, names):
     """One for all pairs where widths differ, or one a pair; the identity at first where widths are equal; not baked."""
     hidden = jnp.ones((2, 3, width))
-    lesson = Lesson(fixed_teacher(T, hidden, width), hidden=1.0, layers=((1, 1), (2, 4)), projection=projection)
-    method = distill([lesson])
-    adapted = method.init(
-        jax.random.key(0), student_of(), {"embed": {"kernel": jnp.ones(1)}}, {"embed/kernel": (None,)}
-    )
-    found = adapted.params.get("distill", {}).get("teacher_0", {})
-    assert sorted(found) == names
+    config = DistillConfig(fixed_teacher(T, hidden, width), hidden=1.0, layers=((1, 1), (2, 4)), projection=projection)
+    method = distill([config])
+    student = student_of({"embed": {"kernel": jnp.ones(1)}}, {"embed/kernel": (None,)})
+    lm = method.init(jax.random.key(0), student).lm
+    kernels = lm.params.get("distill", {}).get("teacher_0", {})
+    assert sorted(kernels) == names
     for name in names:
-        assert found[name]["kernel"].shape == (4, width)
-        assert adapted.axes[f"distill/teacher_0/{name}/kernel"] == ("embed", None)
-        assert width != 4 or np.array_equal(found[name]["kernel"], np.eye(4))
-    own = draw(1, 2, 3, 4)
-    terms = method.loss(base_loss(S, own)).fn(adapted.params, {"teachers": ({},)}, BATCH, Context())[0]
-    kernel = found[names[-1]]["kernel"] if names else jnp.eye(4)
-    expected = ((hidden + 4 - own @ kernel) ** 2).mean(-1)[0, :2].sum()
+        assert kernels[name]["kernel"].shape == (4, width)
+        assert lm.axes[f"distill/teacher_0/{name}/kernel"] == ("embed", None)
+        assert width != 4 or np.array_equal(kernels[name]["kernel"], np.eye(4))
+    student_hidden = draw(1, 2, 3, 4)
+    terms = method.loss(base_loss(S, student_hidden)).fn(lm.params, {"teachers": ({},)}, BATCH, Context())[0]
+    kernel = kernels[names[-1]]["kernel"] if names else jnp.eye(4)
+    expected = ((hidden + 4 - student_hidden @ kernel) ** 2).mean(-1)[0, :2].sum()
     assert np.isclose(terms["hidden_2_4"].sum, expected, rtol=1e-5)
-    _, params, axes = method.bake(None, adapted.params, adapted.axes, {})
-    assert params.keys() == {"embed"} and axes.keys() == {"embed/kernel"}
+    baked = method.bake(lm, {})
+    assert baked.params.keys() == {"embed"} and baked.axes == student.axes
 
 
 # Several teachers ----------------------------------------------------------------------------------------------------
@@ -162,8 +161,8 @@ def test_projections(projection, width, names):
 
 def two(one=None, other=None, **shared):
     return [
-        Lesson(fixed_teacher(T, HIDDEN), **{**shared, **(one or {})}),
-        Lesson(fixed_teacher(draw(9, 2, 3, 7), HIDDEN + 1), **{**shared, **(other or {})}),
+        DistillConfig(fixed_teacher(T, HIDDEN), **{**shared, **(one or {})}),
+        DistillConfig(fixed_teacher(draw(9, 2, 3, 7), HIDDEN + 1), **{**shared, **(other or {})}),
     ]
 
 
@@ -180,8 +179,8 @@ def test_weights_of_one_and_nothing_are_the_first_alone(combine):
 
 
 def test_two_teachers_each_with_its_own():
-    lessons = two({"weight": 0.25, "hidden": 2.0}, {"weight": 0.75, "temperature": 1.0, "divergence": "reverse"})
-    terms, _ = terms_of(distill(lessons, alpha=0.5), S, HIDDEN, count=2)
+    configs = two({"weight": 0.25, "hidden": 2.0}, {"weight": 0.75, "temperature": 1.0, "divergence": "reverse"})
+    terms, _ = terms_of(distill(configs, alpha=0.5), S, HIDDEN, count=2)
     kinds = {
         "teacher_0_response",
         "teacher_1_response",
@@ -193,13 +192,13 @@ def test_two_teachers_each_with_its_own():
 
 
 def test_teachers_averaged_before_one_divergence():
-    lessons = two({"weight": 0.25}, {"weight": 0.75})
-    logits = [lesson.teacher.forward({}, BATCH, ())["logits"] for lesson in lessons]
+    configs = two({"weight": 0.25}, {"weight": 0.75})
+    logits = [config.teacher.forward({}, BATCH, ())["logits"] for config in configs]
     for combine, mean in (
         ("probabilities", mixture_logits(logits, (0.25, 0.75), 2.0)),
         ("logits", mean_logits(logits, (0.25, 0.75))),
     ):
-        terms, _ = terms_of(distill(lessons, alpha=1.0, combine=combine), S, HIDDEN, count=2)
+        terms, _ = terms_of(distill(configs, alpha=1.0, combine=combine), S, HIDDEN, count=2)
         assert terms.keys() == {"cross_entropy", "response"} and terms["response"].coefficient == 1.0
         assert np.isclose(terms["response"].sum, response(mean, S, LABELS >= 0).sum, rtol=1e-5)
 
@@ -207,8 +206,8 @@ def test_teachers_averaged_before_one_divergence():
 def test_tables_of_unequal_length_share_their_tokens():
     """A teacher whose table has rows beyond the tokenizer: they are no answers, on neither side."""
     longer = jnp.concatenate([T, 9 * jnp.ones((2, 3, 2))], axis=-1)
-    lesson = Lesson(fixed_teacher(longer, HIDDEN, classes=6))
-    terms, _ = terms_of(distill([lesson]), S, HIDDEN)
+    config = DistillConfig(fixed_teacher(longer, HIDDEN, classes=6))
+    terms, _ = terms_of(distill([config]), S, HIDDEN)
     assert np.isclose(terms["response"].sum, response(T[..., :6], S[..., :6], LABELS >= 0).sum, rtol=1e-6)
 
 
@@ -218,11 +217,11 @@ def test_tables_of_unequal_length_share_their_tokens():
 def test_a_cached_teacher_answers_from_the_batch():
     answers = top_answers(T, 7, (1.0, 2.0))
     batch = BATCH | {f"teacher_0_{part}": value for part, value in answers.items()}
-    cached = Lesson(CachedTeacher("teacher_0", (1.0, 2.0), 7))
-    found, taps = terms_of(distill([cached]), S, HIDDEN, batch)
-    live, _ = terms_of(distill([Lesson(fixed_teacher(T, HIDDEN))]), S, HIDDEN)
-    assert found.keys() == live.keys() and not taps
-    assert np.isclose(found["response"].sum, live["response"].sum, rtol=1e-5)
+    cached = DistillConfig(CachedTeacher("teacher_0", (1.0, 2.0), 7))
+    terms, taps = terms_of(distill([cached]), S, HIDDEN, batch)
+    live, _ = terms_of(distill([DistillConfig(fixed_teacher(T, HIDDEN))]), S, HIDDEN)
+    assert terms.keys() == live.keys() and not taps
+    assert np.isclose(terms["response"].sum, live["response"].sum, rtol=1e-5)
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
@@ -244,13 +243,13 @@ CACHED = CachedTeacher("teacher_0", (1.0, 2.0), 7)
         ({"teacher": CACHED, "temperature": 4.0}, "at the temperatures 1.0, 2.0, not 4.0"),
     ],
 )
-def test_lessons_that_mean_nothing_are_refused(options, message):
+def test_configs_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Lesson(**{"teacher": fixed_teacher(0, 0), **options})
+        DistillConfig(**{"teacher": fixed_teacher(0, 0), **options})
 
 
 @pytest.mark.parametrize(
-    ("lessons", "options", "message"),
+    ("configs", "options", "message"),
     [
         ([], {}, "nothing to learn from"),
         (two({"weight": 0.5}), {}, "1 of 2 teachers have a weight"),
@@ -258,13 +257,13 @@ def test_lessons_that_mean_nothing_are_refused(options, message):
         (two(), {"alpha": 1.5}, "alpha must lie between"),
         (two(), {"combine": "logit"}, "did you mean 'logits'"),
         (two({"temperature": 4.0}), {"combine": "logits"}, "there is one divergence"),
-        ([Lesson(CACHED)], {"combine": "logits"}, "caches keep other tokens"),
-        ([Lesson(CACHED)], {"on_policy": lambda *_: {}}, "not to what the student writes"),
+        ([DistillConfig(CACHED)], {"combine": "logits"}, "caches keep other tokens"),
+        ([DistillConfig(CACHED)], {"on_policy": lambda *_: {}}, "not to what the student writes"),
     ],
 )
-def test_combinations_that_mean_nothing_are_refused(lessons, options, message):
+def test_combinations_that_mean_nothing_are_refused(configs, options, message):
     with pytest.raises(ValueError, match=message):
-        distill(lessons, **options)
+        distill(configs, **options)
 
 
 @pytest.mark.parametrize(
@@ -277,16 +276,16 @@ def test_combinations_that_mean_nothing_are_refused(lessons, options, message):
 )
 def test_what_the_student_has_not_is_refused(options, fields, message):
     with pytest.raises(ValueError, match=message):
-        distill([Lesson(fixed_teacher(0, 0), **options)]).init(jax.random.key(0), student_of(**fields), {}, {})
+        distill([DistillConfig(fixed_teacher(0, 0), **options)]).init(jax.random.key(0), student_of(**fields))
 
 
 def test_a_regression_may_learn_hidden_states():
-    method = distill([Lesson(fixed_teacher(0, 0), hidden=1.0)], alpha=0.0)
-    method.init(jax.random.key(0), student_of(head="sequence", regression=True), {}, {})
+    method = distill([DistillConfig(fixed_teacher(0, 0), hidden=1.0)], alpha=0.0)
+    method.init(jax.random.key(0), student_of(head="sequence", regression=True))
 
 
 def test_hidden_states_of_an_encoder_decoder_are_refused():
-    model = Network(model_config("t5", vocab_size=7, hidden_size=8, num_layers=1))
+    student = LM(model_config("t5", vocab_size=7, hidden_size=8, num_layers=1), {})
     with pytest.raises(ValueError, match="encoder-decoder"):
-        distill([Lesson(fixed_teacher(0, 0), hidden=1.0)]).init(jax.random.key(0), model, {}, {})
-    distill([Lesson(fixed_teacher(0, 0))]).init(jax.random.key(0), model, {}, {})
+        distill([DistillConfig(fixed_teacher(0, 0), hidden=1.0)]).init(jax.random.key(0), student)
+    distill([DistillConfig(fixed_teacher(0, 0))]).init(jax.random.key(0), student)

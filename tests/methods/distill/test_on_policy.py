@@ -1,4 +1,4 @@
-"""What the student writes: prompts kept, labels ignored, the teacher's places marked, ends respected."""
+"""What the student writes: prompts kept, labels ignored, the teacher's positions marked, ends respected."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def test_a_row_goes_on_in_the_students_words():
     assert batch["segment_ids"][:2].tolist() == [[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
     assert batch["positions"][:2].tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
     assert (batch["labels"] == -100).all()
-    assert batch["scored"].tolist() == [
+    assert batch["distill_mask"].tolist() == [
         [False, False, True, True, False, False],
         [False, False, True, True, True, False],
         [False] * 6,
@@ -63,7 +63,7 @@ def test_an_encoder_decoder_answers_its_source():
     new = on_policy(generate, ends=(STOP,), encoder_decoder=True)({}, batch, jax.random.key(0))
     assert new["decoder_input_ids"].tolist() == [[0, 7, STOP], [0, 0, 0]]
     assert new["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0]]
-    assert new["scored"].tolist() == [[True, True, False], [False] * 3]
+    assert new["distill_mask"].tolist() == [[True, True, False], [False] * 3]
     assert np.array_equal(new["input_ids"], batch["input_ids"])
 
 
@@ -71,11 +71,11 @@ def test_the_students_share_of_the_steps():
     generate = lambda params, batch, key, n: jnp.broadcast_to(params["token"], (3, n))  # noqa: E731
     write = jax.jit(on_policy(generate, ends=(STOP,), encoder_decoder=False, prompt=3, share=0.5))
     batches = [write({"token": jnp.int32(7)}, BATCH, jax.random.key(i)) for i in range(40)]
-    own = [bool((batch["input_ids"][0, 3:] == 7).all()) for batch in batches]
-    assert 10 <= sum(own) <= 30
-    data = batches[own.index(False)]
+    by_student = [bool((batch["input_ids"][0, 3:] == 7).all()) for batch in batches]
+    assert 10 <= sum(by_student) <= 30
+    data = batches[by_student.index(False)]
     assert all(np.array_equal(data[name], value) for name, value in BATCH.items())
-    assert np.array_equal(data["scored"], BATCH["labels"] != -100)
+    assert np.array_equal(data["distill_mask"], BATCH["labels"] != -100)
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,11 @@ def documents(seed=0):
 
 def check(batch):
     """The columns of a batch are the teacher's answers where a label counts, and 0 elsewhere."""
-    where = batch["labels"] != -100
+    labelled = batch["labels"] != -100
     for part, expected in answer(batch).items():
-        found = batch[f"teacher_0_{part}"]
-        assert np.array_equal(found[where], expected[where]) and not found[~where].any()
-        assert found.shape == expected.shape
+        column = batch[f"teacher_0_{part}"]
+        assert np.array_equal(column[labelled], expected[labelled]) and not column[~labelled].any()
+        assert column.shape == expected.shape
 
 
 def test_any_order_batch_size_and_padding_finds_the_rows(tmp_path):
@@ -64,18 +64,18 @@ def test_any_order_batch_size_and_padding_finds_the_rows(tmp_path):
     cache = write(tmp_path / "cache", sentences(), 9, asked=asked)
     assert len(asked) == 3 and cache.facts["rows"] == cache.facts["tokens"] == 11
     for batches in (sentences(), sentences(seed=7), sentences(batch_size=3, bucket=8)):
-        taught = cache.attach(batches, "teacher_0")
+        with_answers = cache.attach(batches, "teacher_0")
         for step in range(6):
-            check(taught(step))
-    assert taught.kinds == batches.kinds and taught.steps_per_epoch == batches.steps_per_epoch
+            check(with_answers(step))
+    assert with_answers.kinds == batches.kinds and with_answers.steps_per_epoch == batches.steps_per_epoch
 
 
 def test_packed_rows_are_those_of_a_seed(tmp_path):
     """Every step's own rows, pure in the step; another seed cuts elsewhere and is refused, by the first batch."""
     cache = write(tmp_path / "cache", documents(), 12)
-    taught = cache.attach(documents(), "teacher_0")
+    with_answers = cache.attach(documents(), "teacher_0")
     for step in (3, 0, 11, 3):
-        check(taught(step))
+        check(with_answers(step))
     cache.check(documents(), 12)
     for batches, steps in ((documents(seed=1), 12), (documents(), 40)):
         with pytest.raises(ValueError, match=r"do not cover this row; they were written for steps 12, seed 0"):
@@ -113,18 +113,18 @@ def test_half_precision_is_relative(tmp_path):
     half = Layout(3, (1.0, 2.0), "float16", 50)
     cache = write(tmp_path / "cache", documents(), 2, half)
     batch = cache.attach(documents(), "teacher_0")(0)
-    where = batch["labels"] != -100
+    labelled = batch["labels"] != -100
     assert batch["teacher_0_logits"].dtype == np.float16
-    assert np.allclose(batch["teacher_0_logits"][where], answer(batch)["logits"][where], rtol=1e-3)
+    assert np.allclose(batch["teacher_0_logits"][labelled], answer(batch)["logits"][labelled], rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", FINGERPRINT)
 def test_another_fingerprint_is_refused_by_name(tmp_path, name):
     cache = write(tmp_path / "cache", documents(), 1)
-    cache.refuse_other(FINGERPRINT)
-    cache.refuse_other({n: v for n, v in FINGERPRINT.items() if n != "teacher"})
+    cache.check_same(FINGERPRINT)
+    cache.check_same({n: v for n, v in FINGERPRINT.items() if n != "teacher"})
     with pytest.raises(ValueError, match=rf"another {name} \({name}: .* there, other now\)"):
-        cache.refuse_other(FINGERPRINT | {name: "other"})
+        cache.check_same(FINGERPRINT | {name: "other"})
 
 
 def test_what_was_cut_off_is_written_anew(tmp_path):

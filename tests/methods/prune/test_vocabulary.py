@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import Quantized, flatten, map_leaves
+from jaxlm.core import Quantized, SurgeryContext, flatten, map_leaves
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.io.pretrained import LM
+from jaxlm.io.lm import LM
 from jaxlm.methods.prune.vocabulary import merge_ranks, merges_of, trim_vocabulary, trimmed, used_ids
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 
 CORPUS = ["the film is a joy, unaffected and naïve!", "a dull and weary plot", "we laughed 3.5 times in this film"] * 3
 OTHER = ["zebras crossing quickly over many other animals, over and over again", "nothing of this is in the corpus"] * 9
+CONTEXT = SurgeryContext(read_texts=lambda split: CORPUS)
 KINDS = ("wordpiece:200", "bpe:420", "unigram")
 
 
@@ -35,29 +35,21 @@ def tokenizer_of(kind):
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def model_for(tokenizer, family="gpt2", **fields):
+def lm_with(tokenizer, family="gpt2", **fields):
     """A model with more rows than tokens, as padded tables have."""
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_size": 8, "vocab_size": len(tokenizer) + 5}
     if family != "t5":
         sizes["max_positions"] = 64
-    model = Network(model_config(family, **sizes, pad_token_id=tokenizer.pad_token_id, **fields))
-    return model, map_leaves(
-        lambda _, a: 0.5 * jax.random.normal(jax.random.key(a.size), a.shape), model.init(jax.random.key(0))
-    )
+    config = model_config(family, **sizes, pad_token_id=tokenizer.pad_token_id, **fields)
+    lm = LM.initialize(config, jax.random.key(0), tokenizer)
+    noise = lambda _, a: 0.5 * jax.random.normal(jax.random.key(a.size), a.shape)  # noqa: E731
+    return lm.replace(params=map_leaves(noise, lm.params))
 
 
-def trim(kind, family="gpt2", params=None, **fields):
-    tokenizer = tokenizer_of(kind)
-    model, fresh = model_for(tokenizer, family, **fields)
-    axes = model.axes()
-    return (
-        tokenizer,
-        model,
-        fresh,
-        trim_vocabulary(
-            model, fresh if params is None else params(fresh), axes, tokenizer=tokenizer, texts=lambda split: CORPUS
-        ),
-    )
+def trim(kind, family="gpt2", **fields):
+    """A model, and the same with the vocabulary of the corpus."""
+    lm = lm_with(tokenizer_of(kind), family, **fields)
+    return lm, trim_vocabulary(lm, CONTEXT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,19 +64,24 @@ def trim(kind, family="gpt2", params=None, **fields):
     ],
 )
 def test_pieces_and_logits_stay(kind, family, fields, tmp_path):
-    tokenizer, model, params, (small, little, _, short) = trim(kind, family, **fields)
+    lm, small = trim(kind, family, **fields)
+    tokenizer, short = lm.tokenizer, small.tokenizer
     assert small.config.vocab_size == len(short) < len(tokenizer)
-    assert {path: leaf.shape for path, leaf in flatten(little).items()} == {
-        path: leaf.shape for path, leaf in flatten(small.abstract()).items()
+    assert {path: leaf.shape for path, leaf in flatten(small.params).items()} == {
+        path: leaf.shape for path, leaf in flatten(small.network.abstract()).items()
     }
     for text in CORPUS:
         assert short.tokenize(text) == tokenizer.tokenize(text)
-    new_ids, old_ids = (np.array([t(CORPUS[0]).input_ids]) for t in (short, tokenizer))
-    both = [{"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {}) for ids in (new_ids, old_ids)]
-    new, old = small.forward(little, both[0])["logits"], model.forward(params, both[1])["logits"]
-    places = [tokenizer.convert_tokens_to_ids(token) for token in short.convert_ids_to_tokens(range(len(short)))]
-    assert np.abs(np.asarray(old)).max() > 0.1 and np.allclose(new, np.asarray(old)[..., places], atol=1e-6)
-    jaxlm.save(LM(small.config, little, short), tmp_path / "model")
+
+    def logits(lm):
+        ids = np.array([lm.tokenizer(CORPUS[0]).input_ids])
+        batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})
+        return np.asarray(lm.network.forward(lm.params, batch)["logits"])
+
+    new, old = logits(small), logits(lm)
+    old_ids = [tokenizer.convert_tokens_to_ids(token) for token in short.convert_ids_to_tokens(range(len(short)))]
+    assert np.abs(old).max() > 0.1 and np.allclose(new, old[..., old_ids], atol=1e-6)
+    jaxlm.save(small, tmp_path / "model")
     again = jaxlm.load(tmp_path / "model")
     assert again.config == small.config and again.tokenizer.get_vocab() == short.get_vocab()
     for text in CORPUS + OTHER:
@@ -96,7 +93,8 @@ def test_pieces_and_logits_stay(kind, family, fields, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_stay_and_other_text_is_spelled(kind):
-    tokenizer, _, _, (small, _, _, short) = trim(kind)
+    lm, small = trim(kind)
+    tokenizer, short = lm.tokenizer, small.tokenizer
     assert short.all_special_tokens == tokenizer.all_special_tokens
     assert small.config.pad_token_id == short.pad_token_id == short.convert_tokens_to_ids(tokenizer.pad_token)
     for text in OTHER[:2]:
@@ -107,8 +105,8 @@ def test_special_tokens_stay_and_other_text_is_spelled(kind):
 def test_merges_that_the_corpus_never_needs_go():
     tokenizer = tokenizer_of("bpe:420")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    _, small = trimmed(state, used_ids(tokenizer, CORPUS), alphabet=True)
-    assert len(small["model"]["merges"]) < len(state["model"]["merges"])
+    _, short = trimmed(state, used_ids(tokenizer, CORPUS), alphabet=True)
+    assert len(short["model"]["merges"]) < len(state["model"]["merges"])
     ranks = merge_ranks(state["model"])
     for piece in {piece for text in CORPUS for piece in tokenizer.tokenize(text)}:
         assert not merges_of(piece, ranks) or "".join(merges_of(piece, ranks)[-1]) == piece
@@ -116,39 +114,36 @@ def test_merges_that_the_corpus_never_needs_go():
 
 def test_without_the_alphabet_only_what_is_used_stays():
     tokenizer = tokenizer_of("wordpiece:200")
-    model, params = model_for(tokenizer)
-    trims = [
-        trim_vocabulary(
-            model, params, model.axes(), tokenizer=tokenizer, texts=lambda split: CORPUS, alphabet=alphabet
-        ).model.config.vocab_size
-        for alphabet in (False, True)
-    ]
+    lm = lm_with(tokenizer)
+    used_alone, with_alphabet = (
+        trim_vocabulary(lm, CONTEXT, alphabet=alphabet).config.vocab_size for alphabet in (False, True)
+    )
     used = used_ids(tokenizer, CORPUS) | set(tokenizer.all_special_ids)
-    assert trims[0] == len(used) < trims[1]
+    assert used_alone == len(used) < with_alphabet
 
 
 def test_trimming_twice_changes_nothing():
-    _, _, _, (small, little, axes, short) = trim("bpe:420")
-    again = trim_vocabulary(small, little, axes, tokenizer=short, texts=lambda split: CORPUS)
-    assert again.model == small and again.tokenizer.get_vocab() == short.get_vocab()
-    assert np.array_equal(flatten(again.params)["embed/tokens/embedding"], flatten(little)["embed/tokens/embedding"])
+    _, small = trim("bpe:420")
+    again = trim_vocabulary(small, CONTEXT)
+    assert again.config == small.config and again.tokenizer.get_vocab() == small.tokenizer.get_vocab()
+    table = "embed/tokens/embedding"
+    assert np.array_equal(flatten(again.params)[table], flatten(small.params)[table])
 
 
 def test_codes_are_cut_with_their_scales():
-    codes = lambda fresh: map_leaves(  # noqa: E731
-        lambda path, leaf: Quantized.of(leaf, channel=-2) if path == "embed/tokens/embedding" else leaf, fresh
-    )
-    _, _, _, (small, little, _, _) = trim("bpe:420", params=codes)
-    table = little["embed"]["tokens"]["embedding"]
+    lm = lm_with(tokenizer_of("bpe:420"))
+    quantize = lambda path, leaf: Quantized.of(leaf, channel=-2) if path == "embed/tokens/embedding" else leaf  # noqa: E731
+    small = trim_vocabulary(lm.replace(params=map_leaves(quantize, lm.params)), CONTEXT)
+    table = small.params["embed"]["tokens"]["embedding"]
     assert table.codes.shape == (small.config.vocab_size, 16) and table.scale.shape == (small.config.vocab_size, 1)
 
 
 @pytest.mark.encoder
 def test_a_real_tokenizer(encoder_path, tmp_path):
     lm = jaxlm.load(encoder_path)
-    done = trim_vocabulary(Network(lm.config), lm.params, lm.axes, tokenizer=lm.tokenizer, texts=lambda split: CORPUS)
-    assert done.model.config.vocab_size < 2100
-    jaxlm.save(LM(done.model.config, done.params, done.tokenizer), tmp_path / "model")
+    small = trim_vocabulary(lm, CONTEXT)
+    assert small.config.vocab_size < 2100
+    jaxlm.save(small, tmp_path / "model")
     again = jaxlm.load(tmp_path / "model")
     assert again.tokenizer.tokenize(CORPUS[0]) == lm.tokenizer.tokenize(CORPUS[0])
     batches = [{"input_ids": np.array([t(CORPUS[0]).input_ids])} for t in (again.tokenizer, lm.tokenizer)]
@@ -160,10 +155,9 @@ def test_a_real_tokenizer(encoder_path, tmp_path):
 
 
 def test_an_empty_corpus_is_refused():
-    tokenizer = tokenizer_of("bpe:420")
-    model, params = model_for(tokenizer)
+    lm = lm_with(tokenizer_of("bpe:420"))
     with pytest.raises(ValueError, match="the split 'train' has no text"):
-        trim_vocabulary(model, params, model.axes(), tokenizer=tokenizer, texts=lambda split: [])
+        trim_vocabulary(lm, SurgeryContext(read_texts=lambda split: []))
 
 
 def test_marked_word_ends_are_refused():

@@ -8,9 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import InputScaled, Masked, Quantized, flatten, map_leaves, materialize, unflatten
+from jaxlm.core import (
+    Calibration,
+    InputScaled,
+    Masked,
+    Quantized,
+    SurgeryContext,
+    flatten,
+    map_leaves,
+    materialize,
+    unflatten,
+)
 from jaxlm.core.weights.scheme import Scheme, from_codes, grid, to_codes
-from jaxlm.methods.calibration import Calibration
+from jaxlm.io.lm import LM
 from jaxlm.methods.quantize.awq import awq, awq_scale, output_error, power_scale
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
@@ -24,27 +34,28 @@ W = RNG.normal(size=(IN, OUT)).astype(np.float32)
 H, MEAN = jnp.asarray(X.T @ X, jnp.float32), jnp.asarray(np.abs(X).mean(0), jnp.float32)
 
 
-def rounded(w, scale, scheme):
+def quantized(w, scale, scheme):
+    """`diag(1/s) q(diag(s) W)`"""
     larger = w * np.asarray(scale)[:, None]
-    found = grid(larger, scheme)
-    return np.asarray(from_codes(to_codes(larger, *found, scheme), *found, scheme)) / np.asarray(scale)[:, None]
+    steps = grid(larger, scheme)
+    return np.asarray(from_codes(to_codes(larger, *steps, scheme), *steps, scheme)) / np.asarray(scale)[:, None]
 
 
 @pytest.mark.parametrize("scheme", [Scheme("int4"), Scheme("int3", 8), Scheme("int4", 8, False)], ids=str)
 def test_the_error_is_that_of_the_outputs(scheme):
     for alpha in (0.0, 0.4, 1.0):
         scale = power_scale(MEAN, alpha)
-        expected = np.linalg.norm(X @ (W - rounded(W, scale, scheme))) ** 2
+        expected = np.linalg.norm(X @ (W - quantized(W, scale, scheme))) ** 2
         assert np.isclose(output_error(W, H, scale, scheme), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("scheme", [Scheme("int4"), Scheme("int3"), Scheme("int4", 8)], ids=str)
-def test_the_best_of_the_grid_and_better_than_plain_rounding(scheme):
+def test_the_best_of_the_grid_and_better_than_round_to_nearest(scheme):
     scale, alpha = awq_scale([W], MEAN, H, scheme)
     costs = [float(output_error(W, H, power_scale(MEAN, a), scheme)) for a in np.arange(21) / 20]
     assert round(float(alpha) * 20) == int(np.argmin(costs)) and alpha > 0
     error = lambda w: np.linalg.norm(X @ (W - w))  # noqa: E731
-    assert error(rounded(W, scale, scheme)) < 0.9 * error(rounded(W, np.ones(IN), scheme))
+    assert error(quantized(W, scale, scheme)) < 0.9 * error(quantized(W, np.ones(IN), scheme))
 
 
 def test_scales_are_powers_of_the_mean():
@@ -68,19 +79,19 @@ BATCH = {
     "input_ids": np.random.default_rng(0).integers(1, 19, (8, 6)),
     "attention_mask": (np.arange(6) < np.array([[6], [4], [5], [6]] * 2)).astype(np.int32),
 }
-CALIBRATION = Calibration([BATCH])
+CONTEXT = SurgeryContext(read_calibration=lambda lm: Calibration([BATCH]))
 
 
 @functools.cache
-def model_of(family):
+def lm_of(family):
     """A model with random biases and norms whose channels are of unequal size."""
-    model = Network(model_config(family, **SIZES, **MODELS[family]))
+    lm = LM.initialize(model_config(family, **SIZES, **MODELS[family]), jax.random.key(0))
     noise = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
-    flat = flatten(map_leaves(noise, model.init(jax.random.key(0))))
+    flat = flatten(map_leaves(noise, lm.params))
     for path in flat:
         if path.endswith("norm/scale"):
             flat[path] = flat[path] * np.exp(np.random.default_rng(5).normal(size=16))
-    return model, unflatten(flat)
+    return lm.replace(params=unflatten(flat))
 
 
 @functools.cache
@@ -88,46 +99,47 @@ def _forward(config):
     return jax.jit(Network(config).forward, compiler_options=QUICK)
 
 
-def logits(family, params):
-    values = _forward(model_of(family)[0].config)(params, BATCH)["logits"]
+def logits(lm):
+    values = _forward(lm.config)(lm.params, BATCH)["logits"]
     return np.asarray(values)[BATCH["attention_mask"] > 0]
 
 
-def scaled(family, params=None, **options):
-    model, own = model_of(family)
-    return awq(model, own if params is None else params, model.axes(), CALIBRATION, bits="int4", group=8, **options)[1]
+def run_awq(lm, **options):
+    return awq(lm, CONTEXT, bits="int4", group=8, **options)
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_the_function_stays_before_rounding(family):
-    _, params = model_of(family)
-    new, exact = scaled(family, rounded=False), logits(family, params)
-    assert np.abs(logits(family, new) - exact).max() <= 1e-5 * np.abs(exact).max()
-    inside = {path.split("/", 1)[1] for path, leaf in flatten(new).items() if isinstance(leaf, InputScaled)}
+def test_the_function_stays_before_quantization(family):
+    lm = lm_of(family)
+    scaled, exact = run_awq(lm, rounded=False), logits(lm)
+    assert np.abs(logits(scaled) - exact).max() <= 1e-5 * np.abs(exact).max()
+    inside = {path.split("/", 1)[1] for path, leaf in flatten(scaled.params).items() if isinstance(leaf, InputScaled)}
     always = {"attention/output/kernel", "mlp/down/kernel"}
     post = {f"attention/{n}/kernel" for n in ("query", "key", "value")} | {"mlp/up/kernel"}
     assert inside == (always | post if family == "bert" else always)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_codes_cost_less_than_plain_rounding(family):
-    _, params = model_of(family)
-    new, exact = scaled(family), logits(family, params)
-    kernels = {path: leaf for path, leaf in flatten(new).items() if "layers_" in path and path.endswith("kernel")}
+def test_codes_cost_less_than_round_to_nearest(family):
+    lm = lm_of(family)
+    aware, exact = run_awq(lm), logits(lm)
+    leaves = flatten(aware.params)
+    kernels = {path: leaf for path, leaf in leaves.items() if "layers_" in path and path.endswith("kernel")}
     cores = [leaf.base if isinstance(leaf, InputScaled) else leaf for leaf in kernels.values()]
     assert all(isinstance(core, Quantized) and core.scheme == Scheme("int4", 8) for core in cores)
     plain = map_leaves(
-        lambda path, leaf: materialize(Quantized.of(leaf, Scheme("int4", 8))) if path in kernels else leaf, params
+        lambda path, leaf: materialize(Quantized.of(leaf, Scheme("int4", 8))) if path in kernels else leaf, lm.params
     )
-    error = lambda tree: np.linalg.norm(logits(family, tree) - exact)  # noqa: E731
-    assert error(new) < error(plain)
+    error = lambda lm: np.linalg.norm(logits(lm) - exact)  # noqa: E731
+    assert error(aware) < error(lm.replace(params=plain))
 
 
 def test_masks_stay():
-    flat = flatten(model_of("llama")[1])
+    lm = lm_of("llama")
+    flat = flatten(lm.params)
     path = "layers_0/mlp/down/kernel"
     mask = jnp.arange(24 * 16).reshape(24, 16) % 2 == 0
     flat[path] = Masked(jnp.where(mask, flat[path], 0), mask)
-    leaf = flatten(scaled("llama", unflatten(flat)))[path]
+    leaf = flatten(run_awq(lm.replace(params=unflatten(flat))).params)[path]
     assert isinstance(leaf.base, Masked) and isinstance(leaf.base.base, Quantized)
     assert not np.asarray(materialize(leaf))[~np.asarray(mask)].any()

@@ -7,15 +7,22 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import InputScaled, Masked, Quantized, flatten, map_leaves, materialize
+from jaxlm.core import (
+    Calibration,
+    InputScaled,
+    Masked,
+    Quantized,
+    SurgeryContext,
+    flatten,
+    map_leaves,
+    materialize,
+)
 from jaxlm.core.weights.scheme import Scheme, from_codes, grid, to_codes
-from jaxlm.io.pretrained import LM
-from jaxlm.methods.calibration import Calibration
+from jaxlm.io.lm import LM
 from jaxlm.methods.prune.unstructured.sparsegpt import sparsegpt
 from jaxlm.methods.quantize.gptq import gptq, gptq_matrix
 from jaxlm.methods.quantize.smoothquant import smoothquant
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 
 IN, OUT = 40, 12
 RNG = np.random.default_rng(0)
@@ -54,16 +61,16 @@ def brute_force(w, h, scheme, order, damping=0.01):
     left = list(order)
     for i in order:
         if fixed is None and i % group == 0:
-            own = grid(w[i : i + group].astype(np.float32), Scheme(scheme.bits, None, scheme.symmetric))
+            steps = grid(w[i : i + group].astype(np.float32), Scheme(scheme.bits, None, scheme.symmetric))
         elif fixed is not None:
-            own = tuple(None if a is None else a[i // group : i // group + 1] if group else a for a in fixed)
+            steps = tuple(None if a is None else a[i // group : i // group + 1] if group else a for a in fixed)
         single = Scheme(scheme.bits, None, scheme.symmetric)
-        codes = to_codes(w[i : i + 1].astype(np.float32), *own, single)
-        rounded = np.asarray(from_codes(codes, *own, single), np.float64)[0]
+        codes = to_codes(w[i : i + 1].astype(np.float32), *steps, single)
+        quantized = np.asarray(from_codes(codes, *steps, single), np.float64)[0]
         inverse = np.linalg.inv(h[np.ix_(left, left)])
-        place = left.index(i)
-        w[left] -= np.outer(inverse[:, place] / inverse[place, place], w[i] - rounded)
-        w[i] = rounded
+        column = left.index(i)
+        w[left] -= np.outer(inverse[:, column] / inverse[column, column], w[i] - quantized)
+        w[i] = quantized
         left.remove(i)
     return w
 
@@ -82,14 +89,14 @@ def test_equals_brute_force(name, act_order):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_codes_and_grid_are_the_values(name):
     scheme = SCHEMES[name]
-    rounded = gptq_matrix(W, H, scheme)
-    assert rounded.codes.dtype == scheme.dtype and rounded.codes.shape == W.shape
+    quantized = gptq_matrix(W, H, scheme)
+    assert quantized.codes.dtype == scheme.dtype and quantized.codes.shape == W.shape
     expected = grid(W, scheme)
-    for ours, theirs in zip((rounded.scale, rounded.zero), expected, strict=True):
+    for ours, theirs in zip((quantized.scale, quantized.zero), expected, strict=True):
         assert (ours is None) == (theirs is None) and (ours is None or ours.shape == theirs.shape)
-    back = from_codes(rounded.codes, rounded.scale, rounded.zero, scheme)
-    assert np.allclose(back, rounded.values, rtol=1e-5, atol=1e-6)
-    assert error(rounded.values) < error(round_to_nearest(scheme))
+    back = from_codes(quantized.codes, quantized.scale, quantized.zero, scheme)
+    assert np.allclose(back, quantized.values, rtol=1e-5, atol=1e-6)
+    assert error(quantized.values) < error(round_to_nearest(scheme))
 
 
 def test_the_fewer_bits_the_more_it_gains():
@@ -101,7 +108,7 @@ def test_the_fewer_bits_the_more_it_gains():
 
 
 def test_act_order_is_a_permutation_of_the_inputs():
-    """Rounding permuted inputs in their own order is rounding in act order."""
+    """Quantizing permuted inputs in their own order is quantizing in act order."""
     order = np.argsort(-np.diagonal(H), kind="stable")
     ours = gptq_matrix(W, H, Scheme("int4"), act_order=True)
     theirs = gptq_matrix(W[order], H[order][:, order], Scheme("int4"))
@@ -110,16 +117,16 @@ def test_act_order_is_a_permutation_of_the_inputs():
 
 
 def test_without_correlation_it_is_round_to_nearest():
-    rounded = gptq_matrix(W, np.diag(np.arange(1.0, IN + 1)), Scheme("int4"), damping=0.0)
-    assert np.allclose(rounded.values, round_to_nearest(Scheme("int4")), atol=1e-6)
+    quantized = gptq_matrix(W, np.diag(np.arange(1.0, IN + 1)), Scheme("int4"), damping=0.0)
+    assert np.allclose(quantized.values, round_to_nearest(Scheme("int4")), atol=1e-6)
 
 
 def test_zeros_stay_zero():
     mask = RNG.random(W.shape) < 0.5
     for scheme in SCHEMES.values():
-        rounded = gptq_matrix(W * mask, H, scheme, mask=mask)
-        assert not np.asarray(rounded.values)[~mask].any()
-        back = from_codes(rounded.codes, rounded.scale, rounded.zero, scheme)
+        quantized = gptq_matrix(W * mask, H, scheme, mask=mask)
+        assert not np.asarray(quantized.values)[~mask].any()
+        back = from_codes(quantized.codes, quantized.scale, quantized.zero, scheme)
         assert not np.asarray(back)[~mask].any()
 
 
@@ -128,8 +135,8 @@ def test_degenerate_inputs(name):
     dead = X.copy()
     dead[:, [0, 7, 39]] = 0
     for x in (dead, np.ones_like(X), X[:1]):
-        rounded = gptq_matrix(W, x.T @ x, SCHEMES[name])
-        assert np.isfinite(rounded.values).all() and np.isfinite(rounded.scale).all()
+        quantized = gptq_matrix(W, x.T @ x, SCHEMES[name])
+        assert np.isfinite(quantized.values).all() and np.isfinite(quantized.scale).all()
     assert not np.asarray(gptq_matrix(W, dead.T @ dead, SCHEMES[name]).values)[[0, 7, 39]].any()
     with pytest.raises(ValueError, match="gptq: every input of layers_1/mlp/up/kernel is 0"):
         gptq_matrix(W, 0 * H, SCHEMES[name], path="layers_1/mlp/up/kernel")
@@ -139,49 +146,50 @@ def test_degenerate_inputs(name):
 
 # Compiling takes most of the time here, so it is told not to optimize.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-MODEL = Network(model_config("llama", vocab_size=19, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2))
-PARAMS = MODEL.init(jax.random.key(0))
-CALIBRATION = Calibration([{"input_ids": RNG.integers(1, 19, (8, 12)), "attention_mask": np.ones((8, 12), np.int32)}])
+DENSE = LM.initialize(
+    model_config("llama", vocab_size=19, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2), jax.random.key(0)
+)
+BATCH = {"input_ids": RNG.integers(1, 19, (8, 12)), "attention_mask": np.ones((8, 12), np.int32)}
+CONTEXT = SurgeryContext(read_calibration=lambda lm: Calibration([BATCH]))
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def forward(params):
-    return MODEL.forward(params, CALIBRATION.batches[0])["logits"]
+    return DENSE.network.forward(params, BATCH)["logits"]
 
 
-def logits(params):
-    return np.asarray(forward(params))
+def logits(lm):
+    return np.asarray(forward(lm.params))
 
 
 def test_a_model_of_codes(tmp_path):
-    _, new, axes = gptq(MODEL, PARAMS, MODEL.axes(), CALIBRATION, bits="int3", group=8)
-    leaf = new["layers_1"]["mlp"]["down"]["kernel"]
+    small = gptq(DENSE, CONTEXT, bits="int3", group=8)
+    leaf = small.params["layers_1"]["mlp"]["down"]["kernel"]
     assert isinstance(leaf, Quantized) and leaf.scheme == Scheme("int3", 8) and leaf.activations is None
-    assert leaf.scale.shape == (8, 16) and axes == MODEL.axes()
-    chosen = [path for path, leaf in flatten(new).items() if isinstance(leaf, Quantized)]
+    assert leaf.scale.shape == (8, 16) and small.axes == DENSE.network.axes() and small.config == DENSE.config
+    chosen = [path for path, leaf in flatten(small.params).items() if isinstance(leaf, Quantized)]
     assert len(chosen) == 2 * 7
-    plain = map_leaves(lambda path, leaf: Quantized.of(leaf, Scheme("int3", 8)) if path in chosen else leaf, PARAMS)
-    error = lambda params: np.linalg.norm(logits(params) - logits(PARAMS))  # noqa: E731
-    assert error(new) < 0.9 * error(plain)
-    jaxlm.save(LM(MODEL.config, new), tmp_path / "model")
-    assert np.array_equal(logits(jaxlm.load(tmp_path / "model").params), logits(new))
+    nearest = lambda path, leaf: Quantized.of(leaf, Scheme("int3", 8)) if path in chosen else leaf  # noqa: E731
+    error = lambda lm: np.linalg.norm(logits(lm) - logits(DENSE))  # noqa: E731
+    assert error(small) < 0.9 * error(DENSE.replace(params=map_leaves(nearest, DENSE.params)))
+    jaxlm.save(small, tmp_path / "model")
+    assert np.array_equal(logits(jaxlm.load(tmp_path / "model")), logits(small))
 
 
 def test_after_sparsegpt_the_zeros_stay():
     path = r"layers_0/mlp/up/kernel"
-    _, sparse, _ = sparsegpt(MODEL, PARAMS, MODEL.axes(), CALIBRATION, pattern="2:4", targets=path)
-    _, both, _ = gptq(MODEL, sparse, MODEL.axes(), CALIBRATION, group=None, targets=path, dynamic=True)
-    leaf = flatten(both)[path]
+    sparse = sparsegpt(DENSE, CONTEXT, pattern="2:4", targets=path)
+    both = gptq(sparse, CONTEXT, group=None, targets=path, dynamic=True)
+    leaf = flatten(both.params)[path]
     assert isinstance(leaf, Masked) and isinstance(leaf.base, Quantized) and leaf.base.activations is not None
     assert (np.asarray(materialize(leaf)) == 0).mean() >= 0.5
     with pytest.raises(ValueError, match=rf"gptq: {path} is a Quantized; .* leave it out of the targets"):
-        gptq(MODEL, both, MODEL.axes(), CALIBRATION, targets=path)
+        gptq(both, CONTEXT, targets=path)
 
 
-def test_after_smoothquant_the_base_is_rounded():
+def test_after_smoothquant_the_base_is_quantized():
     path = r"layers_0/mlp/up/kernel"
-    _, smooth, _ = smoothquant(MODEL, PARAMS, MODEL.axes(), CALIBRATION, fold=False, targets=path)
-    _, both, _ = gptq(MODEL, smooth, MODEL.axes(), CALIBRATION, group=8, targets=path)
-    leaf = flatten(both)[path]
+    smooth = smoothquant(DENSE, CONTEXT, fold=False, targets=path)
+    leaf = flatten(gptq(smooth, CONTEXT, group=8, targets=path).params)[path]
     assert isinstance(leaf, InputScaled) and isinstance(leaf.base, Quantized)
-    assert np.abs(np.asarray(materialize(leaf)) - flatten(PARAMS)[path]).max() < 0.02
+    assert np.abs(np.asarray(materialize(leaf)) - flatten(DENSE.params)[path]).max() < 0.02

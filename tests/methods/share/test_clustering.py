@@ -27,8 +27,8 @@ def test_the_error_falls_with_k_and_with_groups():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_as_many_values_as_there_are_is_exact(k, dtype):
     w = jnp.asarray(np.random.default_rng(0).choice([-0.7, -0.1, 0.0, 0.3, 2.5], (32, 24)), dtype)
-    found = clustered(w, k)
-    assert found.dtype == dtype and np.array_equal(found.materialize(), w)
+    leaf = clustered(w, k)
+    assert leaf.dtype == dtype and np.array_equal(leaf.materialize(), w)
 
 
 def test_every_entry_has_its_nearest_value_and_every_value_is_a_mean():
@@ -49,45 +49,45 @@ def test_the_optimum_of_well_separated_clusters_is_found():
 
 def test_better_than_an_even_grid():
     grid = np.linspace(DENSE.min(), DENSE.max(), 16)
-    rounded = grid[np.abs(DENSE[..., None] - grid).argmin(-1)]
-    assert error(DENSE, 16) < 0.85 * np.square(rounded - DENSE).sum()
+    nearest = grid[np.abs(DENSE[..., None] - grid).argmin(-1)]
+    assert error(DENSE, 16) < 0.85 * np.square(nearest - DENSE).sum()
 
 
 def test_the_gradient_of_a_value_is_the_sum_over_its_entries():
     w, x = clustered(DENSE, 8, group=16), jax.random.normal(jax.random.key(1), (5, 32))
     loss = lambda leaf: jnp.sum(jnp.sin(dot(x, leaf)))  # noqa: E731
     dense = np.asarray(jax.grad(loss)(w.materialize()))
-    found = jax.grad(lambda book: loss(w.replace(codebook=book)))(w.codebook)
+    of_values = jax.grad(lambda book: loss(w.replace(codebook=book)))(w.codebook)
     codes, groups = np.asarray(w.codes), np.asarray(w.groups)
     for group in range(2):
         for value in range(8):
             entries = (codes == value) & (groups == group)[:, None]
-            assert np.isclose(found[group, value], dense[entries].sum(), rtol=1e-4, atol=1e-4)
+            assert np.isclose(of_values[group, value], dense[entries].sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_codebook_trains(run):
-    found = run.follow(Method(), 6, wrap=lambda values, i: clustered(values, 8))
-    first, last = run.leaf(found.states[0]), run.leaf(found.states[-1])
+    followed = run.follow(Method(), 6, wrap=lambda values, i: clustered(values, 8))
+    first, last = run.leaf(followed.states[0]), run.leaf(followed.states[-1])
     assert isinstance(last, Clustered) and np.array_equal(first.codes, last.codes)
     assert (np.asarray(first.codebook) != np.asarray(last.codebook)).all()
 
 
-def test_below_a_mask_only_what_is_kept_is_clustered():
+def test_below_a_mask_only_what_is_kept_is_clustered(run):
     """Prune, then cluster: zeros take no value of the codebook."""
     mask = np.abs(DENSE) > 0.7
     leaf = Masked(jnp.where(mask, DENSE, 0), jnp.asarray(mask))
     params = {"layers_0": {"up": {"kernel": leaf}}, "head": {"kernel": jnp.asarray(DENSE)}}
-    _, after, _ = cluster(None, params, {}, values=8)
-    found = after["layers_0"]["up"]["kernel"]
-    assert isinstance(found, Masked) and isinstance(found.base, Clustered)
-    assert after["head"]["kernel"] is params["head"]["kernel"]
-    dense = np.asarray(found.materialize())
+    small = cluster(run.lm_of(params), values=8)
+    after = small.params["layers_0"]["up"]["kernel"]
+    assert isinstance(after, Masked) and isinstance(after.base, Clustered)
+    assert small.params["head"]["kernel"] is params["head"]["kernel"]
+    dense = np.asarray(after.materialize())
     assert not dense[~mask].any()
     assert (
         np.square(dense - DENSE * mask).sum()
         < np.square(np.asarray(clustered(DENSE * mask, 8).materialize()) - DENSE * mask).sum()
     )
-    assert np.allclose(np.asarray(found.base.codebook)[0], kmeans(DENSE[mask], 8)[0])
+    assert np.allclose(np.asarray(after.base.codebook)[0], kmeans(DENSE[mask], 8)[0])
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_below_a_mask_only_what_is_kept_is_clustered():
         ({}, "layers_0/up/kernel holds a Quantized.*bake it first"),
     ],
 )
-def test_what_cannot_be(arguments, message):
+def test_what_cannot_be(run, arguments, message):
     params = {"layers_0": {"up": {"kernel": Quantized.of(jnp.asarray(DENSE))}}}
     with pytest.raises(ValueError, match=message):
-        cluster(None, params, {}, **arguments)
+        cluster(run.lm_of(params), **arguments)
 
 
 def test_tables_too():

@@ -12,12 +12,11 @@ import jaxlm
 from jaxlm.core import Context, Masked, Tap, arrays, flatten, map_leaves, unflatten
 from jaxlm.evaluate.cost import bytes_on_disk
 from jaxlm.generate.decoding import generate
-from jaxlm.io.pretrained import LM
+from jaxlm.io.lm import LM
 from jaxlm.methods.prune.structured.depth import keep_layers
 from jaxlm.methods.prune.structured.gates import open_gates, prune
 from jaxlm.methods.share.layers import share, unshare
 from jaxlm.models import model_config
-from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view, runs
 
 # Compiling takes most of the time here, so it is told not to optimize.
@@ -35,139 +34,141 @@ BATCH = {"input_ids": np.random.default_rng(0).integers(0, 17, (2, 6))}
 
 
 @functools.cache
-def model_of(name, family="gpt2", **fields):
-    """A model whose biases and norms are random too."""
-    model = Network(model_config(family, **SIZES, **FAMILIES[family], layer_map=MAPS[name], **fields))
+def shared_lm(name, family="gpt2", **fields):
+    """A model with shared layers, whose biases and norms are random too."""
+    config = model_config(family, **SIZES, **FAMILIES[family], layer_map=MAPS[name], **fields)
+    lm = LM.initialize(config, jax.random.key(0))
     noise = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
-    return model, map_leaves(noise, model.init(jax.random.key(0)))
+    return lm.replace(params=map_leaves(noise, lm.params))
 
 
-def alone(model):
-    """The same network without sharing."""
-    return Network(model.config.replace(layer_map=None, decoder_layer_map=None))
+def without_sharing(lm):
+    """The same function, each layer with parameters of its own."""
+    config = lm.config.replace(layer_map=None, decoder_layer_map=None)
+    return LM(config, lm.network.unshared(lm.params))
 
 
-def outputs(model, params, batch=BATCH, **options):
-    return quick(functools.partial(model.forward, **options))(params, batch)
+def outputs(network, params, batch=BATCH, **options):
+    return quick(functools.partial(network.forward, **options))(params, batch)
 
 
 def summed(grads, layer_map):
     """Gradients of the layers that are one, added up."""
     flat = flatten(grads)
-    found = {path: g for path, g in flat.items() if not path.startswith("layers_")}
+    total = {path: g for path, g in flat.items() if not path.startswith("layers_")}
     for i, owner in enumerate(layer_map):
         for path, g in flat.items():
             if path.startswith(f"layers_{i}/"):
                 target = path.replace(f"layers_{i}/", f"layers_{owner}/")
-                found[target] = found[target] + g if target in found else g
-    return found
+                total[target] = total[target] + g if target in total else g
+    return total
 
 
 @pytest.mark.parametrize(("name", "remat"), [("all", "none"), ("cycle", "full"), ("back", "none"), ("mixed", "full")])
 def test_the_gradient_is_the_sum_over_the_layers(name, remat):
-    """With dropout, which is that of the layer's place; both views; the window starts within a shared layer."""
-    model, params = model_of(name, "qwen2" if name in ("all", "cycle") else "gpt2", dropout=0.3)
+    """With dropout, other in each layer of the stack; both views; the window starts within a shared layer."""
+    lm = shared_lm(name, "qwen2" if name in ("all", "cycle") else "gpt2", dropout=0.3)
+    apart = without_sharing(lm)
 
-    def loss(model, params):
+    def loss(network, params):
         ctx = Context(key=jax.random.key(1))
-        return jnp.sum(jnp.sin(model.forward(params, BATCH, ctx=ctx, remat=remat)["logits"]))
+        return jnp.sum(jnp.sin(network.forward(params, BATCH, ctx=ctx, remat=remat)["logits"]))
 
-    value, expected = quick(jax.value_and_grad(functools.partial(loss, alone(model))))(model.unshared(params))
-    expected = summed(expected, MAPS[name])
-    for view in (params, model.run_view(params)):
-        own, found = quick(jax.value_and_grad(functools.partial(loss, model)))(view)
-        found = flatten(canonical_view(found))
-        assert np.isclose(own, value, rtol=1e-5) and found.keys() == expected.keys()
-        for path, g in expected.items():
-            assert np.abs(found[path] - g).max() <= 2e-5 * max(np.abs(g).max(), 1), path
+    expected, grads = quick(jax.value_and_grad(functools.partial(loss, apart.network)))(apart.params)
+    expected_grads = summed(grads, MAPS[name])
+    for params in (lm.params, lm.network.run_view(lm.params)):
+        value, grads = quick(jax.value_and_grad(functools.partial(loss, lm.network)))(params)
+        grads = flatten(canonical_view(grads))
+        assert np.isclose(value, expected, rtol=1e-5) and grads.keys() == expected_grads.keys()
+        for path, g in expected_grads.items():
+            assert np.abs(grads[path] - g).max() <= 2e-5 * max(np.abs(g).max(), 1), path
 
 
 def test_a_stack_is_few_scans():
-    model, params = model_of("cycle")
-    view = model.run_view(params)
+    lm = shared_lm("cycle")
+    view, layers = lm.network.run_view(lm.params), lm.config.layers()
     assert [key for key in view if key.startswith("layers")] == ["layers_0-1"]
-    assert runs(view, model.config.layers(), (0, 1, 0, 1)) == [("layers_0-3", 0, 4, "layers_0-1", (0, 1, 0, 1))]
-    assert runs(view, model.config.layers(), (0, 1)) == [("layers_0-1", 0, 2, "layers_0-1", None)]
-    windowed = model_of("all", "qwen2")[0]
-    found = runs(windowed.run_view(windowed.abstract()), windowed.config.layers(), MAPS["all"])
-    assert [run.name for run in found] == ["layers_0-2", "layers_3-3"], "another structure, another scan"
-    alone = runs(params, model.config.layers(), (0, 1, 0, 1))
-    assert [(run.name, run.key) for run in alone] == [(f"layers_{i}", f"layers_{i % 2}") for i in range(4)]
+    assert runs(view, layers, (0, 1, 0, 1)) == [("layers_0-3", 0, 4, "layers_0-1", (0, 1, 0, 1))]
+    assert runs(view, layers, (0, 1)) == [("layers_0-1", 0, 2, "layers_0-1", None)]
+    windowed = shared_lm("all", "qwen2").network
+    scans = runs(windowed.run_view(windowed.abstract()), windowed.config.layers(), MAPS["all"])
+    assert [run.name for run in scans] == ["layers_0-2", "layers_3-3"], "another structure, another scan"
+    unstacked = runs(lm.params, layers, (0, 1, 0, 1))
+    assert [(run.name, run.key) for run in unstacked] == [(f"layers_{i}", f"layers_{i % 2}") for i in range(4)]
 
 
 @pytest.mark.parametrize("name", ["all", "back"])
-def test_taps_are_those_of_every_place(name):
-    model, params = model_of(name)
-    taps = frozenset({Tap("hidden", i) for i in range(5)} | {Tap("attention", i) for i in range(4)})
-    expected = outputs(alone(model), model.unshared(params), taps=taps)["taps"]
-    for view in (params, model.run_view(params), model.run_view(params, breaks={1, 2})):
-        found = outputs(model, view, taps=taps)["taps"]
-        assert found.keys() == expected.keys()
-        assert all(np.allclose(found[tap], expected[tap], atol=1e-5) for tap in taps)
+def test_taps_are_those_of_every_layer(name):
+    lm = shared_lm(name)
+    network, apart = lm.network, without_sharing(lm)
+    tapped = frozenset({Tap("hidden", i) for i in range(5)} | {Tap("attention", i) for i in range(4)})
+    expected = outputs(apart.network, apart.params, taps=tapped)["taps"]
+    for params in (lm.params, network.run_view(lm.params), network.run_view(lm.params, breaks={1, 2})):
+        taps = outputs(network, params, taps=tapped)["taps"]
+        assert taps.keys() == expected.keys()
+        assert all(np.allclose(taps[tap], expected[tap], atol=1e-5) for tap in tapped)
 
 
 @pytest.mark.parametrize("name", ["all", "mixed"])
-def test_every_place_has_a_cache_of_its_own(name):
-    model, params = model_of(name)
+def test_every_layer_has_a_cache_of_its_own(name):
+    lm = shared_lm(name)
     prompt = {"input_ids": jnp.asarray(BATCH["input_ids"][:, :3])}
-    write = lambda model, params: np.asarray(  # noqa: E731
-        quick(lambda params: generate(model.config, params, prompt, jax.random.key(0), new_tokens=4))(params)
+    write = lambda config, params: np.asarray(  # noqa: E731
+        quick(lambda params: generate(config, params, prompt, jax.random.key(0), new_tokens=4))(params)
     )
-    expected = write(alone(model), model.unshared(params))
-    assert np.array_equal(write(model, params), expected)
-    assert np.array_equal(write(model, model.run_view(params)), expected)
+    apart = without_sharing(lm)
+    expected = write(apart.config, apart.params)
+    assert np.array_equal(write(lm.config, lm.params), expected)
+    assert np.array_equal(write(lm.config, lm.network.run_view(lm.params)), expected)
 
 
 def test_one_copy_on_disk(tmp_path):
-    model, params = model_of("all")
-    reason = jaxlm.save(LM(model.config, params), tmp_path / "shared")
-    assert "no place for layer_map=(0, 0, 0, 0)" in reason
+    lm = shared_lm("all")
+    reason = jaxlm.save(lm, tmp_path / "shared")
+    assert "cannot express layer_map=(0, 0, 0, 0)" in reason
     again = jaxlm.load(tmp_path / "shared")
-    assert again.config == model.config and again.config.layer_map == (0, 0, 0, 0)
-    assert flatten(again.params).keys() == flatten(params).keys()
-    assert all(np.array_equal(a, arrays(params)[name]) for name, a in arrays(again.params).items())
-    assert np.array_equal(
-        again.apply(again.params, BATCH)["logits"], LM(model.config, params).apply(params, BATCH)["logits"]
-    )
-    jaxlm.save(LM(alone(model).config, model.unshared(params)), tmp_path / "alone", native=True)
-    layer = 4 * sum(a.size for path, a in flatten(params).items() if path.startswith("layers_0/"))
-    saved = bytes_on_disk(tmp_path / "alone") - bytes_on_disk(tmp_path / "shared")
-    names = 120 * 4 * sum(path.startswith("layers_0/") for path in flatten(params))
+    assert again.config == lm.config and again.config.layer_map == (0, 0, 0, 0)
+    assert flatten(again.params).keys() == flatten(lm.params).keys()
+    assert all(np.array_equal(a, arrays(lm.params)[name]) for name, a in arrays(again.params).items())
+    assert np.array_equal(again.apply(again.params, BATCH)["logits"], lm.apply(lm.params, BATCH)["logits"])
+    jaxlm.save(without_sharing(lm), tmp_path / "apart", native=True)
+    layer = 4 * sum(a.size for path, a in flatten(lm.params).items() if path.startswith("layers_0/"))
+    saved = bytes_on_disk(tmp_path / "apart") - bytes_on_disk(tmp_path / "shared")
+    names = 120 * 4 * sum(path.startswith("layers_0/") for path in flatten(lm.params))
     assert 3 * layer <= saved <= 3 * layer + names, "three layers of parameters, and their names in the header"
 
 
 def test_an_encoder_and_a_decoder_share_apart(tmp_path):
     fields = {**SIZES, "num_layers": 2, "num_decoder_layers": 3, "relative_buckets": 4}
-    model = Network(model_config("t5", **fields, layer_map=(0, 0), decoder_layer_map=(0, 1, 0)))
-    params = model.init(jax.random.key(0))
-    layers = {"/".join(path.split("/")[:2]) for path in flatten(params) if "layers_" in path}
+    config = model_config("t5", **fields, layer_map=(0, 0), decoder_layer_map=(0, 1, 0))
+    lm = LM.initialize(config, jax.random.key(0))
+    layers = {"/".join(path.split("/")[:2]) for path in flatten(lm.params) if "layers_" in path}
     assert layers == {"encoder/layers_0", "decoder/layers_0", "decoder/layers_1"}
-    batch = BATCH | {"decoder_input_ids": BATCH["input_ids"][:, :4]}
-    expected = outputs(alone(model), model.unshared(params), batch)["logits"]
-    for view in (params, model.run_view(params)):
-        assert np.allclose(outputs(model, view, batch)["logits"], expected, atol=1e-5)
-    jaxlm.save(LM(model.config, params), tmp_path)
-    assert jaxlm.load(tmp_path).config == model.config
+    batch, apart = BATCH | {"decoder_input_ids": BATCH["input_ids"][:, :4]}, without_sharing(lm)
+    expected = outputs(apart.network, apart.params, batch)["logits"]
+    for params in (lm.params, lm.network.run_view(lm.params)):
+        assert np.allclose(outputs(lm.network, params, batch)["logits"], expected, atol=1e-5)
+    jaxlm.save(lm, tmp_path)
+    assert jaxlm.load(tmp_path).config == config
 
 
 # Surgery -------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def whole():
-    model = Network(model_config("gpt2", **SIZES, max_positions=8))
-    return model, model.init(jax.random.key(3))
+def unshared_lm():
+    return LM.initialize(model_config("gpt2", **SIZES, max_positions=8), jax.random.key(3))
 
 
 @pytest.mark.parametrize("how", ["average", "first"])
 @pytest.mark.parametrize("name", ["all", "cycle"])
 def test_layers_become_their_average_or_the_first(name, how):
-    model, params = whole()
-    small, new, axes = share(model, params, model.axes(), layer_map=MAPS[name], how=how)
-    assert small.config.layer_map == MAPS[name] and axes == small.axes()
-    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, small.abstract())
-    old = flatten(params)
-    for path, leaf in flatten(new).items():
+    lm = unshared_lm()
+    small = share(lm, layer_map=MAPS[name], how=how)
+    assert small.config.layer_map == MAPS[name] and small.axes == small.network.axes()
+    assert jax.tree.map(jnp.shape, small.params) == jax.tree.map(jnp.shape, small.network.abstract())
+    old = flatten(lm.params)
+    for path, leaf in flatten(small.params).items():
         if not path.startswith("layers_"):
             assert leaf is old[path]
             continue
@@ -177,39 +178,40 @@ def test_layers_become_their_average_or_the_first(name, how):
 
 
 def test_sharing_what_is_equal_changes_nothing_and_unsharing_goes_back(tmp_path):
-    model, params = model_of("back")
-    own, grown, axes = unshare(model, params, model.axes())
-    assert own.config.layer_map is None and axes == own.axes()
-    assert jaxlm.save(LM(own.config, grown), tmp_path) is None, "transformers can express it again"
-    small, again, names = share(own, grown, axes, layer_map=MAPS["back"])
-    assert small == model and names == model.axes()
-    for path, leaf in flatten(params).items():
-        assert np.allclose(flatten(again)[path], leaf, atol=1e-7)
+    lm = shared_lm("back")
+    apart = unshare(lm)
+    assert apart.config.layer_map is None and apart.axes == apart.network.axes()
+    assert jaxlm.save(apart, tmp_path) is None, "transformers can express it again"
+    again = share(apart, layer_map=MAPS["back"])
+    assert again.network == lm.network and again.axes == lm.network.axes()
+    for path, leaf in flatten(lm.params).items():
+        assert np.allclose(flatten(again.params)[path], leaf, atol=1e-7)
 
 
 def test_first_takes_weights_as_they_are():
-    model, params = whole()
     masked = Masked(jnp.ones((8, 12)), jnp.ones((8, 12), bool))
-    params = unflatten({**flatten(params), "layers_1/mlp/up/kernel": masked})
+    lm = unshared_lm()
+    lm = lm.replace(params=unflatten({**flatten(lm.params), "layers_1/mlp/up/kernel": masked}))
     with pytest.raises(ValueError, match=r"layers_1/mlp/up/kernel is a Masked, which has no average"):
-        share(model, params, model.axes(), layer_map=(0, 0, 1, 1))
-    kept = share(model, params, model.axes(), layer_map=(0, 1, 0, 1), how="first")[1]
-    assert flatten(kept)["layers_1/mlp/up/kernel"] is masked
+        share(lm, layer_map=(0, 0, 1, 1))
+    first = share(lm, layer_map=(0, 1, 0, 1), how="first")
+    assert flatten(first.params)["layers_1/mlp/up/kernel"] is masked
 
 
 def test_shared_layers_are_pruned_together(tmp_path):
     """As the same layers apart: they are equal, so the same heads and units go."""
-    model, params = model_of("back")
-    small, little, axes = prune(model, params, model.axes(), heads=0.5, ffn=0.25)
-    assert small.config.num_heads == (1,) * 4 and small.config.ffn_size == (9,) * 4 and axes == small.axes()
-    apart = prune(*unshare(model, params, model.axes()), heads=0.5, ffn=0.25)
-    assert np.allclose(outputs(small, little)["logits"], outputs(*apart[:2])["logits"], atol=1e-5)
-    jaxlm.save(LM(small.config, little), tmp_path)
+    lm = shared_lm("back")
+    small, apart = (prune(whole, heads=0.5, ffn=0.25) for whole in (lm, unshare(lm)))
+    assert small.config.num_heads == (1,) * 4 and small.config.ffn_size == (9,) * 4
+    assert small.axes == small.network.axes()
+    logits, expected = (outputs(pruned.network, pruned.params)["logits"] for pruned in (small, apart))
+    assert np.allclose(logits, expected, atol=1e-5)
+    jaxlm.save(small, tmp_path)
     assert jaxlm.load(tmp_path).config == small.config
     with pytest.raises(ValueError, match="put the surgery unshare first"):
-        keep_layers(model, params, model.axes(), keep=(0, 1))
+        keep_layers(lm, keep=(0, 1))
     with pytest.raises(ValueError, match="put the surgery unshare first"):
-        open_gates(model, params, model.axes(), {"layers"})
+        open_gates(lm, {"layers"})
 
 
 @pytest.mark.parametrize(
@@ -232,13 +234,13 @@ def test_a_map_that_shares_nothing_is_none():
 
 
 def test_surgeries_say_what_is_wrong():
-    model, params = whole()
-    small, new, axes = share(model, params, model.axes(), layer_map=MAPS["all"])
+    lm = unshared_lm()
+    small = share(lm, layer_map=MAPS["all"])
     for change, message in (
-        (lambda: share(small, new, axes, layer_map=MAPS["all"]), "shared already"),
-        (lambda: unshare(model, params, model.axes()), "no layers are shared"),
-        (lambda: share(model, params, model.axes()), "needs layer_map"),
-        (lambda: share(model, params, model.axes(), layer_map=MAPS["all"], how="mean"), "must be 'average' or 'first'"),
+        (lambda: share(small, layer_map=MAPS["all"]), "shared already"),
+        (lambda: unshare(lm), "no layers are shared"),
+        (lambda: share(lm), "needs layer_map"),
+        (lambda: share(lm, layer_map=MAPS["all"], how="mean"), "must be 'average' or 'first'"),
     ):
         with pytest.raises(ValueError, match=message):
             change()

@@ -7,16 +7,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core import Axes, Gate, Tree, flatten, lookup, unflatten
-from jaxlm.methods.prune.structured.scores import Calibration, Loss, block_influence, need, numbers, taylor_of
+from jaxlm.core import LM, NO_DATA, Axes, Gate, SurgeryContext, flatten, lookup, unflatten
+from jaxlm.methods.prune.structured.scores import block_influence, check_finite, taylor_of
 from jaxlm.methods.prune.structured.slicing import cut
 
 COUNTS = {"": "num_layers", "encoder/": "num_layers", "decoder/": "num_decoder_layers"}
-OWN = {
+"""The field of the config that counts the layers of a stack."""
+PER_LAYER = {
     "num_layers": ("num_heads", "num_kv_heads", "ffn_size", "position_heads"),
     "num_decoder_layers": ("decoder_num_heads", "cross_num_heads", "decoder_ffn_size", "decoder_position_heads"),
 }
-"""Fields of the config that list something a layer, by the field that counts the layers."""
+"""Fields of the config with one entry a layer, by the field that counts the layers."""
 
 
 def stacks(config: Any) -> tuple[str, ...]:
@@ -24,13 +25,13 @@ def stacks(config: Any) -> tuple[str, ...]:
     return ("encoder/", "decoder/") if config.encoder_decoder else ("",)
 
 
-def without_layers(model: Any, params: Tree, axes: Mapping[str, Axes], gone: Collection[str]):
-    """The model without the layers at the paths `gone`, the rest renumbered: `(model, params, axes)`.
+def without_layers(lm: LM, gone: Collection[str]) -> LM:
+    """The model without the layers at the paths `gone`, the rest renumbered.
 
     Raises:
       ValueError: nothing would stay of a stack, or its layers share their parameters.
     """
-    flat, axes, config = flatten(params), dict(axes), model.config
+    flat, axes, config = flatten(lm.params), dict(lm.axes), lm.config
     if gone and (config.layer_map or config.decoder_layer_map):
         raise ValueError(
             "layers that share their parameters cannot be removed one by one: put the surgery unshare first"
@@ -42,23 +43,23 @@ def without_layers(model: Any, params: Tree, axes: Mapping[str, Axes], gone: Col
             raise ValueError(f"every layer of {stack or 'the stack'} is closed; at least one must stay")
         numbers = {old: new for new, old in enumerate(stay)}
         flat, axes = _renumbered(flat, stack, numbers), _renumbered(axes, stack, numbers)
-        changes = {f: tuple(getattr(config, f)[i] for i in stay) for f in OWN[count] if getattr(config, f)}
+        changes = {f: tuple(getattr(config, f)[i] for i in stay) for f in PER_LAYER[count] if getattr(config, f)}
         if count == "num_layers" and config.window_from:
             changes["window_from"] = sum(i < config.window_from for i in stay)
         config = config.replace(**{count: len(stay)}, **changes)
     flat, config = read_columns(flat, axes, config)
-    return model.replace(config), unflatten(flat), axes
+    return lm.replace(config=config, params=unflatten(flat), axes=axes)
 
 
 def _renumbered(flat: Mapping[str, Any], stack: str, numbers: Mapping[int, int]) -> dict[str, Any]:
     """Drops the paths of layers without a number, and numbers those that stay."""
     kept: dict[str, Any] = {}
     for path, value in flat.items():
-        found = re.fullmatch(rf"{stack}layers_(\d+)(/.*)", path)
-        if found is None:
+        in_layer = re.fullmatch(rf"{stack}layers_(\d+)(/.*)", path)
+        if in_layer is None:
             kept[path] = value
-        elif int(found[1]) in numbers:
-            kept[f"{stack}layers_{numbers[int(found[1])]}{found[2]}"] = value
+        elif int(in_layer[1]) in numbers:
+            kept[f"{stack}layers_{numbers[int(in_layer[1])]}{in_layer[2]}"] = value
     return kept
 
 
@@ -79,52 +80,50 @@ def read_columns(flat: Mapping[str, Any], axes: Mapping[str, Axes], config: Any)
     return flat, config
 
 
-def keep_layers(model: Any, params: Tree, axes: dict[str, Axes], *, keep: tuple[int, ...]):
+def keep_layers(lm: LM, context: SurgeryContext = NO_DATA, *, keep: tuple[int, ...]) -> LM:
     """Surgery: keeps the listed layers of a single stack, in order (a student of fewer layers starts like this)."""
-    if model.config.encoder_decoder:
+    if lm.config.encoder_decoder:
         raise ValueError("keep_layers: an encoder-decoder has two stacks; use drop_layers, or close gates and shrink")
-    missing = [i for i in keep if not 0 <= i < model.config.num_layers]
+    missing = [i for i in keep if not 0 <= i < lm.config.num_layers]
     if missing or not keep:
-        raise ValueError(f"keep_layers: layers {missing or 'none'} chosen of 0..{model.config.num_layers - 1}")
-    gone = {f"layers_{i}" for i in range(model.config.num_layers) if i not in keep}
-    return without_layers(model, params, axes, gone)
+        raise ValueError(f"keep_layers: layers {missing or 'none'} chosen of 0..{lm.config.num_layers - 1}")
+    gone = {f"layers_{i}" for i in range(lm.config.num_layers) if i not in keep}
+    return without_layers(lm, gone)
 
 
 def drop_layers(
-    model: Any,
-    params: Tree,
-    axes: dict[str, Axes],
+    lm: LM,
+    context: SurgeryContext = NO_DATA,
     *,
-    calibration: Calibration | None = None,
-    loss: Loss | None = None,
     share: float,
     score: str = "block_influence",
-):
+) -> LM:
     """Surgery: removes the `share` of the layers of each stack with the smallest scores, at least one stays.
 
     Args:
-      calibration, loss: data, and the task's loss, which only `taylor` reads.
       share: of the layers, in [0, 1).
-      score: `block_influence`, how much a layer turns the residual stream, or `taylor`, how much the loss would change.
+      score: both read calibration data: `block_influence`, how much a layer turns the residual stream, or `taylor`, how
+        much the task's loss would change.
     """
     if not 0 <= share < 1:
         raise ValueError(f"drop_layers: share must be in [0, 1), not {share}")
-    data = need(calibration, lookup({"block_influence": "block_influence", "taylor": "taylor"}, score, "score"))
-    found = block_influence(model, params, data) if score == "block_influence" else _taylor(model, params, data, loss)
-    scores = numbers(found, score)
+    scores = check_finite(
+        lookup({"block_influence": block_influence, "taylor": _taylor}, score, "score")(lm, context), score
+    )
     gone: set[str] = set()
-    for stack in stacks(model.config):
-        own = [f"{stack}layers_{i}" for i in range(getattr(model.config, COUNTS[stack]))]
-        drop = min(round(share * len(own)), len(own) - 1)
-        gone |= set(sorted(own, key=lambda path: float(scores[path]))[:drop])
-    return without_layers(model, params, axes, gone)
+    for stack in stacks(lm.config):
+        layers = [f"{stack}layers_{i}" for i in range(getattr(lm.config, COUNTS[stack]))]
+        drop = min(round(share * len(layers)), len(layers) - 1)
+        gone |= set(sorted(layers, key=lambda path: float(scores[path]))[:drop])
+    return without_layers(lm, gone)
 
 
-def _taylor(model: Any, params: Tree, calibration: Calibration, loss: Loss | None) -> dict[str, Any]:
+def _taylor(lm: LM, context: SurgeryContext) -> dict[str, Any]:
+    """`taylor_of` a gate on every layer, by path of the layer."""
     gates = {
         f"{stack}layers_{i}/gate": Gate(jnp.ones(()))
-        for stack in stacks(model.config)
-        for i in range(getattr(model.config, COUNTS[stack]))
+        for stack in stacks(lm.config)
+        for i in range(getattr(lm.config, COUNTS[stack]))
     }
-    scores = taylor_of(model, unflatten(flatten(params) | gates), calibration, loss)
+    scores = taylor_of(lm.replace(params=unflatten(flatten(lm.params) | gates)), context)
     return {path.removesuffix("/gate"): scores[path] for path in gates}

@@ -7,15 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core import (
-    Adapted,
+    LM,
+    NO_DATA,
     Axes,
     FakeQuant,
     Gate,
     Method,
+    MethodInit,
     Node,
     Step,
+    SurgeryContext,
     Switch,
     Tree,
     canonical_path,
@@ -23,23 +28,21 @@ from jaxlm.core import (
     unflatten,
 )
 from jaxlm.methods.prune.schedule import check_schedule, cubic, overdue
-from jaxlm.methods.prune.structured.scores import Calibration, Loss, magnitude_of, scores_of
+from jaxlm.methods.prune.structured.scores import magnitude_of, scores_of
 from jaxlm.methods.prune.structured.shrink import shrink
 
-PLACES = {
+GATE_PATHS = {
     "heads": r"((?:.*/)?layers_\d+/(?:cross_)?attention)/gate",
     "ffn": r"((?:.*/)?layers_\d+/mlp)/gate",
     "layers": r"((?:.*/)?layers_\d+)/gate",
     "hidden": r"(hidden)",
 }
-"""Where the gates of each kind sit. `queries` gates sit where those of `heads` do."""
+"""Paths of the gates of each kind, in either view. `queries` gates sit where those of `heads` do."""
 BUDGETS = ("uniform", "global")
 
 
-def open_gates(
-    model: Any, params: Tree, axes: Mapping[str, Axes], kinds: Collection[str], make: Callable[..., Switch] = Gate
-) -> tuple[dict[str, Any], dict[str, Axes]]:
-    """Adds an open gate for every kind: `(params, axes)`, canonical view.
+def open_gates(lm: LM, kinds: Collection[str], make: Callable[..., Switch] = Gate) -> LM:
+    """The model with an open gate for every kind.
 
     Args:
       kinds: of `heads` (KV groups; the query heads of a single group, MQA), `queries` (the query heads of every KV
@@ -47,10 +50,12 @@ def open_gates(
       make: from the shape's ones to a switch.
 
     Raises:
-      ValueError: for a weight in training with rounding (its scales span what would be removed), or for a kind that
-        the model has nothing of.
+      ValueError: for a weight in quantization-aware training (its scales span what would be removed), or for a kind
+        that the model has nothing of.
     """
-    flat, axes, sizes = flatten(params), dict(axes), model.sizes()
+    flat, axes, sizes = flatten(lm.params), dict(lm.axes), lm.network.sizes()
+
+    # Gates of modules: of the heads where there is a query, of the units where there is an `up`.
     gates: dict[str, tuple[tuple[int, ...], Axes]] = {}
     for path in list(flat):
         module, _, leaf = path.rpartition("/")
@@ -58,11 +63,11 @@ def open_gates(
             continue
         module, _, product = module.rpartition("/")
         if product == "query" and {"heads", "queries"} & set(kinds):
-            groups, each = sizes[path][1][:2]
-            apart = each > 1 and (groups == 1 or "queries" in kinds)
-            names: Axes = ("kv_heads", "q_per_kv" if apart else None, None)
-            if "queries" not in kinds or apart:
-                gates[module] = ((groups, each if apart else 1, 1), names)
+            groups, queries = sizes[path][1][:2]
+            by_query = queries > 1 and (groups == 1 or "queries" in kinds)
+            names: Axes = ("kv_heads", "q_per_kv" if by_query else None, None)
+            if "queries" not in kinds or by_query:
+                gates[module] = ((groups, queries if by_query else 1, 1), names)
         elif product == "up" and "ffn" in kinds:
             gates[module] = ((sizes[path][1][0],), ("ffn",))
     if "queries" in kinds and not any(module.endswith("attention") for module in gates):
@@ -71,16 +76,19 @@ def open_gates(
         check_exact(flat, f"{module}/")
     if "hidden" in kinds:
         check_exact(flat, "")
+
+    # Gates of whole layers, and of the stream.
     if "layers" in kinds:
-        if model.config.layer_map or model.config.decoder_layer_map:
+        if lm.config.layer_map or lm.config.decoder_layer_map:
             raise ValueError("pruning layers: they share their parameters; put the surgery unshare first")
-        gates |= dict.fromkeys(layer_paths(model.config), ((), ()))
+        gates |= dict.fromkeys(layer_paths(lm.config), ((), ()))
     named = {f"{module}/gate": gate for module, gate in gates.items()}
     if "hidden" in kinds:
-        named["hidden"] = ((model.config.hidden_size,), (None,))
+        named["hidden"] = ((lm.config.hidden_size,), (None,))
+
     for path, (shape, names) in named.items():
         flat[path], axes[path] = make(jnp.ones(shape)), names
-    return unflatten(flat), axes
+    return lm.replace(params=unflatten(flat), axes=axes)
 
 
 def layer_paths(config: Any) -> list[str]:
@@ -92,16 +100,16 @@ def layer_paths(config: Any) -> list[str]:
 
 
 def check_exact(flat: Mapping[str, Any], below: str) -> None:
-    """Raises ValueError for a weight that trains with rounding below a path."""
+    """Raises ValueError for a weight in quantization-aware training below a path."""
     for path, leaf in flat.items():
-        if path.startswith(below) and rounds(leaf):
+        if path.startswith(below) and has_fake_quant(leaf):
             raise ValueError(f"{path} trains with rounding, whose scales span what pruning removes; prune first")
 
 
-def rounds(leaf: Any) -> bool:
+def has_fake_quant(leaf: Any) -> bool:
     """Whether a FakeQuant is inside a leaf."""
     inner = getattr(leaf, "base", None)
-    return isinstance(leaf, FakeQuant) or (isinstance(inner, Node) and rounds(inner))
+    return isinstance(leaf, FakeQuant) or (isinstance(inner, Node) and has_fake_quant(inner))
 
 
 def switches(params: Tree) -> Iterator[tuple[str, str, Any]]:
@@ -117,16 +125,16 @@ def kind_of(path: str) -> str:
     >>> kind_of("decoder/layers_0-3/cross_attention/gate"), kind_of("layers_7/gate")
     ('heads', 'layers')
     """
-    found = [kind for kind, pattern in PLACES.items() if re.fullmatch(pattern, canonical_path(path))]
-    if not found:
+    kinds = [kind for kind, pattern in GATE_PATHS.items() if re.fullmatch(pattern, canonical_path(path))]
+    if not kinds:
         raise ValueError(f"{path}: no gate of pruning sits there")
-    return found[0]
+    return kinds[0]
 
 
 # Which entries close --------------------------------------------------------------------------------------------------
 
 
-def best(scores: jax.Array, kept: jax.Array | int) -> jax.Array:
+def best(scores: Float[Array, "*rows entries"], kept: Int[Array, "*rows"]) -> Bool[Array, "*rows entries"]:
     """The mask of the `kept` largest scores along the last axis; of equal ones the later stay.
 
     >>> best(jnp.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), jnp.array([2, 1])).tolist()
@@ -136,7 +144,7 @@ def best(scores: jax.Array, kept: jax.Array | int) -> jax.Array:
     return rank >= scores.shape[-1] - jnp.asarray(kept)[..., None]
 
 
-def how_many(size: int, share: jax.Array | float, multiple: int = 1) -> jax.Array:
+def how_many(size: int, share: float | Float[Array, ""], multiple: int = 1) -> Int[Array, ""]:
     """What stays of `size` when a share goes: `size - round(share · size)`, up to the next multiple, at least one.
 
     >>> int(how_many(12, 0.5)), int(how_many(12, 0.5, multiple=8)), int(how_many(12, 0.99))
@@ -147,15 +155,15 @@ def how_many(size: int, share: jax.Array | float, multiple: int = 1) -> jax.Arra
 
 
 def choose(
-    scores: Mapping[str, jax.Array], share: Mapping[str, Any], budget: str = "uniform", multiple: int = 1
-) -> dict[str, jax.Array]:
-    """Which entries of several gates stay open: bool, in the shapes of the scores.
+    scores: Mapping[str, Float[Array, "*_ _"]], share: Mapping[str, Any], budget: str = "uniform", multiple: int = 1
+) -> dict[str, Bool[Array, "*_ _"]]:
+    """Which entries of several gates stay open, in the shapes of the scores.
 
     `uniform`: each row of scores gives up its own share. `global`: rows are divided by their norm `‖s‖₂` and ranked
     together, so that layers become unequal; each keeps its best. Source: Molchanov et al. 2017, arXiv:1611.06440.
 
     Args:
-      scores: by path, `[..., entries]`; every row is chosen from apart.
+      scores: by path, `[*rows, entries]`; every row is chosen from apart.
       share: of the entries that close, by path; for `global` the same everywhere.
       multiple: rows keep a multiple of so many entries.
 
@@ -171,20 +179,20 @@ def choose(
     normed = {path: s / jnp.maximum(jnp.linalg.norm(s, axis=-1, keepdims=True), 1e-30) for path, s in scores.items()}
     safe = {path: jnp.where(best(s, jnp.ones(s.shape[:-1], int)), jnp.inf, s) for path, s in normed.items()}
     together = jnp.concatenate([s.reshape(-1) for s in safe.values()])
-    open_ = best(together, how_many(together.size, next(iter(share.values()))))
+    is_open = best(together, how_many(together.size, next(iter(share.values()))))
     # As many as would stay of each row, up to the multiple; the best of each row always does.
     chosen, start = {}, 0
     for path, s in safe.items():
-        row = open_[start : start + s.size].reshape(s.shape) | jnp.isinf(s)
+        open_in_row = is_open[start : start + s.size].reshape(s.shape) | jnp.isinf(s)
         start += s.size
-        count = jnp.sum(row, axis=-1)
+        count = jnp.sum(open_in_row, axis=-1)
         chosen[path] = best(s, jnp.minimum(-(-count // multiple) * multiple, s.shape[-1]))
     return chosen
 
 
 def close_gates(
     params: Tree,
-    scores: Mapping[str, jax.Array],
+    scores: Mapping[str, Float[Array, "*_ _"]],
     shares: Mapping[str, Any],
     budget: str = "uniform",
     multiple: int = 1,
@@ -192,23 +200,27 @@ def close_gates(
     """Sets every gate that has scores, in either view.
 
     Args:
-      scores: by path of the gate, `[..., entries]`.
+      scores: by path of the gate, `[*rows, entries]`.
       shares: what closes of each kind; one number, or (canonical view) one a layer, encoder before decoder.
       multiple: FFN units and stream dimensions are kept in multiples of it.
     """
     flat = flatten(params)
-    for kind in PLACES:
-        own = {path: s for path, s in scores.items() if kind_of(path) == kind}
-        if not own or kind not in shares:
+    for kind in GATE_PATHS:
+        of_kind = {path: s for path, s in scores.items() if kind_of(path) == kind}
+        if not of_kind or kind not in shares:
             continue
-        step = multiple if kind in ("ffn", "hidden") else 1
-        open_ = choose(own, _by_path(own, shares[kind], kind), budget if kind in ("heads", "ffn") else "uniform", step)
-        for path, mask in open_.items():
+        masks = choose(
+            of_kind,
+            _share_by_path(of_kind, shares[kind], kind),
+            budget=budget if kind in ("heads", "ffn") else "uniform",
+            multiple=multiple if kind in ("ffn", "hidden") else 1,
+        )
+        for path, mask in masks.items():
             flat[path] = Gate(mask.astype(jnp.float32).reshape(flat[path].value.shape))
     return unflatten(flat)
 
 
-def _by_path(scores: Mapping[str, Any], share: Any, kind: str) -> dict[str, Any]:
+def _share_by_path(scores: Mapping[str, Any], share: Any, kind: str) -> dict[str, Any]:
     """The share of every gate: that of its layer, where there is one a layer."""
     if not isinstance(share, tuple | list):
         return dict.fromkeys(scores, share)
@@ -223,12 +235,9 @@ def _by_path(scores: Mapping[str, Any], share: Any, kind: str) -> dict[str, Any]
 
 
 def prune(
-    model: Any,
-    params: Tree,
-    axes: dict[str, Axes],
+    lm: LM,
+    context: SurgeryContext = NO_DATA,
     *,
-    calibrate: Callable[[], Calibration] | None = None,
-    loss: Loss | None = None,
     heads: float | tuple[float, ...] = 0.0,
     queries: float | tuple[float, ...] = 0.0,
     ffn: float | tuple[float, ...] = 0.0,
@@ -236,16 +245,15 @@ def prune(
     score: str = "magnitude",
     budget: str = "uniform",
     multiple: int = 1,
-):
-    """Surgery: removes the given shares at once.
+) -> LM:
+    """Surgery: removes shares of heads, units and stream dimensions at once.
 
     Args:
-      calibrate, loss: gives calibration data, and the task's loss; for scores that read them.
       heads: share of the heads of every attention; with grouped queries of its KV groups, each with its queries.
       queries: share of the query heads of every KV group (instead of `heads`).
       ffn: share of the units of every FFN. Shares may be tuples, one a layer, encoder before decoder.
       hidden: share of the residual stream's dimensions.
-      score: `magnitude`; from calibration data `activation` or `taylor`.
+      score: `magnitude`; from calibration data `activation`, or with the task's loss `taylor`.
       budget: `uniform`, or `global`: heads of all layers are ranked together, and so are units.
       multiple: units and dimensions are kept in multiples of it, which hardware (and transformers) like.
 
@@ -263,11 +271,21 @@ def prune(
         raise ValueError(f"prune: multiple must be at least 1, not {multiple}")
     shares = {kind: share for kind, share in shares.items() if share != 0.0}
     for kind, share in shares.items():
-        for each in share if isinstance(share, tuple | list) else (share,):
-            check_share(kind, each)
-    params, axes = open_gates(model, params, axes, {"queries" if queries and k == "heads" else k for k in shares})
-    scores = scores_of(score, model, params, axes, calibrate, loss)
-    return shrink(model, close_gates(params, scores, shares, budget, multiple), axes)
+        for number in share if isinstance(share, tuple | list) else (share,):
+            check_share(kind, number)
+    gated = open_gates(lm, {"queries" if queries and kind == "heads" else kind for kind in shares})
+    scores = scores_of(score, gated, context)
+    return shrink(gated.replace(params=close_gates(gated.params, scores, shares, budget, multiple)))
+
+
+class AxisNames(struct.PyTreeNode):
+    """Axis names of parameters as a constant of the step, in which they are static.
+
+    Attributes:
+      items: `(canonical path, axis names)` of every parameter. Static.
+    """
+
+    items: tuple[tuple[str, Axes], ...] = struct.field(pytree_node=False)
 
 
 def structured(
@@ -281,7 +299,7 @@ def structured(
     end: int,
     every: int = 10,
 ) -> Method:
-    """Closes the gates of the given shares by magnitude while training goes on, then removes them.
+    """Closes shares of the gates by magnitude while training goes on, then removes them.
 
     Shares grow by the cubic schedule from step `begin` to `end`; scores are recomputed every `every` steps, so a unit
     can come back. Baking is `shrink`.
@@ -295,27 +313,26 @@ def structured(
     if budget not in BUDGETS:
         raise ValueError(f"structured: unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
     check_schedule("structured", begin, end, every)
-    names: dict[str, Axes] = {}
 
-    def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
-        params, axes = open_gates(model, params, axes, shares)
-        names.clear()
-        names.update(axes)
-        return Adapted(params, axes, {}, {"structured": {"renewed": jnp.int32(0)}})
+    def init(key: jax.Array, lm: LM) -> MethodInit:
+        lm = open_gates(lm, shares)
+        names = AxisNames(tuple(lm.axes.items()))
+        return MethodInit(lm, constants={"structured": names}, state={"structured": {"renewed": jnp.int32(0)}})
 
-    def update(step: Step, grads: dict, constants: dict, number: jax.Array) -> Step:
-        def new() -> Tree:
-            now = {kind: cubic(number, share, begin, end) for kind, share in shares.items()}
-            return close_gates(step.params, magnitude_of(step.params, names), now, budget, multiple)
+    def update(step: Step, grads: dict, constants: dict, number: Int[Array, ""]) -> Step:
+        def closed() -> Tree:
+            scores = magnitude_of(step.params, dict(constants["structured"].items))
+            shares_of_step = {kind: cubic(number, share, begin, end) for kind, share in shares.items()}
+            return close_gates(step.params, scores, shares_of_step, budget, multiple)
 
         last = step.state["structured"]["renewed"]
-        now_due = overdue(number, last, begin, end, every)
-        params = jax.lax.cond(now_due, new, lambda: step.params)
-        state = {**step.state, "structured": {"renewed": jnp.where(now_due, number, last)}}
+        due = overdue(number, last, begin, end, every)
+        params = jax.lax.cond(due, closed, lambda: step.params)
+        state = {**step.state, "structured": {"renewed": jnp.where(due, number, last)}}
         return step._replace(params=params, state=state)
 
-    def bake(model: Any, params: Tree, axes: dict, state: dict):
-        return shrink(model, params, axes)
+    def bake(lm: LM, state: dict[str, Any]) -> LM:
+        return shrink(lm)
 
     def claims(params: Tree) -> set[tuple[str, str]]:
         return widths(params, shares)
@@ -324,17 +341,17 @@ def structured(
 
 
 def widths(params: Tree, kinds: Collection[str]) -> set[tuple[str, str]]:
-    """What gates of the given kinds claim, before they are there: the width (of a layer, its place) of modules."""
-    found: set[tuple[str, str]] = {("hidden", "width")} if "hidden" in kinds else set()
+    """What gates of these kinds will claim: the width of modules, and of a layer its place."""
+    claims: set[tuple[str, str]] = {("hidden", "width")} if "hidden" in kinds else set()
     for path in flatten(params):
         layer = re.match(r"((?:.*/)?layers_\d+)/((?:cross_)?attention|mlp)/", path)
         if layer is None:
             continue
         if ("ffn" if layer[2] == "mlp" else "heads") in kinds:
-            found.add((f"{layer[1]}/{layer[2]}", "width"))
+            claims.add((f"{layer[1]}/{layer[2]}", "width"))
         if "layers" in kinds:
-            found.add((layer[1], "place"))
-    return found
+            claims.add((layer[1], "place"))
+    return claims
 
 
 def check_share(kind: str, share: float) -> None:

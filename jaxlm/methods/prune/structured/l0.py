@@ -2,14 +2,16 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxlm.core import (
-    Adapted,
+    LM,
     ArrayInfo,
     Axes,
     Constraint,
@@ -18,6 +20,7 @@ from jaxlm.core import (
     HardConcrete,
     Loss,
     Method,
+    MethodInit,
     Site,
     Step,
     Term,
@@ -27,9 +30,9 @@ from jaxlm.core import (
     nearest,
     unflatten,
 )
-from jaxlm.methods.prune.structured.gates import PLACES, best, open_gates, switches, widths
-from jaxlm.methods.prune.structured.latency import Table, table_at
-from jaxlm.methods.prune.structured.scores import each_layer
+from jaxlm.methods.prune.structured.gates import GATE_PATHS, best, open_gates, switches, widths
+from jaxlm.methods.prune.structured.latency import Curve, Table, table_at
+from jaxlm.methods.prune.structured.scores import unstacked
 from jaxlm.methods.prune.structured.shrink import FOLDED, shrink
 from jaxlm.methods.prune.structured.width import STREAM
 
@@ -44,8 +47,8 @@ ASCENT, STIFFNESS = 1.0, 1000.0
 """What the multiplier λ gains in a step for an excess of 1; and μ, which answers at once where λ has yet to grow, and
 keeps it from swinging: a loss of some nats, spread over many gates, holds against less."""
 
-Expected = Callable[[Mapping[str, jax.Array]], jax.Array]
-"""From the expected open share of every gate (canonical path) to the size, or the latency."""
+Shares = Mapping[str, Float[Array, ""]]
+"""Expected open share of every gate, by canonical path."""
 
 
 def l0(
@@ -90,36 +93,34 @@ def l0(
             f"l0: {'size' if latency is None else 'latency'} is the share that stays, in (0, 1], not {goal}"
         )
     for kind in targets:
-        if kind not in PLACES:
-            raise ValueError(f"l0: unknown target {kind!r}; {nearest(kind, PLACES)}")
+        if kind not in GATE_PATHS:
+            raise ValueError(f"l0: unknown target {kind!r}; {nearest(kind, GATE_PATHS)}")
     if latency is not None and (not table or "hidden" in targets):
         raise ValueError("l0: a latency needs table='FILE.json', and knows no hidden width")
     if not end > begin >= 0 or speed <= 0:
         raise ValueError(f"l0: steps begin={begin} to end={end} and speed={speed} must be positive")
     final = float(goal)
-    expected: dict[str, Any] = {}
 
-    def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
-        for path, leaf in flatten(params).items():
-            if _takes(path, targets) and any(c.role == "codes" for c in components(leaf, (None, None)).values()):
+    def init(key: jax.Array, lm: LM) -> MethodInit:
+        for path, leaf in flatten(lm.params).items():
+            if _folds_gates(path, targets) and any(c.role == "codes" for c in components(leaf, (None, None)).values()):
                 raise ValueError(f"l0: {path} holds codes, into which a half-open gate cannot go; prune, then quantize")
-        params, axes = open_gates(
-            model, params, axes, targets, make=lambda ones: HardConcrete(ones * (START / speed), speed)
-        )
+        lm = open_gates(lm, targets, make=lambda ones: HardConcrete(ones * (START / speed), speed))
         if latency is None:
-            expected["of"] = expected_size(params, axes)
+            expected: ExpectedSize | ExpectedLatency = expected_size(lm.params, lm.axes)
         else:
-            expected["of"] = expected_latency(params, model.config, table_at(table, model, batch_size, length))
-        constraint = Constraint(jnp.ones(()), jnp.zeros(()))
-        return Adapted(unflatten(flatten(params) | {CONSTRAINT: constraint}), {**axes, CONSTRAINT: ()})
+            expected = expected_latency(lm.params, lm.config, table_at(table, lm.network, batch_size, length))
+        params = unflatten(flatten(lm.params) | {CONSTRAINT: Constraint(jnp.ones(()), jnp.zeros(()))})
+        gated = lm.replace(params=params, axes={**lm.axes, CONSTRAINT: ()})
+        return MethodInit(gated, constants={"l0": expected})
 
     def trainable(info: ArrayInfo) -> bool | None:
-        return True if _learned(info) else None
+        return True if _is_gate_score(info) else None
 
     def loss(inner: Loss) -> Loss:
         def fn(params: Tree, constants: dict, batch: dict, ctx: Context):
             terms, outputs = inner.fn(params, constants, batch, ctx)
-            left = expected["of"](open_shares(params))
+            left = constants["l0"](open_shares(params))
             constraint = params["l0"]["constraint"]
             excess, multiplier = left - constraint.target, constraint.multiplier
             penalty = multiplier * excess + STIFFNESS / 2 * jnp.square(excess)
@@ -128,56 +129,75 @@ def l0(
 
         return Loss(fn, inner.taps)
 
-    def update(step: Step, grads: dict, constants: dict, number: jax.Array) -> Step:
+    def update(step: Step, grads: dict, constants: dict, number: Int[Array, ""]) -> Step:
         target = 1 - (1 - final) * jnp.clip((number - begin) / (end - begin), 0.0, 1.0)
         flat = flatten(step.params)
         for path, _, gate in switches(step.params):
             if isinstance(gate, HardConcrete):
                 flat[path] = gate.replace(score=jnp.clip(gate.score, -LARGEST / speed, LARGEST / speed))
         # The multiplier does not go through the optimizer, whose rate falls as training ends.
-        excess = expected["of"](open_shares(unflatten(flat))) - target
+        excess = constants["l0"](open_shares(unflatten(flat))) - target
         constraint = Constraint(target.astype(jnp.float32), flat[CONSTRAINT].multiplier + ASCENT * excess)
         return step._replace(params=unflatten(flat | {CONSTRAINT: constraint}))
 
     def eval_params(params: Tree, state: dict) -> Tree:
         return settle(params)
 
-    def bake(model: Any, params: Tree, axes: dict, state: dict):
-        plain = unflatten({path: leaf for path, leaf in flatten(settle(params)).items() if path != CONSTRAINT})
-        return shrink(model, plain, {path: names for path, names in axes.items() if path != CONSTRAINT})
+    def bake(lm: LM, state: dict[str, Any]) -> LM:
+        params = unflatten({path: leaf for path, leaf in flatten(settle(lm.params)).items() if path != CONSTRAINT})
+        axes = {path: names for path, names in lm.axes.items() if path != CONSTRAINT}
+        return shrink(lm.replace(params=params, axes=axes))
 
     def claims(params: Tree) -> set[tuple[str, str]]:
-        return widths(params, targets) | {(path, "bits") for path in flatten(params) if _takes(path, targets)}
+        return widths(params, targets) | {(path, "bits") for path in flatten(params) if _folds_gates(path, targets)}
 
     return Method(
         init=init, trainable=trainable, loss=loss, update=update, eval_params=eval_params, bake=bake, claims=claims
     )
 
 
-def _takes(path: str, targets: Sequence[str]) -> bool:
-    """Whether baking puts half-open gates into a leaf: no rounding may have it before."""
-    found = re.fullmatch(r"(?:.*/)?layers_\d+/(attention|cross_attention|mlp)/(\w+)/kernel", path)
-    if found is None or found[2] != FOLDED[found[1]]:
+def _folds_gates(path: str, targets: Sequence[str]) -> bool:
+    """Whether baking folds half-open gates into a leaf, which must not be quantized before."""
+    product = re.fullmatch(r"(?:.*/)?layers_\d+/(attention|cross_attention|mlp)/(\w+)/kernel", path)
+    if product is None or product[2] != FOLDED[product[1]]:
         return False
-    return ("ffn" if found[1] == "mlp" else "heads") in targets
+    return ("ffn" if product[1] == "mlp" else "heads") in targets
 
 
-def _learned(info: ArrayInfo) -> bool:
+def _is_gate_score(info: ArrayInfo) -> bool:
+    """Whether an array is what a learned gate is opened by."""
     return info.role == "scale" and (info.path == "hidden" or info.path.endswith("/gate"))
 
 
-def open_shares(params: Tree) -> dict[str, jax.Array]:
+def open_shares(params: Tree) -> dict[str, Float[Array, ""]]:
     """Expected open share of every learned gate, by canonical path, from either view."""
     shares = {}
     for path, _, switch in switches(params):
         if isinstance(switch, HardConcrete):
-            open_ = switch.probability()
+            probability = switch.probability()
             stacked = re.search(r"layers_\d+-\d+", path) is not None
-            shares[path] = jnp.mean(open_, axis=tuple(range(stacked, open_.ndim)))
-    return each_layer(shares)
+            shares[path] = jnp.mean(probability, axis=tuple(range(stacked, probability.ndim)))
+    return unstacked(shares)
 
 
-def expected_size(params: Tree, axes: Mapping[str, Axes]) -> Expected:
+class ExpectedSize(struct.PyTreeNode):
+    """The expected share of the parameters that gates can remove, as a function; a constant of the step.
+
+    Attributes:
+      sizes: `(gates, parameters)`: how many parameters shrink with these gates, by their canonical paths. Static.
+    """
+
+    sizes: tuple[tuple[tuple[str, ...], int], ...] = struct.field(pytree_node=False)
+
+    def __call__(self, shares: Shares) -> Float32[Array, ""]:
+        whole = sum(size for _, size in self.sizes)
+        left = jnp.zeros(())
+        for gates, size in self.sizes:
+            left = left + (size / whole) * math.prod((shares[gate] for gate in gates), start=jnp.ones(()))
+        return left
+
+
+def expected_size(params: Tree, axes: Mapping[str, Axes]) -> ExpectedSize:
     """The expected share of the parameters that gates can remove.
 
     An array shrinks by the open share of every gated axis that it carries, and goes with its layer:
@@ -188,28 +208,20 @@ def expected_size(params: Tree, axes: Mapping[str, Axes]) -> Expected:
     """
     flat = flatten(params)
     gates = {path for path, leaf in flat.items() if isinstance(leaf, HardConcrete)}
-    products: dict[tuple[str, ...], int] = {}
+    sizes: dict[tuple[str, ...], int] = {}
     for path, leaf in flat.items():
         if isinstance(leaf, Site):
             continue
         names = [name for entry in axes[path] for name in (entry if isinstance(entry, tuple) else (entry,))]
         layer = re.match(r"((?:.*/)?layers_\d+)/", path)
         module = re.match(r"((?:.*/)?layers_\d+/(?:(?:cross_)?attention|mlp))/", path)
-        own = ["hidden" for name in names if name in STREAM]
-        own += [f"{layer[1]}/gate"] if layer else []
-        own += [f"{module[1]}/gate"] if module and _carries(flat.get(f"{module[1]}/gate"), names) else []
-        used = tuple(sorted(gate for gate in own if gate in gates))
-        if used:
-            products[used] = products.get(used, 0) + math.prod(leaf.shape)
-    whole = sum(products.values())
-
-    def expected(shares: Mapping[str, jax.Array]) -> jax.Array:
-        left = jnp.zeros(())
-        for used, count in products.items():
-            left = left + (count / whole) * math.prod((shares[gate] for gate in used), start=jnp.ones(()))
-        return left
-
-    return expected
+        candidates = ["hidden" for name in names if name in STREAM]
+        candidates += [f"{layer[1]}/gate"] if layer else []
+        candidates += [f"{module[1]}/gate"] if module and _carries(flat.get(f"{module[1]}/gate"), names) else []
+        shrinks_with = tuple(sorted(gate for gate in candidates if gate in gates))
+        if shrinks_with:
+            sizes[shrinks_with] = sizes.get(shrinks_with, 0) + math.prod(leaf.shape)
+    return ExpectedSize(tuple(sizes.items()))
 
 
 def _carries(gate: Any, names: Sequence[Any]) -> bool:
@@ -221,30 +233,54 @@ def _carries(gate: Any, names: Sequence[Any]) -> bool:
     return ("q_per_kv" if gate.score.shape[-2] > 1 else "kv_heads") in names
 
 
-def expected_latency(params: Tree, config: Any, table: Table) -> Expected:
+class ExpectedLatency(struct.PyTreeNode):
+    """The expected share of the layers' time, as a function; a constant of the step.
+
+    Attributes:
+      layers: `(path, heads, units)` of every layer that is run, with all gates open. Static.
+      layer, heads, ffn: seconds, see `Table`. Static.
+      dense: seconds of all layers with all gates open, by which those of a pass are divided. Static.
+    """
+
+    layers: tuple[tuple[str, int, int], ...] = struct.field(pytree_node=False)
+    layer: float = struct.field(pytree_node=False)
+    heads: Curve = struct.field(pytree_node=False)
+    ffn: Curve = struct.field(pytree_node=False)
+    dense: float = struct.field(pytree_node=False, default=1.0)
+
+    def __call__(self, shares: Shares) -> Float32[Array, ""]:
+        return self.seconds(shares) / self.dense
+
+    def seconds(self, shares: Shares) -> Float32[Array, ""]:
+        """Of all layers; a gate without a share is open."""
+        spent = jnp.zeros(())
+        for path, heads, units in self.layers:
+            heads_left = heads * shares.get(f"{path}/attention/gate", jnp.ones(()))
+            units_left = units * shares.get(f"{path}/mlp/gate", jnp.ones(()))
+            time = self.layer + self.heads(heads_left) + self.ffn(units_left)
+            spent = spent + shares.get(f"{path}/gate", jnp.ones(())) * time
+        return spent
+
+
+def expected_latency(params: Tree, config: Any, table: Table) -> ExpectedLatency:
     """The expected share of the layers' time: `Σ_layers p_l (c + A(E heads) + F(E units))`, over that of the whole.
 
     A and F are interpolated in the table, so their slope says what one more head or unit costs on this machine.
+
+    Args:
+      params: canonical view, with gates.
     """
     flat = flatten(params)
     counts = {path: leaf.score.size for path, leaf in flat.items() if isinstance(leaf, HardConcrete)}
-
-    def seconds(shares: Mapping[str, jax.Array]) -> jax.Array:
-        spent = jnp.zeros(())
-        for i in range(config.num_layers):
-            # Without a gate a module is whole.
-            groups, heads = config.num_kv_heads[i], config.num_heads[i]
-            whole = heads if groups == 1 else groups
-            layer = f"layers_{config.owners()[i]}"
-            attention, mlp = f"{layer}/attention/gate", f"{layer}/mlp/gate"
-            heads_left = counts.get(attention, whole) * shares.get(attention, jnp.ones(()))
-            units_left = counts.get(mlp, config.ffn_size[i]) * shares.get(mlp, jnp.ones(()))
-            time = table.layer + table.heads(heads_left) + table.ffn(units_left)
-            spent = spent + shares.get(f"{layer}/gate", jnp.ones(())) * time
-        return spent
-
-    dense = seconds({})
-    return lambda shares: seconds(shares) / dense
+    layers = []
+    for i, owner in enumerate(config.owners()):
+        # Without a gate a module is whole.
+        groups, heads, path = config.num_kv_heads[i], config.num_heads[i], f"layers_{owner}"
+        all_heads = counts.get(f"{path}/attention/gate", heads if groups == 1 else groups)
+        layers.append((path, all_heads, counts.get(f"{path}/mlp/gate", config.ffn_size[i])))
+    expected = ExpectedLatency(tuple(layers), table.layer, table.heads, table.ffn)
+    with jax.ensure_compile_time_eval():  # also where shapes are traced
+        return expected.replace(dense=float(expected.seconds({})))
 
 
 def settle(params: Tree) -> dict[str, Any]:
@@ -261,29 +297,35 @@ def settle(params: Tree) -> dict[str, Any]:
             continue
         shape = leaf.score.shape
         rows = shape[:-3] if kind == "heads" else shape[:-1]
-        position = _settled(leaf.log_alpha.reshape(*rows, -1), leaf.probability().reshape(*rows, -1))
+        position = _positions(leaf.log_alpha.reshape(*rows, -1), leaf.probability().reshape(*rows, -1))
         value = position if kind != "hidden" else (position > 0).astype(jnp.float32)
         flat[path] = Gate(value.reshape(shape))
     layers = {path: leaf for path, (kind, leaf) in learned.items() if kind == "layers"}
     for stack in sorted({path.rpartition("layers_")[0] for path in layers}):
-        own = {path: leaf for path, leaf in layers.items() if path.rpartition("layers_")[0] == stack}
-        together = lambda values: jnp.concatenate([value.reshape(-1) for value in values])  # noqa: E731
-        position = _settled(
-            together(leaf.log_alpha for leaf in own.values()), together(leaf.probability() for leaf in own.values())
+        of_stack = {path: leaf for path, leaf in layers.items() if path.rpartition("layers_")[0] == stack}
+        position = _positions(
+            _row(leaf.log_alpha for leaf in of_stack.values()), _row(leaf.probability() for leaf in of_stack.values())
         )
         start = 0
-        for path, leaf in own.items():
-            part = position[start : start + leaf.score.size].reshape(leaf.score.shape)
-            flat[path] = Gate((part > 0).astype(jnp.float32))
+        for path, leaf in of_stack.items():
+            of_gate = position[start : start + leaf.score.size].reshape(leaf.score.shape)
+            flat[path] = Gate((of_gate > 0).astype(jnp.float32))
             start += leaf.score.size
     return unflatten(flat)
 
 
-def _settled(log_alpha: jax.Array, probability: jax.Array) -> jax.Array:
-    """Deterministic positions `[..., entries]`, exactly 0 where closed."""
+def _row(values: Iterable[Float[Array, "..."]]) -> Float[Array, "entries"]:
+    """The entries of several gates as one row."""
+    return jnp.concatenate([value.reshape(-1) for value in values])
+
+
+def _positions(
+    log_alpha: Float[Array, "*rows entries"], probability: Float[Array, "*rows entries"]
+) -> Float[Array, "*rows entries"]:
+    """Deterministic positions, exactly 0 where closed."""
     closed = jnp.round(jnp.sum(1 - probability, axis=-1)).astype(jnp.int32)
     size = log_alpha.shape[-1]
     position = HardConcrete(log_alpha).open(Context())
-    open_ = best(log_alpha, jnp.maximum(size - closed, 1)) & (position > 0)
-    first = best(log_alpha, jnp.ones(log_alpha.shape[:-1], jnp.int32))
-    return jnp.where(first, jnp.maximum(position, 1e-3), jnp.where(open_, position, 0.0))
+    is_open = best(log_alpha, jnp.maximum(size - closed, 1)) & (position > 0)
+    last_open = best(log_alpha, jnp.ones(log_alpha.shape[:-1], jnp.int32))
+    return jnp.where(last_open, jnp.maximum(position, 1e-3), jnp.where(is_open, position, 0.0))

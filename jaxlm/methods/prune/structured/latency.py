@@ -4,13 +4,16 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
+
+from jaxlm.core import Network
 
 DEPTH = 4
 """Layers of the measured stacks: so many that what is not a layer hardly counts."""
@@ -26,7 +29,7 @@ class Curve(NamedTuple):
     counts: tuple[int, ...]
     seconds: tuple[float, ...]
 
-    def __call__(self, count: jax.Array) -> jax.Array:
+    def __call__(self, count: Float[Array, ""]) -> Float[Array, ""]:
         counts, seconds = jnp.array(self.counts, jnp.float32), jnp.array(self.seconds, jnp.float32)
         slope = (seconds[1] - seconds[0]) / (counts[1] - counts[0]) if len(self.counts) > 1 else 0.0
         return jnp.interp(count, counts, seconds) + slope * jnp.minimum(count - counts[0], 0.0)
@@ -38,7 +41,7 @@ class Table(NamedTuple):
     Attributes:
       layer: of a layer with one head and one unit.
       heads: what more heads add (KV groups; the query heads of a single group); ffn: what more units add.
-      of: what was measured: structure, shape of the batch and machine.
+      of: what was measured: structure, shape of the batch and machine, see `describe`.
     """
 
     layer: float
@@ -47,9 +50,9 @@ class Table(NamedTuple):
     of: Mapping[str, Any]
 
 
-def describe(model: Any, batch_size: int, length: int) -> dict[str, Any]:
+def describe(network: Network, batch_size: int, length: int) -> dict[str, Any]:
     """What a table is a table of."""
-    config = model.config
+    config = network.config
     return {
         "family": config.family,
         "hidden": config.hidden_size,
@@ -66,42 +69,51 @@ def describe(model: Any, batch_size: int, length: int) -> dict[str, Any]:
     }
 
 
-def table_at(path: str, model: Any, batch_size: int, length: int) -> Table:
+def table_at(path: str, network: Network, batch_size: int, length: int) -> Table:
     """The table in a file, or measured and written there.
 
     Raises:
       ValueError: the file holds a table of something else, or the model has two stacks.
     """
-    if model.config.encoder_decoder:
+    if network.config.encoder_decoder:
         raise ValueError("latency: an encoder-decoder has two lengths and no single time; use a target size")
-    wanted, file = describe(model, batch_size, length), Path(path)
+    described, file = describe(network, batch_size, length), Path(path)
     if not file.exists():
         with jax.ensure_compile_time_eval():  # also where shapes are traced
-            table = measure(model, batch_size, length)
+            table = measure(network, batch_size, length)
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.part")
-        part.write_text(json.dumps({**table._asdict(), "heads": list(table.heads), "ffn": list(table.ffn)}, indent=2))
-        os.replace(part, file)
+        unfinished = file.with_name(f"{file.name}.part")
+        unfinished.write_text(
+            json.dumps({**table._asdict(), "heads": list(table.heads), "ffn": list(table.ffn)}, indent=2)
+        )
+        os.replace(unfinished, file)
     stored = json.loads(file.read_text())
-    different = {k: (stored["of"].get(k), v) for k, v in wanted.items() if stored["of"].get(k) != v}
-    if different:
-        name, (old, new) = next(iter(different.items()))
-        raise ValueError(f"{path} was measured with {name} {old!r}, here it is {new!r}; name another file as the table")
+    for name, value in described.items():
+        if stored["of"].get(name) != value:
+            raise ValueError(
+                f"{path} was measured with {name} {stored['of'].get(name)!r}, here it is {value!r}; name another file "
+                "as the table"
+            )
     curves = {name: Curve(*(tuple(values) for values in stored[name])) for name in ("heads", "ffn")}
     return Table(stored["layer"], curves["heads"], curves["ffn"], stored["of"])
 
 
-def measure(model: Any, batch_size: int, length: int, points: int = 6, rounds: int = 9) -> Table:
+def measure(network: Network, batch_size: int, length: int, points: int = 6, rounds: int = 9) -> Table:
     """Times stacks of equal layers with more and more heads, and with more and more units, in turn.
 
     The shortest of several rounds counts: what else runs on the machine only adds. A curve never falls.
     """
-    groups = max(model.config.num_kv_heads)
-    each = max(h // max(kv, 1) for h, kv in zip(model.config.num_heads, model.config.num_kv_heads, strict=True))
-    single = groups == 1 and each > 1
-    heads, units = grid(each if single else groups, points), grid(max(model.config.ffn_size), points)
-    runs = {("heads", n): _stack(model, n, 1, single, each, batch_size, length) for n in heads}
-    runs |= {("ffn", n): _stack(model, 1, n, single, each, batch_size, length) for n in units if n > 1}
+    about = describe(network, batch_size, length)
+    groups, queries = about["groups"], about["queries"]
+    multi_query = groups == 1 and queries > 1
+    heads, units = grid(queries if multi_query else groups, points), grid(about["ffn"], points)
+
+    def stack(heads: int, units: int) -> Callable[[], jax.Array]:
+        shape = (1, heads) if multi_query else (heads, queries)
+        return _stack(network, *shape, units=units, batch_size=batch_size, length=length)
+
+    # Each is compiled first, and then all are timed in turn.
+    runs = {("heads", n): stack(n, 1) for n in heads} | {("ffn", n): stack(1, n) for n in units if n > 1}
     best = dict.fromkeys(runs, float("inf"))
     for run in runs.values():
         jax.block_until_ready(run())
@@ -117,7 +129,7 @@ def measure(model: Any, batch_size: int, length: int, points: int = 6, rounds: i
         more = np.maximum.accumulate([(best[kind, n] - least) / DEPTH for n in counts])
         return Curve(counts, tuple(float(max(seconds, 0.0)) for seconds in more))
 
-    return Table(least / DEPTH, curve("heads", heads), curve("ffn", units), describe(model, batch_size, length))
+    return Table(least / DEPTH, curve("heads", heads), curve("ffn", units), about)
 
 
 def grid(largest: int, points: int) -> tuple[int, ...]:
@@ -129,10 +141,15 @@ def grid(largest: int, points: int) -> tuple[int, ...]:
     return tuple(sorted({round(n) for n in np.linspace(1, largest, points)}))
 
 
-def _stack(model: Any, heads: int, units: int, single: bool, each: int, batch_size: int, length: int):
-    """A forward pass through equal layers alone: no vocabulary, no head."""
-    groups, queries = (1, heads) if single else (heads, each)
-    config = model.config.replace(
+def _stack(
+    network: Network, groups: int, queries: int, *, units: int, batch_size: int, length: int
+) -> Callable[[], jax.Array]:
+    """A forward pass through equal layers alone: no vocabulary, no head.
+
+    Args:
+      groups, queries: KV groups, and the query heads of each.
+    """
+    config = network.config.replace(
         vocab_size=8,
         head="none",
         next_sentence=False,
@@ -143,7 +160,7 @@ def _stack(model: Any, heads: int, units: int, single: bool, each: int, batch_si
         position_heads=None,
         dropout=0.0,
     )
-    small = model.replace(config)
+    small = network.replace(config)
     params = jax.tree.map(lambda a: jnp.full(a.shape, 0.01, a.dtype), small.run_view(small.abstract()))
     batch = {"input_ids": jnp.ones((batch_size, length), jnp.int32)}
     forward = jax.jit(lambda params, batch: small.forward(params, batch)["last_hidden"])

@@ -1,26 +1,28 @@
 """What heads, units, stream dimensions and layers are worth: by their weights, or by what passes their gates.
 
-Scores of a gate are `[..., entries]`, rows of entries that compete: `[kv_heads]`, `[kv_heads, q_per_kv]`, `[ffn]`,
+Scores of a gate are `[*rows, entries]`, rows of entries that compete: `[kv_heads]`, `[kv_heads, q_per_kv]`, `[ffn]`,
 `[hidden]`; with a leading `layers` dimension in the run view.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Shaped
 
 from jaxlm.core import (
+    LM,
     SEGMENT,
     Axes,
     Context,
     Gate,
     Site,
+    SurgeryContext,
     Tap,
-    Terms,
     Tree,
     canonical_path,
     flatten,
@@ -31,43 +33,22 @@ from jaxlm.core import (
 )
 from jaxlm.methods.prune.structured.width import STREAM
 
-Loss = Callable[[Mapping[str, Any], Mapping[str, Any]], Terms]
-"""The task's: `(outputs, batch) -> terms`."""
 
-
-class Calibration(Protocol):
-    """What scores read: numpy batches as the task makes them, with labels."""
-
-    @property
-    def batches(self) -> Iterable[Mapping[str, np.ndarray]]: ...
-
-
-def scores_of(
-    score: str,
-    model: Any,
-    params: Tree,
-    axes: Mapping[str, Axes],
-    calibrate: Callable[[], Calibration] | None,
-    loss: Loss | None,
-) -> dict[str, jax.Array]:
-    """Scores of every open gate of a model, by path; canonical view.
+def scores_of(score: str, lm: LM, context: SurgeryContext) -> dict[str, Float[Array, "*rows entries"]]:
+    """Scores of every open gate of a model, by path.
 
     Args:
-      score: `magnitude`, `activation` or `taylor`.
-      calibrate: gives the data; called for scores that read them.
+      score: `magnitude`, or from calibration data `activation` or `taylor`.
 
     Raises:
-      ValueError: an unknown score, or one that reads data without calibration.
+      ValueError: an unknown score, one that reads data where the context has none, or scores that are no numbers.
     """
-    kind = lookup({name: name for name in ("magnitude", "activation", "taylor")}, score, "score")
-    if kind == "magnitude":
-        return magnitude_of(params, axes)
-    data = need(calibrate and calibrate(), kind)
-    found = activation_of(model, params, data) if kind == "activation" else taylor_of(model, params, data, loss)
-    return numbers(found, kind)
+    if lookup({name: name for name in ("magnitude", "activation", "taylor")}, score, "score") == "magnitude":
+        return magnitude_of(lm.params, lm.axes)
+    return check_finite((activation_of if score == "activation" else taylor_of)(lm, context), score)
 
 
-def numbers(scores: dict[str, Any], score: str) -> dict[str, Any]:
+def check_finite(scores: dict[str, Any], score: str) -> dict[str, Any]:
     """The scores, or a ValueError that names the gates (or layers) where they are no numbers."""
     bad = [path for path, value in scores.items() if not np.isfinite(value).all()]
     if bad:
@@ -79,15 +60,8 @@ def numbers(scores: dict[str, Any], score: str) -> dict[str, Any]:
     return scores
 
 
-def need(calibration: Calibration | None, score: str) -> Calibration:
-    """The calibration, or a ValueError that says that there is none."""
-    if calibration is None:
-        raise ValueError(f"the score {score!r} reads data: set config.calibration, or use score='magnitude'")
-    return calibration
-
-
 def entries(path: str, value: Any) -> tuple[int, ...]:
-    """Shape of the scores of a gate, given its value (or something of its shape).
+    """Shape of the scores of a gate, from its value (or something of its shape).
 
     >>> entries("layers_0/attention/gate", jnp.ones((4, 1, 1)))
     (4,)
@@ -102,8 +76,8 @@ def entries(path: str, value: Any) -> tuple[int, ...]:
 # By weights -----------------------------------------------------------------------------------------------------------
 
 
-def head_scores(module: Mapping[str, Any], count: int, inputs: tuple[str, ...]) -> jax.Array:
-    """Importance of every head of an attention, `[count]`: the product of what goes in and what comes out.
+def head_scores(module: Mapping[str, Any], count: int, inputs: tuple[str, ...]) -> Float[Array, "{count}"]:
+    """Importance of every head of an attention: the product of what goes in and what comes out.
 
     `(Σ_inputs ‖W‖²)^½ · ‖W_o‖` over the head's columns (rows, for o). The inputs are query, key and value of a KV
     group, or the query alone of one of the heads that share a group.
@@ -117,8 +91,8 @@ def head_scores(module: Mapping[str, Any], count: int, inputs: tuple[str, ...]) 
     return jnp.sqrt(inwards * outwards)
 
 
-def unit_scores(module: Mapping[str, Any]) -> jax.Array:
-    """Importance of every FFN unit, `[ffn]`: norm of its inward columns times norm of its outward row."""
+def unit_scores(module: Mapping[str, Any]) -> Float[Array, "ffn"]:
+    """Importance of every FFN unit: norm of its inward columns times norm of its outward row."""
     inwards = sum(
         jnp.sum(jnp.square(materialize(module[name]["kernel"])), axis=0)
         for name in ("gate_proj", "up")
@@ -127,8 +101,8 @@ def unit_scores(module: Mapping[str, Any]) -> jax.Array:
     return jnp.sqrt(inwards * jnp.sum(jnp.square(materialize(module["down"]["kernel"])), axis=1))
 
 
-def stream_scores(params: Tree, axes: Mapping[str, Axes]) -> jax.Array:
-    """Importance of every dimension of the residual stream, `[hidden]`: norm of all weights that read or write it.
+def stream_scores(params: Tree, axes: Mapping[str, Axes]) -> Float[Array, "hidden"]:
+    """Importance of every dimension of the residual stream: norm of all weights that read or write it.
 
     Vectors (biases, norms) are left out; either view.
     """
@@ -138,12 +112,12 @@ def stream_scores(params: Tree, axes: Mapping[str, Axes]) -> jax.Array:
         if isinstance(leaf, Site) or len(names) < 2 or not set(STREAM) & set(names):
             continue
         dense = materialize(leaf)
-        place = dense.ndim - len(names) + next(i for i, name in enumerate(names) if name in STREAM)
-        squares = squares + jnp.sum(jnp.square(dense), axis=[d for d in range(dense.ndim) if d != place])
+        stream = dense.ndim - len(names) + next(i for i, name in enumerate(names) if name in STREAM)
+        squares = squares + jnp.sum(jnp.square(dense), axis=[d for d in range(dense.ndim) if d != stream])
     return jnp.sqrt(jnp.asarray(squares))
 
 
-def magnitude_of(params: Tree, axes: Mapping[str, Axes]) -> dict[str, jax.Array]:
+def magnitude_of(params: Tree, axes: Mapping[str, Axes]) -> dict[str, Float[Array, "*rows entries"]]:
     """Scores by weights of every gate of heads, units and stream, in either view."""
     scores: dict[str, jax.Array] = {}
     for path, gate in flatten(params).items():
@@ -158,14 +132,13 @@ def magnitude_of(params: Tree, axes: Mapping[str, Axes]) -> dict[str, jax.Array]
         if path.endswith("mlp/gate"):
             score: Callable[[Any], jax.Array] = unit_scores
         elif path.endswith("attention/gate"):
-            groups, each, _ = gate.value.shape[-3:]
-            inputs = ("query",) if each > 1 else ("query", "key", "value")
-            score = partial(head_scores, count=groups * each, inputs=inputs)
+            groups, queries, _ = gate.value.shape[-3:]
+            inputs = ("query",) if queries > 1 else ("query", "key", "value")
+            score = partial(head_scores, count=groups * queries, inputs=inputs)
         else:
             continue
-        several = re.search(SEGMENT, path) is not None
-        found = (jax.vmap(score) if several else score)(module)
-        scores[path] = found.reshape(entries(path, gate.value))
+        stacked = re.search(SEGMENT, path) is not None
+        scores[path] = (jax.vmap(score) if stacked else score)(module).reshape(entries(path, gate.value))
     return scores
 
 
@@ -178,63 +151,67 @@ class Meter(Gate):
     So one backward pass reads all layers of a scan.
 
     Attributes:
-      valid: float `[batch, length]`, 1 at tokens that count.
+      valid: 1 at tokens that count, 0 at others.
     """
 
-    valid: jax.Array
+    valid: Float32[Array, "*layers batch length"]
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "batch length *channels"], ctx: Context
+    ) -> Float[Array, "batch length *channels"]:
         return _metered(x, self.value, self.valid)
 
 
 @jax.custom_vjp
-def _metered(x: jax.Array, value: jax.Array, valid: jax.Array) -> jax.Array:
+def _metered(
+    x: Float[Array, "batch length *channels"], value: Float[Array, "*gates"], valid: Float32[Array, "batch length"]
+) -> Float[Array, "batch length *channels"]:
     return x * value.astype(x.dtype)
 
 
-def _keep(x: jax.Array, value: jax.Array, valid: jax.Array):
+def _metered_forward(x: Array, value: Array, valid: Array):
     return _metered(x, value, valid), (x, value, valid)
 
 
-def _measure(kept: Any, cotangent: jax.Array):
-    x, value, valid = kept
+def _metered_backward(residuals: tuple[Array, Array, Array], cotangent: Array):
+    x, value, valid = residuals
     size = jnp.abs(x.astype(jnp.float32)) * valid.reshape(*valid.shape, *(1,) * (x.ndim - 2))
     summed = jnp.sum(size, axis=(0, 1))
-    closed = tuple(d for d, n in enumerate(value.shape) if n == 1 and summed.shape[d] > 1)
-    return jnp.zeros_like(x), jnp.sum(summed, axis=closed, keepdims=True), jnp.zeros_like(valid)
+    shared = tuple(d for d, n in enumerate(value.shape) if n == 1 and summed.shape[d] > 1)
+    return jnp.zeros_like(x), jnp.sum(summed, axis=shared, keepdims=True), jnp.zeros_like(valid)
 
 
-_metered.defvjp(_keep, _measure)
+_metered.defvjp(_metered_forward, _metered_backward)
 
 
-def valid_tokens(batch: Mapping[str, jax.Array], side: str = "") -> jax.Array:
-    """Which tokens count, float32 `[batch, length]`; `side` is `decoder_` for those of a decoder."""
+def valid_tokens(batch: Mapping[str, Shaped[Array, "..."]], side: str = "") -> Float32[Array, "batch length"]:
+    """1 at tokens that count, 0 at others; `side` is `decoder_` for those of a decoder."""
     ids = batch[f"{side}input_ids"]
-    marks = batch.get(f"{side}segment_ids", batch.get(f"{side}attention_mask"))
-    return jnp.ones(ids.shape) if marks is None else (jnp.asarray(marks) > 0).astype(jnp.float32)
+    mask = batch.get(f"{side}segment_ids", batch.get(f"{side}attention_mask"))
+    return jnp.ones(ids.shape) if mask is None else (jnp.asarray(mask) > 0).astype(jnp.float32)
 
 
-def activation_of(model: Any, params: Tree, calibration: Calibration) -> dict[str, jax.Array]:
+def activation_of(lm: LM, context: SurgeryContext) -> dict[str, Float32[Array, "*rows entries"]]:
     """Mean size of what passes each gate, `E |x|` over valid tokens.
 
     Units: of the activation; heads: of the mixed values, mean over the head's width; stream dimensions: of the residual
     stream, mean over its depth. Source: Muralidharan et al. 2024, Minitron, arXiv:2407.14679 (activations' means).
     """
-    config, run = model.config, model.run_view(params)
+    config, run = lm.config, lm.network.run_view(lm.params)
     gates = {p: g.value for p, g in flatten(run).items() if p.endswith(("attention/gate", "mlp/gate"))}
     taps = stream_taps(config) if "hidden" in run else frozenset()
 
     @jax.jit
-    def read(run: Tree, batch: Mapping[str, jax.Array]):
+    def read(run: Tree, batch: Mapping[str, Array]):
         tokens = {side: valid_tokens(batch, side) for side in sides(config)}
 
-        def passing(values: Mapping[str, jax.Array]):
+        def passing(values: Mapping[str, Array]):
             metered = flatten(run)
             for path, value in values.items():
                 valid = tokens[side_of(path, config)]
                 lead = value.shape[:1] if re.search(SEGMENT, path) else ()
                 metered[path] = Meter(value, jnp.broadcast_to(valid, (*lead, *valid.shape)))
-            outputs = model.forward(unflatten(metered), batch, taps=taps)
+            outputs = lm.network.forward(unflatten(metered), batch, taps=taps)
             stream = jnp.zeros(())
             for tap, x in outputs["taps"].items():
                 stream = stream + jnp.sum(jnp.abs(x) * tokens[tap_side(tap, config)][..., None], axis=(0, 1))
@@ -243,68 +220,66 @@ def activation_of(model: Any, params: Tree, calibration: Calibration) -> dict[st
         sizes, stream = jax.grad(passing, has_aux=True)(gates)
         return sizes, stream, {side: jnp.sum(valid) for side, valid in tokens.items()}
 
-    sizes, stream, tokens = add_up(read(run, arrays_of(batch)) for batch in calibration.batches)
+    sizes, stream, tokens = sum_over_batches(read(run, arrays_of(batch)) for batch in context.calibration(lm).batches)
     scores = {}
     for path, size in sizes.items():
         width = config.head_dim if path.endswith("attention/gate") else 1
         scores[path] = (size / (tokens[side_of(path, config)] * width)).reshape(entries(path, size))
     if "hidden" in run:
         scores["hidden"] = stream / sum(tokens[tap_side(tap, config)] for tap in taps)
-    return each_layer(scores)
+    return unstacked(scores)
 
 
-def taylor_of(model: Any, params: Tree, calibration: Calibration, loss: Loss | None) -> dict[str, jax.Array]:
+def taylor_of(lm: LM, context: SurgeryContext) -> dict[str, Float32[Array, "*rows entries"]]:
     """How much the loss changes when a gate closes, to first order: `E |∂L/∂g|` over the rows of the batches.
 
     `L(g) - L(0) ≈ g ∂L/∂g` at g = 1. The absolute value is taken of every row, so that rows do not cancel.
     Sources: Molchanov et al. 2017, arXiv:1611.06440; Michel et al. 2019, arXiv:1905.10650.
     """
-    if loss is None:
-        raise ValueError("the score 'taylor' reads the task's loss: give loss=(outputs, batch) -> terms")
-    run = model.run_view(params)
+    run, loss = lm.network.run_view(lm.params), context.loss()
     gates = {path: leaf.value for path, leaf in flatten(run).items() if isinstance(leaf, Gate)}
 
     @jax.jit
-    def read(run: Tree, batch: Mapping[str, jax.Array]):
-        def objective(values: Mapping[str, jax.Array], row: Mapping[str, jax.Array]):
+    def read(run: Tree, batch: Mapping[str, Array]):
+        def objective(values: Mapping[str, Array], row: Mapping[str, Array]):
             row = {name: value[None] for name, value in row.items()}
             gated = unflatten(flatten(run) | {path: Gate(value) for path, value in values.items()})
-            terms = loss(model.forward(gated, row), row)
+            terms = loss(lm.network.forward(gated, row), row)
             weights = {name: jax.lax.stop_gradient(term.weight) for name, term in terms.items()}
             return total(terms, weights), sum(weights.values())
 
         changes, weights = jax.vmap(jax.grad(objective, has_aux=True), in_axes=(None, 0))(gates, batch)
         return jax.tree.map(lambda g: jnp.sum(jnp.abs(g), axis=0), changes), jnp.sum(weights > 0)
 
-    changes, rows = add_up(read(run, arrays_of(batch)) for batch in calibration.batches)
-    return each_layer({path: (g / jnp.maximum(rows, 1)).reshape(entries(path, g)) for path, g in changes.items()})
+    changes, rows = sum_over_batches(read(run, arrays_of(batch)) for batch in context.calibration(lm).batches)
+    return unstacked({path: (g / jnp.maximum(rows, 1)).reshape(entries(path, g)) for path, g in changes.items()})
 
 
-def block_influence(model: Any, params: Tree, calibration: Calibration) -> dict[str, jax.Array]:
+def block_influence(lm: LM, context: SurgeryContext) -> dict[str, Float32[Array, ""]]:
     """How much a layer turns the residual stream: `1 - E cos(x_in, x_out)` over valid tokens, by path of the layer.
 
     Source: Men et al. 2024, ShortGPT, arXiv:2403.03853.
     """
-    taps, run = stream_taps(model.config), model.run_view(params)
+    taps, run = stream_taps(lm.config), lm.network.run_view(lm.params)
 
     @jax.jit
-    def read(run: Tree, batch: Mapping[str, jax.Array]):
-        found = model.forward(run, batch, taps=taps)["taps"]
+    def read(run: Tree, batch: Mapping[str, Array]):
+        streams = lm.network.forward(run, batch, taps=taps)["taps"]
         turned, tokens = {}, {}
         for tap in taps:
             if tap.depth == 0:
                 continue
-            before, after = (found[t].astype(jnp.float32) for t in (tap._replace(depth=tap.depth - 1), tap))
+            before, after = (streams[t].astype(jnp.float32) for t in (tap._replace(depth=tap.depth - 1), tap))
             length = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
             cosine = jnp.sum(before * after, axis=-1) / jnp.maximum(length, 1e-20)
-            side = tap_side(tap, model.config)
+            side = tap_side(tap, lm.config)
             valid = valid_tokens(batch, side)
-            prefix = "" if not model.config.encoder_decoder else "decoder/" if side else "encoder/"
+            prefix = "" if not lm.config.encoder_decoder else "decoder/" if side else "encoder/"
             path = f"{prefix}layers_{tap.depth - 1}"
             turned[path], tokens[path] = jnp.sum((1 - cosine) * valid), jnp.sum(valid)
         return turned, tokens
 
-    turned, tokens = add_up(read(run, arrays_of(batch)) for batch in calibration.batches)
+    turned, tokens = sum_over_batches(read(run, arrays_of(batch)) for batch in context.calibration(lm).batches)
     return {path: turned[path] / tokens[path] for path in turned}
 
 
@@ -331,33 +306,34 @@ def tap_side(tap: Tap, config: Any) -> str:
     return "decoder_" if config.encoder_decoder and not tap.site.startswith("encoder_") else ""
 
 
-def arrays_of(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+def arrays_of(batch: Mapping[str, Any]) -> dict[str, Shaped[Array, "..."]]:
     """A batch on the default device, without the loader's row numbers."""
     return {name: jnp.asarray(value) for name, value in batch.items() if name != "row"}
 
 
-def add_up(parts: Iterable[Any]) -> Any:
+def sum_over_batches(statistics: Iterable[Any]) -> Any:
     """The sum of the statistics of all batches.
 
     Raises:
       ValueError: there are none.
     """
-    whole = None
-    for part in parts:
-        whole = part if whole is None else jax.tree.map(jnp.add, whole, part)
-    if whole is None:
+    total_of_batches = None
+    for of_batch in statistics:
+        first = total_of_batches is None
+        total_of_batches = of_batch if first else jax.tree.map(jnp.add, total_of_batches, of_batch)
+    if total_of_batches is None:
         raise ValueError("calibration has no batches: raise config.calibration.samples, or name another source")
-    return whole
+    return total_of_batches
 
 
-def each_layer(scores: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Scores of the run view by canonical path."""
-    found: dict[str, jax.Array] = {}
-    for path, value in scores.items():
+def unstacked(values: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+    """Values of gates of the run view, a leading `layers` dimension where they are stacked, by canonical path."""
+    by_layer: dict[str, Array] = {}
+    for path, value in values.items():
         segment = re.search(SEGMENT, path)
         if segment is None:
-            found[path] = value
+            by_layer[path] = value
             continue
-        for i, own in enumerate(value):
-            found[path.replace(segment[0], f"layers_{int(segment[1]) + i}")] = own
-    return found
+        for i, of_layer in enumerate(value):
+            by_layer[path.replace(segment[0], f"layers_{int(segment[1]) + i}")] = of_layer
+    return by_layer

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float32, Int
 
-from jaxlm.core import Axes, Gate, Switch, Tree, flatten, unflatten
+from jaxlm.core import LM, Axes, Gate, Switch, Tree, flatten, unflatten
 from jaxlm.methods.prune.structured.depth import stacks, without_layers
 from jaxlm.methods.prune.structured.slicing import Kept, cut, scale
 from jaxlm.methods.prune.structured.width import narrow
@@ -15,7 +16,7 @@ FOLDED = {"attention": "output", "cross_attention": "output", "mlp": "down"}
 
 
 class Closed(NamedTuple):
-    """What the gates of a model say.
+    """What the gates of a model leave and remove.
 
     Attributes:
       kept: by path of the module, what stays of it.
@@ -25,10 +26,10 @@ class Closed(NamedTuple):
 
     kept: dict[str, Kept]
     gone: set[str]
-    stream: np.ndarray | None
+    stream: Int[np.ndarray, "stays"] | None
 
 
-def shrink(model: Any, params: Tree, axes: Mapping[str, Axes]):
+def shrink(lm: LM) -> LM:
     """Surgery: removes what closed gates switch off, and the gates.
 
     Every array under a gated module is sliced along each dimension that carries the gated axis name, compound ones
@@ -38,29 +39,26 @@ def shrink(model: Any, params: Tree, axes: Mapping[str, Axes]):
     Gates of layers and of the stream must be 0 or 1. Those of heads and units may be half open: the factor goes into
     the rows of the product that follows.
 
-    Args:
-      model, params, axes: the model, canonical view.
-
     Returns:
-      `(model, params, axes)`, the config's sizes adjusted.
+      the smaller model, its config's sizes adjusted.
 
     Raises:
       ValueError: a half-open gate that cannot be folded, query heads in unequal numbers, or nothing left of a stack.
     """
-    sizes, axes = model.sizes(), dict(axes)
-    params, closed = read_gates(params, axes, sizes)
+    sizes, axes = lm.network.sizes(), dict(lm.axes)
+    params, closed = read_gates(lm.params, axes, sizes)
     flat = flatten(params)
     for path, leaf in flat.items():
         owner = next((module for module in closed.kept if path.startswith(f"{module}/")), None)
         if owner is not None:
             flat[path] = cut(leaf, axes[path], sizes.get(path), closed.kept[owner], path)
-    model = model.replace(resized(model.config, closed.kept))
-    model, params, axes = without_layers(model, unflatten(flat), axes, closed.gone)
-    return (model, params, axes) if closed.stream is None else narrow(model, params, axes, closed.stream)
+    lm = lm.replace(config=resized(lm.config, closed.kept), params=unflatten(flat), axes=axes)
+    lm = without_layers(lm, closed.gone)
+    return lm if closed.stream is None else narrow(lm, closed.stream)
 
 
 def read_gates(params: Tree, axes: dict[str, Axes], sizes: Mapping[str, Any]) -> tuple[dict[str, Any], Closed]:
-    """The parameters without gates (`axes` loses their names), half-open ones folded; and what the gates say."""
+    """The parameters without gates (`axes` loses their names), half-open ones folded; and what is closed."""
     flat = flatten(params)
     closed = Closed({}, set(), None)
     for path in [path for path, leaf in flat.items() if isinstance(leaf, Switch)]:
@@ -84,7 +82,7 @@ def read_gates(params: Tree, axes: dict[str, Axes], sizes: Mapping[str, Any]) ->
     return unflatten(flat), closed
 
 
-def kept_of(path: str, value: np.ndarray) -> Kept:
+def kept_of(path: str, value: Float[np.ndarray, "*gates"]) -> Kept:
     """What stays of the module of a gate: FFN units, or KV groups and the query heads of each."""
     if path.endswith("mlp/gate"):
         return {"ffn": np.flatnonzero(value)}
@@ -98,7 +96,8 @@ def kept_of(path: str, value: np.ndarray) -> Kept:
     return {"kv_heads": groups, "q_per_kv": np.stack(rows) if rows else np.zeros((0, 0), int)}
 
 
-def _binary(path: str, value: np.ndarray) -> np.ndarray:
+def _binary(path: str, value: Float32[np.ndarray, "*gates"]) -> Float32[np.ndarray, "*gates"]:
+    """The value of a gate, or a ValueError where it is half open."""
     if not np.isin(value, (0.0, 1.0)).all():
         raise ValueError(
             f"{path}: a gate must be 0 or 1 to be removed, found {float(value.min())}..{float(value.max())}"
@@ -110,30 +109,49 @@ def resized(config: Any, kept: Mapping[str, Kept]) -> Any:
     """The config with the widths that remain in the modules at the paths of `kept`."""
     changes: dict[str, Any] = {}
     for stack in stacks(config):
-        decoder = stack == "decoder/"
-        layers = range(config.num_decoder_layers if decoder else config.num_layers)
-        owners = config.owners(decoder)
-        own = lambda i, module, stack=stack, owners=owners: kept.get(f"{stack}layers_{owners[i]}/{module}", {})  # noqa: E731
-        count = lambda i, module, axis, before, own=own: len(own(i, module).get(axis, range(before)))  # noqa: E731
-        if decoder:
-            before = config.decoder_num_heads
-            changes["decoder_num_heads"] = tuple(count(i, "attention", "kv_heads", before[i]) for i in layers)
-            changes["cross_num_heads"] = tuple(
-                count(i, "cross_attention", "kv_heads", config.cross_num_heads[i]) for i in layers
-            )
-        else:
-            before = config.num_heads
-            groups = tuple(count(i, "attention", "kv_heads", config.num_kv_heads[i]) for i in layers)
-            each = [before[i] // max(config.num_kv_heads[i], 1) for i in layers]
-            left = [np.shape(own(i, "attention").get("q_per_kv", np.zeros((1, each[i]))))[-1] for i in layers]
-            changes["num_kv_heads"] = groups
-            changes["num_heads"] = tuple(n * q for n, q in zip(groups, left, strict=True))
-        ffn = "decoder_ffn_size" if decoder else "ffn_size"
-        changes[ffn] = tuple(count(i, "mlp", "ffn", getattr(config, ffn)[i]) for i in layers)
-        columns = "decoder_position_heads" if decoder else "position_heads"
-        if config.relative_buckets and (getattr(config, columns) or any(own(i, "attention") for i in layers)):
-            table = getattr(config, columns) or tuple(tuple(range(n)) for n in before)
-            changes[columns] = tuple(
-                tuple(np.array(table[i])[own(i, "attention").get("kv_heads", slice(None))].tolist()) for i in layers
-            )
+        changes |= _stack_widths(config, stack, kept)
     return config.replace(**changes)
+
+
+def _stack_widths(config: Any, stack: str, kept: Mapping[str, Kept]) -> dict[str, Any]:
+    """Widths of the layers of one stack, by the config's fields."""
+    decoder = stack == "decoder/"
+    layers = range(config.num_decoder_layers if decoder else config.num_layers)
+    owners = config.owners(decoder)
+
+    def kept_in(i: int, module: str) -> Kept:
+        return kept.get(f"{stack}layers_{owners[i]}/{module}", {})
+
+    def width(i: int, module: str, axis: str, before: int) -> int:
+        return len(kept_in(i, module).get(axis, range(before)))
+
+    changes: dict[str, Any] = {}
+
+    # Attention: the heads of a decoder, and of its cross-attention; elsewhere KV groups times queries a group.
+    if decoder:
+        heads, cross = config.decoder_num_heads, config.cross_num_heads
+        changes["decoder_num_heads"] = tuple(width(i, "attention", "kv_heads", heads[i]) for i in layers)
+        changes["cross_num_heads"] = tuple(width(i, "cross_attention", "kv_heads", cross[i]) for i in layers)
+    else:
+        heads, groups = config.num_heads, config.num_kv_heads
+        queries = [heads[i] // max(groups[i], 1) for i in layers]
+        kept_groups = tuple(width(i, "attention", "kv_heads", groups[i]) for i in layers)
+        kept_queries = [
+            np.shape(kept_in(i, "attention").get("q_per_kv", np.zeros((1, queries[i]))))[-1] for i in layers
+        ]
+        changes["num_kv_heads"] = kept_groups
+        changes["num_heads"] = tuple(n * q for n, q in zip(kept_groups, kept_queries, strict=True))
+
+    # FFN units.
+    ffn = "decoder_ffn_size" if decoder else "ffn_size"
+    changes[ffn] = tuple(width(i, "mlp", "ffn", getattr(config, ffn)[i]) for i in layers)
+
+    # T5: the columns of the table of relative positions that the heads which stay read.
+    field = "decoder_position_heads" if decoder else "position_heads"
+    columns = getattr(config, field)
+    if config.relative_buckets and (columns or any(kept_in(i, "attention") for i in layers)):
+        columns = columns or tuple(tuple(range(n)) for n in heads)
+        changes[field] = tuple(
+            tuple(np.array(columns[i])[kept_in(i, "attention").get("kv_heads", slice(None))].tolist()) for i in layers
+        )
+    return changes

@@ -1,4 +1,4 @@
-"""The knife: slices whatever sits at a leaf along a named axis, compound ones included."""
+"""Slicing of whatever sits at a leaf along a named axis, compound ones included."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from jaxlm.core import Axes, Node, components
 from jaxlm.core.paths import field_of, replace_field
 
 Kept = Mapping[str, np.ndarray]
-"""Indices that stay, by axis name. Those of `q_per_kv` may be `[kv_heads, queries]`: for each kept KV group its own."""
+"""Indices that stay, by axis name. Those of `q_per_kv` may be `[kv_heads, queries]`, of each kept KV group apart."""
 
 
 def cut(leaf: Any, axes: Axes, sizes: tuple[tuple[int, ...], ...] | None, kept: Kept, path: str = "") -> Any:
@@ -31,8 +32,8 @@ def cut(leaf: Any, axes: Axes, sizes: tuple[tuple[int, ...], ...] | None, kept: 
     """
     factors = {
         name: size
-        for entry, own in zip(axes, sizes or (), strict=bool(sizes))
-        for name, size in zip(_names(entry), own, strict=True)
+        for entry, sizes_of_entry in zip(axes, sizes or (), strict=bool(sizes))
+        for name, size in zip(_names(entry), sizes_of_entry, strict=True)
     }
     for field, part in components(leaf, axes).items():
         array = field_of(leaf, field)
@@ -46,32 +47,35 @@ def cut(leaf: Any, axes: Axes, sizes: tuple[tuple[int, ...], ...] | None, kept: 
                     f"{path}: {type(leaf).__name__} stores {array.shape[dimension]} entries along "
                     f"{' x '.join(map(str, names))}, which are {int(np.prod(shape))}: prune before it is packed"
                 )
-            places = np.arange(array.shape[dimension]).reshape(shape)
-            array = _take(array, _chosen(places, names, kept).reshape(-1), dimension)
+            indices = np.arange(array.shape[dimension]).reshape(shape)
+            array = _take(array, _kept_indices(indices, names, kept).reshape(-1), dimension)
         leaf = replace_field(leaf, field, array) if isinstance(leaf, Node) else array
     return leaf
 
 
-def _take(array: Any, places: np.ndarray, dimension: int) -> jax.Array:
+def _take(array: Any, indices: Int[np.ndarray, "stays"], dimension: int) -> jax.Array:
     """On the host where there are values: a device would compile a program a shape, and ragged models have many."""
     if isinstance(array, jax.core.Tracer):
-        return jnp.take(array, jnp.asarray(places), axis=dimension)
-    return jnp.asarray(np.take(np.asarray(array), places, axis=dimension))
+        return jnp.take(array, jnp.asarray(indices), axis=dimension)
+    return jnp.asarray(np.take(np.asarray(array), indices, axis=dimension))
 
 
-def _chosen(places: np.ndarray, names: tuple[Any, ...], kept: Kept) -> np.ndarray:
+def _kept_indices(indices: Int[np.ndarray, "..."], names: tuple[Any, ...], kept: Kept) -> Int[np.ndarray, "..."]:
+    """Of the indices into a compound dimension, one dimension a name, those that stay."""
     for axis, name in enumerate(names):
         if name not in kept:
             continue
         if kept[name].ndim == 1:
-            places = places.take(kept[name], axis=axis)
+            indices = indices.take(kept[name], axis=axis)
         else:  # after the KV groups, which come first
-            index = kept[name].reshape(*kept[name].shape, *(1,) * (places.ndim - axis - 1))
-            places = np.take_along_axis(places, index, axis=axis)
-    return places
+            by_group = kept[name].reshape(*kept[name].shape, *(1,) * (indices.ndim - axis - 1))
+            indices = np.take_along_axis(indices, by_group, axis=axis)
+    return indices
 
 
-def scale(leaf: Any, axes: Axes, sizes: tuple[tuple[int, ...], ...], by: np.ndarray, path: str = "") -> Any:
+def scale(
+    leaf: Any, axes: Axes, sizes: tuple[tuple[int, ...], ...], by: Float[np.ndarray, "..."], path: str = ""
+) -> Any:
     """`diag(s) W`: the rows of a kernel times factors.
 
     Args:

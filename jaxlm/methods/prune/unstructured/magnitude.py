@@ -1,16 +1,14 @@
 """Magnitude pruning: the smallest weights go, while training or at once."""
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from jaxlm.core import Axes, Masked, Method, Tree, materialize
+from jaxlm.core import LM, NO_DATA, Masked, Method, SurgeryContext, materialize
 from jaxlm.methods.calibration import KERNELS
 from jaxlm.methods.prune.unstructured.masking import Plan, Share, by_score, prune_at_once, pruning
 
 
-def size(leaf: Masked) -> jax.Array:
+def size(leaf: Masked) -> Float[Array, "*layers in out"]:
     """`|W|` of every entry, masked or not."""
     return jnp.abs(materialize(leaf.base))
 
@@ -37,32 +35,31 @@ def magnitude(
       begin, end: first and last step of the schedule, equal for one-shot; every: steps between two new masks.
       targets: regex over paths.
     """
-    plan = Plan("magnitude", sparsity, pattern, per, targets, begin, end, every)
+    plan = Plan("magnitude", sparsity, pattern, per, targets, begin=begin, end=end, every=every)
     return pruning(plan, by_score(plan, size))
 
 
 def prune_magnitude(
-    model: Any,
-    params: Tree,
-    axes: dict[str, Axes],
+    lm: LM,
+    context: SurgeryContext = NO_DATA,
     *,
     sparsity: Share = None,
     pattern: str = "unstructured",
     per: str = "matrix",
     targets: str = KERNELS,
-):
+) -> LM:
     """Surgery: masks the smallest weights of every target at once.
 
     The leaves are Masked, so that the zeros survive the training that follows; the surgery `bake` leaves plain arrays.
 
     Args:
-      model, params, axes: the model, canonical view.
       sparsity: final share of zeros, one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
       pattern: `unstructured`, `N:M` (N kept of M inputs) or `block:RxC`.
       per: what the share is counted over, `matrix`, `output` or `model`; see `masking.Plan`.
       targets: regex over paths.
 
     Returns:
-      `(model, params, axes)` with Masked leaves.
+      the model with Masked leaves.
     """
-    return model, prune_at_once(Plan("magnitude", sparsity, pattern, per, targets), size, params), axes
+    plan = Plan("magnitude", sparsity, pattern, per, targets)
+    return lm.replace(params=prune_at_once(plan, size, lm.params))

@@ -9,18 +9,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxlm.core import (
+    LM,
     SEGMENT,
-    Adapted,
     FakeQuant,
     Masked,
     Method,
+    MethodInit,
     Node,
     Scored,
     Step,
@@ -43,6 +45,7 @@ from jaxlm.methods.prune.unstructured.patterns import (
 )
 
 Share = float | Sequence[tuple[str, float]] | None
+"""A share of zeros: one number, rules `((path regex, share), …)`, or `None` under an `N:M` pattern."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Plan:
                 if not self.rules
                 else f"{self.who}: per='model' is one budget for all targets; give one sparsity, not rules"
             )
-        for share in [share for _, share in self.rules] or [self.one]:
+        for share in [share for _, share in self.rules] or [self.single_share]:
             final_sparsity(share, self.pattern, self.who)
 
     @property
@@ -87,29 +90,29 @@ class Plan:
         return () if isinstance(self.sparsity, float | int | None) else self.sparsity
 
     @property
-    def one(self) -> float | None:
+    def single_share(self) -> float | None:
         """The sparsity as one number, if it is given so."""
         return self.sparsity if isinstance(self.sparsity, float | int | None) else None
 
     def chosen(self, path: str) -> bool:
         """Whether a leaf of either view is a target: in the run view, any of its layers."""
-        return any(matches(self.targets, own) for own in layer_paths(path))
+        return any(matches(self.targets, layer_path) for layer_path in layer_paths(path))
 
     def share(self, path: str) -> float:
         """Final share of zeros of a leaf of the canonical view; NaN for one that is no target."""
         if not matches(self.targets, path):
             return float("nan")
         if not self.rules:
-            return final_sparsity(self.one, self.pattern, self.who)
-        own = first_match(self.rules, path)
-        if own is None:
+            return final_sparsity(self.single_share, self.pattern, self.who)
+        share = first_match(self.rules, path)
+        if share is None:
             raise ValueError(f"{self.who}: no sparsity rule matches {path!r}; add one, or narrow targets")
-        return final_sparsity(own, self.pattern, self.who)
+        return final_sparsity(share, self.pattern, self.who)
 
-    def shares(self, path: str) -> float | np.ndarray:
-        """`share` of a leaf of either view: for stacked layers one a layer, `[layers]`."""
-        each = [self.share(own) for own in layer_paths(path)]
-        return np.array(each, np.float32) if re.search(SEGMENT, path) else each[0]
+    def shares(self, path: str) -> float | Float32[np.ndarray, "layers"]:
+        """`share` of a leaf of either view: for stacked layers one a layer."""
+        by_path = [self.share(layer_path) for layer_path in layer_paths(path)]
+        return np.array(by_path, np.float32) if re.search(SEGMENT, path) else by_path[0]
 
     def check(self, params: Tree) -> None:
         """Raises ValueError where targets or rules name nothing, or the pattern does not fit."""
@@ -123,16 +126,27 @@ class Plan:
             self.share(path)
             check_shape(leaf.shape, self.pattern, f"{self.who}: {path}")
 
-    def masks(self, candidates: Mapping[str, "Candidate"], scores: Mapping[str, jax.Array], now: Any) -> dict:
-        """The masks of largest scores by name; `now` turns a final share into the present one."""
+    def masks(
+        self,
+        candidates: Mapping[str, "Candidate"],
+        scores: Mapping[str, Float32[Array, "*_ _ _"]],
+        present_share: Callable[[Any], Array],
+    ) -> dict[str, Array]:
+        """The masks of largest scores by name.
+
+        Args:
+          present_share: from a final share (or `[layers]` of them) to that of this step.
+        """
         if self.per == "model":
-            strangers = [own for c in candidates.values() for own in layer_paths(c.path) if np.isnan(self.share(own))]
-            if strangers:
-                raise ValueError(f"{self.who}: {strangers[0]} is stacked with targets and masked, but no target itself")
-            return keep_together(scores, now(self.one), self.pattern)
-        choose = partial(keep, pattern=self.pattern, per=self.per)
+            paths = [path for candidate in candidates.values() for path in layer_paths(candidate.path)]
+            if no_targets := [path for path in paths if np.isnan(self.share(path))]:
+                raise ValueError(
+                    f"{self.who}: {no_targets[0]} is stacked with targets and masked, but no target itself"
+                )
+            return keep_together(scores, present_share(self.single_share), self.pattern)
+        mask_of = partial(keep, pattern=self.pattern, per=self.per)
         return {
-            name: by_layer(choose, scores[name].ndim)(scores[name], now(self.shares(candidate.path)))
+            name: by_layer(mask_of, scores[name].ndim)(scores[name], present_share(self.shares(candidate.path)))
             for name, candidate in candidates.items()
         }
 
@@ -143,10 +157,10 @@ def layer_paths(path: str) -> list[str]:
     >>> layer_paths("layers_3-4/mlp/up/kernel")
     ['layers_3/mlp/up/kernel', 'layers_4/mlp/up/kernel']
     """
-    found = re.search(r"layers_(\d+)-(\d+)", path)
-    if found is None:
+    segment = re.search(r"layers_(\d+)-(\d+)", path)
+    if segment is None:
         return [path]
-    return [re.sub(SEGMENT, f"layers_{i}", path) for i in range(int(found[1]), int(found[2]) + 1)]
+    return [re.sub(SEGMENT, f"layers_{i}", path) for i in range(int(segment[1]), int(segment[2]) + 1)]
 
 
 def by_layer(function: Callable, ndim: int) -> Callable:
@@ -158,7 +172,9 @@ class Candidate(NamedTuple):
     """A target when masks are chosen.
 
     Attributes:
-      path: of the leaf; leaf: the Masked in it, updated; gradient: of its base, `None` where the method reads none.
+      path: of the leaf.
+      leaf: the Masked in it, updated.
+      gradient: of its base, `[*layers, in, out]`; `None` where the method reads none.
     """
 
     path: str
@@ -166,34 +182,50 @@ class Candidate(NamedTuple):
     gradient: Any
 
 
-Choose = Callable[[dict[str, Candidate], jax.Array], dict[str, jax.Array]]
-"""`(candidates by name, step number) -> new masks by name`."""
+class ChooseMasks(Protocol):
+    """Chooses the masks of all targets at a step of the schedule."""
+
+    def __call__(self, candidates: dict[str, Candidate], number: Int[Array, ""], /) -> dict[str, Array]:
+        """The masks, bool `[*layers, in, out]`, by the names of the candidates; `number` is that of the step."""
 
 
-def by_score(plan: Plan, score: Callable[[Any], jax.Array], back: bool = False) -> Choose:
+class LearnScores(Protocol):
+    """Updates scores after a step."""
+
+    def __call__(
+        self,
+        scores: Float32[Array, "*layers in out"],
+        weight: Float[Array, "*layers in out"],
+        gradient: Float[Array, "*layers in out"],
+        /,
+    ) -> Float32[Array, "*layers in out"]:
+        """The scores after it; weight and gradient are those of the matrix before it."""
+
+
+def by_score(plan: Plan, score: Callable[[Any], Array], may_return: bool = False) -> ChooseMasks:
     """Keeps the largest scores, by the cubic schedule.
 
     Args:
       score: what an entry of a Masked is worth, in the shape of its mask.
-      back: whether an entry that was masked may come back; otherwise its score does not matter.
+      may_return: whether an entry that was masked may come back; otherwise its score does not matter.
     """
 
-    def choose(candidates: dict[str, Candidate], number: jax.Array) -> dict[str, jax.Array]:
-        old = {name: c.leaf.mask for name, c in candidates.items()}
+    def choose(candidates: dict[str, Candidate], number: Int[Array, ""]) -> dict[str, Array]:
+        kept_before = {name: c.leaf.mask for name, c in candidates.items()}
         scores = {name: score(c.leaf).astype(jnp.float32) for name, c in candidates.items()}
-        if not back:
-            scores = {name: jnp.where(old[name], s, -jnp.inf) for name, s in scores.items()}
-        new = plan.masks(candidates, scores, lambda final: cubic(number, final, plan.begin, plan.end))
-        return new if back else {name: mask & old[name] for name, mask in new.items()}
+        if not may_return:
+            scores = {name: jnp.where(kept_before[name], s, -jnp.inf) for name, s in scores.items()}
+        masks = plan.masks(candidates, scores, lambda final: cubic(number, final, plan.begin, plan.end))
+        return masks if may_return else {name: mask & kept_before[name] for name, mask in masks.items()}
 
     return choose
 
 
 def pruning(
     plan: Plan,
-    choose: Choose,
+    choose: ChooseMasks,
     *,
-    learn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    learn: LearnScores | None = None,
     dense: bool = False,
     hold: bool = False,
 ) -> Method:
@@ -201,99 +233,156 @@ def pruning(
 
     Args:
       plan: how much, where and when.
-      choose: picks the masks.
-      learn: `(scores, weight, its gradient) -> scores`, after every step; targets are then Scored, scores 0 at first.
+      choose: the masks of a step.
+      learn: the scores after every step; targets are then Scored, scores 0 at first.
       dense: `learn` and `choose` read the gradients of masked entries, too. The optimizer never sees these.
       hold: masked weights keep the value that they had instead of becoming zero; what the forward pass sees is zero.
     """
-    reads = learn is not None or dense
+    reads_gradients = learn is not None or dense
 
-    def init(key: jax.Array, model: Any, params: Tree, axes: dict) -> Adapted:
-        plan.check(params)
+    def init(key: jax.Array, lm: LM) -> MethodInit:
+        plan.check(lm.params)
+        if reads_gradients:
+            check_gradients_are_known(plan, lm.params)
+        params = prepared(plan, lm.params, scored=learn is not None, dense=dense)
+        return MethodInit(lm.replace(params=params), state={plan.who: {"renewed": jnp.int32(0)}})
 
-        def wrap(path: str, leaf: Any) -> Any:
-            if not plan.chosen(path):
-                return leaf
-            if reads and not isinstance(matrix_of(leaf), jax.Array):
-                kind = type(matrix_of(leaf)).__name__
-                raise ValueError(
-                    f"{plan.who}: {path} holds a {kind}, and the gradient of its matrix is not known; bake it first, "
-                    "leave it out of targets, or prune by magnitude"
-                )
-            prepare: Callable[[str, Masked], Any] = lambda _, own: _prepared(own, learn is not None, dense)  # noqa: E731
-            return at_mask(prepare, path, with_mask(leaf))
-
-        return Adapted(map_leaves(wrap, params), axes, {}, {plan.who: {"renewed": jnp.int32(0)}})
-
-    def targets(params: Tree) -> dict[str, tuple[str, Masked]]:
-        """`{name of the Masked: (path of the leaf, it)}`."""
-        found: dict[str, tuple[str, Masked]] = {}
-        for path, leaf in flatten(params).items():
-            own = masked_in(path, leaf) if plan.chosen(path) else None
-            if own is not None:
-                found[own[0]] = (path, own[1])
-        return found
-
-    def mask(params: Tree, grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def mask(params: Tree, grads: dict[str, Array]) -> dict[str, Array]:
         if not dense:
             return grads
-        hidden = {f"{name}.base": leaf.mask for name, (_, leaf) in targets(params).items()}
-        return {name: jnp.where(hidden[name], g, 0) if name in hidden else g for name, g in grads.items()}
+        targets = masked_targets(plan, params)
+        return zero_where_masked(grads, {f"{name}.base": leaf.mask for name, (_, leaf) in targets.items()})
 
-    def update(step: Step, grads: dict, constants: dict, number: jax.Array) -> Step:
-        before: dict[str, Any] = {}
-        if learn or hold:
-            before = {name: leaf.base for name, (_, leaf) in targets(step.previous).items()}
-        candidates: dict[str, Candidate] = {}
-        leaf: Any
-        for name, (path, leaf) in targets(step.params).items():
-            gradient: Any = None
-            if reads:
-                if f"{name}.base" not in grads:
-                    raise ValueError(f"{plan.who}: {path} does not train, so there is no gradient to score it by")
-                gradient = grads[f"{name}.base"]
-            if learn is not None:
-                leaf = leaf.replace(scores=learn(leaf.scores, before[name], gradient))
-            if hold:
-                leaf = leaf.replace(base=jnp.where(leaf.mask, leaf.base, before[name]))
-            candidates[name] = Candidate(path, leaf, gradient)
+    def update(step: Step, grads: dict, constants: dict, number: Int[Array, ""]) -> Step:
+        # What the masks are chosen by: the updated weights, and what was learned from their gradients.
+        gradients = gradients_of(plan, step.params, grads) if reads_gradients else {}
+        candidates = updated_candidates(plan, step, gradients, learn=learn, hold=hold)
 
-        def renewed() -> dict[str, jax.Array]:
-            new = choose(candidates, number)
-            return {name: _where_targeted(plan, c, new[name]) for name, c in candidates.items()}
-
+        # New masks where the schedule wants some.
         last = step.state[plan.who]["renewed"]
         due = overdue(number, last, plan.begin, plan.end, plan.every)
-        masks = jax.lax.cond(due, renewed, lambda: {name: c.leaf.mask for name, c in candidates.items()})
-
-        done: dict[str, Masked] = {}
-        visible: dict[str, jax.Array] = {}
-        for name, (_, leaf, _) in candidates.items():
-            leaf = leaf.replace(mask=masks[name])
-            if isinstance(leaf.base, jax.Array):
-                visible[f"{name}.base"] = masks[name]
-                leaf = leaf if hold else leaf.replace(base=jnp.where(leaf.mask, leaf.base, 0))
-            done[name] = leaf
-        params = map_leaves(
-            lambda path, leaf: at_mask(lambda name, _: done[name], path, leaf) if plan.chosen(path) else leaf,
-            step.params,
+        masks = jax.lax.cond(
+            due,
+            lambda: masks_of_targets(plan, candidates, choose(candidates, number)),
+            lambda: {name: candidate.leaf.mask for name, candidate in candidates.items()},
         )
-        moments = [
-            {name: jnp.where(visible[name], m, 0) if name in visible else m for name, m in tree.items()}
-            for tree in step.moments
-        ]
+
+        # What they hide is zero, in the weights and in the optimizer's moments.
+        leaves = {name: apply_mask(candidate.leaf, masks[name], hold) for name, candidate in candidates.items()}
+        params = replace_targets(plan, step.params, lambda name, _: leaves[name])
+        mask_of_array = {
+            f"{name}.base": masks[name] for name, leaf in leaves.items() if isinstance(leaf.base, jax.Array)
+        }
+        moments = [zero_where_masked(tree, mask_of_array) for tree in step.moments]
         state = {**step.state, plan.who: {"renewed": jnp.where(due, number, last)}}
         return step._replace(params=params, moments=moments, state=state)
 
-    def bake(model: Any, params: Tree, axes: dict, state: dict):
-        plain = lambda path, leaf: at_mask(lambda _, own: materialize(own), path, leaf)  # noqa: E731
-        return model, map_leaves(lambda path, leaf: plain(path, leaf) if plan.chosen(path) else leaf, params), axes
+    def bake(lm: LM, state: dict[str, Any]) -> LM:
+        return lm.replace(params=replace_targets(plan, lm.params, lambda _, leaf: materialize(leaf)))
 
     def claims(params: Tree) -> set[tuple[str, str]]:
-        aspects = ("sparsity", "update") if reads else ("sparsity",)
+        aspects = ("sparsity", "update") if reads_gradients else ("sparsity",)
         return {(path, aspect) for path in flatten(params) if plan.chosen(path) for aspect in aspects}
 
     return Method(init=init, mask=mask, update=update, bake=bake, claims=claims)
+
+
+# The steps of the method ----------------------------------------------------------------------------------------------
+
+
+def check_gradients_are_known(plan: Plan, params: Tree) -> None:
+    """Raises ValueError for a target whose matrix is no array, so that there is no gradient of it."""
+    for path, leaf in flatten(params).items():
+        if plan.chosen(path) and not isinstance(matrix_of(leaf), jax.Array):
+            raise ValueError(
+                f"{plan.who}: {path} holds a {type(matrix_of(leaf)).__name__}, and the gradient of its matrix is not "
+                "known; bake it first, leave it out of targets, or prune by magnitude"
+            )
+
+
+def prepared(plan: Plan, params: Tree, *, scored: bool, dense: bool) -> dict[str, Any]:
+    """The parameters (canonical view) with every target Masked.
+
+    Args:
+      scored: with scores beside the mask, 0 at first.
+      dense: with the gradients of masked entries.
+    """
+
+    def prepare(_: str, leaf: Masked) -> Masked:
+        if scored:
+            return Scored(leaf.base, leaf.mask, dense, scores=jnp.zeros(leaf.shape, jnp.float32))
+        return leaf.replace(dense_grad=dense) if dense else leaf
+
+    return map_leaves(lambda path, leaf: at_mask(prepare, path, with_mask(leaf)) if plan.chosen(path) else leaf, params)
+
+
+def masked_targets(plan: Plan, params: Tree) -> dict[str, tuple[str, Any]]:
+    """`{name of the Masked: (path of the leaf, it)}` of every target, in either view."""
+    targets: dict[str, tuple[str, Any]] = {}
+    for path, leaf in flatten(params).items():
+        named = masked_in(path, leaf) if plan.chosen(path) else None
+        if named is not None:
+            targets[named[0]] = (path, named[1])
+    return targets
+
+
+def replace_targets(plan: Plan, params: Tree, change: Callable[[str, Masked], Any]) -> dict[str, Any]:
+    """The parameters with `change(name, masked)` in the place of the Masked of every target, in either view."""
+    return map_leaves(lambda path, leaf: at_mask(change, path, leaf) if plan.chosen(path) else leaf, params)
+
+
+def gradients_of(plan: Plan, params: Tree, grads: Mapping[str, Array]) -> dict[str, Array]:
+    """The gradient of every target's matrix, by the name of its Masked.
+
+    Raises:
+      ValueError: for a target that does not train.
+    """
+    gradients = {}
+    for name, (path, _) in masked_targets(plan, params).items():
+        if f"{name}.base" not in grads:
+            raise ValueError(f"{plan.who}: {path} does not train, so there is no gradient to score it by")
+        gradients[name] = grads[f"{name}.base"]
+    return gradients
+
+
+def updated_candidates(
+    plan: Plan, step: Step, gradients: Mapping[str, Array], *, learn: LearnScores | None, hold: bool
+) -> dict[str, Candidate]:
+    """Every target after the update, by the name of its Masked: its scores learned, what is masked held."""
+    before: dict[str, Any] = {}
+    if learn is not None or hold:
+        before = {name: leaf.base for name, (_, leaf) in masked_targets(plan, step.previous).items()}
+    candidates: dict[str, Candidate] = {}
+    for name, (path, leaf) in masked_targets(plan, step.params).items():
+        if learn is not None:
+            leaf = leaf.replace(scores=learn(leaf.scores, before[name], gradients[name]))
+        if hold:
+            leaf = leaf.replace(base=jnp.where(leaf.mask, leaf.base, before[name]))
+        candidates[name] = Candidate(path, leaf, gradients.get(name))
+    return candidates
+
+
+def masks_of_targets(plan: Plan, candidates: Mapping[str, Candidate], masks: Mapping[str, Array]) -> dict[str, Array]:
+    """The masks, and the old ones for layers of a stack that are no targets."""
+
+    def of_targets(candidate: Candidate, mask: Bool[Array, "*layers in out"]) -> Bool[Array, "*layers in out"]:
+        is_target = ~np.isnan(plan.shares(candidate.path))
+        return mask if is_target.all() else jnp.where(is_target[:, None, None], mask, candidate.leaf.mask)
+
+    return {name: of_targets(candidate, masks[name]) for name, candidate in candidates.items()}
+
+
+def apply_mask(leaf: Any, mask: Bool[Array, "*layers in out"], hold: bool) -> Any:
+    """The Masked under a new mask, zero where it masks an array unless the values are held."""
+    leaf = leaf.replace(mask=mask)
+    if hold or not isinstance(leaf.base, jax.Array):
+        return leaf
+    return leaf.replace(base=jnp.where(leaf.mask, leaf.base, 0))
+
+
+def zero_where_masked(arrays: Mapping[str, Array], masks: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays, by name, with zeros where there is a mask of that name and it is false."""
+    return {name: jnp.where(masks[name], array, 0) if name in masks else array for name, array in arrays.items()}
 
 
 def prune_at_once(plan: Plan, score: Callable[[Any], jax.Array], params: Tree) -> dict[str, Any]:
@@ -302,20 +391,22 @@ def prune_at_once(plan: Plan, score: Callable[[Any], jax.Array], params: Tree) -
     Zeros then survive training without a method: their gradient is zero, and so are moments and decay.
     """
     plan.check(params)
-    leaves = {path: with_mask(leaf) for path, leaf in flatten(params).items() if plan.chosen(path)}
-    found = {path: masked_in(path, leaf) for path, leaf in leaves.items()}
-    candidates = {own[0]: Candidate(path, own[1], None) for path, own in found.items() if own is not None}
+    params = prepared(plan, params, scored=False, dense=False)
+    candidates = {name: Candidate(path, leaf, None) for name, (path, leaf) in masked_targets(plan, params).items()}
     masks = by_score(plan, score)(candidates, jnp.int32(plan.end))
 
-    def closed(name: str, leaf: Masked) -> Masked:
+    def close(name: str, leaf: Masked) -> Masked:
         leaf = leaf.replace(mask=masks[name])
         return leaf.replace(base=leaf.materialize()) if isinstance(leaf.base, jax.Array) else leaf
 
-    return map_leaves(lambda path, leaf: at_mask(closed, path, leaves[path]) if path in leaves else leaf, params)
+    return replace_targets(plan, params, close)
+
+
+# Leaves ---------------------------------------------------------------------------------------------------------------
 
 
 def with_mask(leaf: Any) -> Any:
-    """`leaf` under an open mask; one that is there stays. Below a rounding: that keeps zeros, and codes stay codes."""
+    """`leaf` under an open mask; one that it has stays. Below a FakeQuant: that keeps zeros, and codes stay codes."""
     if isinstance(leaf, FakeQuant):
         return leaf.replace(base=with_mask(leaf.base))
     return leaf if isinstance(leaf, Masked) else Masked(leaf, jnp.ones(leaf.shape, bool))
@@ -338,17 +429,5 @@ def masked_in(name: str, leaf: Any) -> tuple[str, Masked] | None:
 
 
 def matrix_of(leaf: Any) -> Any:
-    """What would lie right below a mask: below roundings and a mask that is there."""
+    """What would lie right below a mask: below FakeQuants and a mask that the leaf has."""
     return matrix_of(leaf.base) if isinstance(leaf, FakeQuant | Masked) else leaf
-
-
-def _prepared(leaf: Masked, scored: bool, dense: bool) -> Masked:
-    if scored:
-        return Scored(leaf.base, leaf.mask, dense, scores=jnp.zeros(leaf.shape, jnp.float32))
-    return leaf.replace(dense_grad=dense) if dense else leaf
-
-
-def _where_targeted(plan: Plan, candidate: Candidate, new: jax.Array) -> jax.Array:
-    """The new mask, the old one for layers of a stack that are no targets."""
-    mine = ~np.isnan(plan.shares(candidate.path))
-    return new if mine.all() else jnp.where(mine[:, None, None], new, candidate.leaf.mask)

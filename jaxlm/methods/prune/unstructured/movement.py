@@ -1,7 +1,7 @@
 """Movement pruning: entries go whose weight training moves towards zero."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from jaxlm.core import Method, Scored, materialize
 from jaxlm.methods.calibration import KERNELS
@@ -38,12 +38,16 @@ def movement(
     """
     if learning_rate <= 0 or prior < 0:
         raise ValueError(f"movement: learning_rate {learning_rate} must be positive, and prior {prior} not negative")
-    plan = Plan("movement", sparsity, pattern, per, targets, begin, end, every)
+    plan = Plan("movement", sparsity, pattern, per, targets, begin=begin, end=end, every=every)
 
-    def learn(scores: jax.Array, weight: jax.Array, gradient: jax.Array) -> jax.Array:
+    def learn(
+        scores: Float32[Array, "*layers in out"],
+        weight: Float[Array, "*layers in out"],
+        gradient: Float[Array, "*layers in out"],
+    ) -> Float32[Array, "*layers in out"]:
         return scores - learning_rate * (weight * gradient).astype(jnp.float32)
 
-    def score(leaf: Scored) -> jax.Array:
+    def score(leaf: Scored) -> Float32[Array, "*layers in out"]:
         return leaf.scores + prior * jnp.abs(materialize(leaf.base))
 
-    return pruning(plan, by_score(plan, score, back=True), learn=learn, dense=True, hold=True)
+    return pruning(plan, by_score(plan, score, may_return=True), learn=learn, dense=True, hold=True)

@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Int32, Real
 
+Share = float | Real[Array, ""]
+"""Of the entries that go: a number, or a traced one."""
 PER = ("output", "matrix", "model")
 """What a share is counted over: each output (a column) apart, a matrix, or all matrices together."""
 
@@ -46,12 +49,12 @@ def parse_pattern(text: str) -> Pattern:
     """
     if text == "unstructured":
         return Pattern(text)
-    if found := re.fullmatch(r"(\d+):(\d+)", text):
-        kept, group = int(found[1]), int(found[2])
+    if n_of_m := re.fullmatch(r"(\d+):(\d+)", text):
+        kept, group = int(n_of_m[1]), int(n_of_m[2])
         if 0 < kept < group:
             return Pattern(text, group=group, kept=kept)
-    if found := re.fullmatch(r"block:(\d+)x(\d+)", text):
-        rows, columns = int(found[1]), int(found[2])
+    if block := re.fullmatch(r"block:(\d+)x(\d+)", text):
+        rows, columns = int(block[1]), int(block[2])
         if rows * columns > 0:
             return Pattern(text, rows=rows, columns=columns)
     raise ValueError(
@@ -66,31 +69,31 @@ def final_sparsity(sparsity: float | None, pattern: str, who: str) -> float:
     >>> final_sparsity(None, "1:4", "magnitude")
     0.75
     """
-    found = parse_pattern(pattern)
-    if found.group:
-        own = 1 - found.kept / found.group
-        if sparsity not in (None, own):
+    parsed = parse_pattern(pattern)
+    if parsed.group:
+        fixed = 1 - parsed.kept / parsed.group
+        if sparsity not in (None, fixed):
             raise ValueError(
-                f"{who}: the pattern {pattern} has a sparsity of {own}, not {sparsity}; leave sparsity out"
+                f"{who}: the pattern {pattern} has a sparsity of {fixed}, not {sparsity}; leave sparsity out"
             )
-        return own
+        return fixed
     if sparsity is None or not 0 <= sparsity < 1:
         raise ValueError(f"{who}: sparsity must be in [0, 1), not {sparsity}")
     return sparsity
 
 
-def ranks(scores: jax.Array, axis: int = 0) -> jax.Array:
-    """Place of every entry along an axis, 0 for the smallest, the first of equal entries first.
+def ranks(scores: Real[Array, "*shape"], axis: int = 0) -> Int32[Array, "*shape"]:
+    """Rank of every entry along an axis, 0 for the smallest, the first of equal entries first.
 
     >>> ranks(jnp.array([3.0, 1.0, 1.0])).tolist()
     [2, 0, 1]
     """
     order = jnp.argsort(scores, axis=axis, stable=True)
-    places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis % scores.ndim)
-    return jnp.put_along_axis(jnp.zeros_like(places), order, places, axis=axis, inplace=False)
+    counting = jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis % scores.ndim)
+    return jnp.put_along_axis(jnp.zeros_like(counting), order, counting, axis=axis, inplace=False)
 
 
-def keep_largest(scores: jax.Array, sparsity: jax.Array | float) -> jax.Array:
+def keep_largest(scores: Real[Array, "*shape"], sparsity: Share) -> Bool[Array, "*shape"]:
     """The mask that drops exactly `round(sparsity · n)` entries, those with the smallest scores.
 
     >>> keep_largest(jnp.array([[3.0, 1.0], [2.0, 2.0]]), 0.5).tolist()
@@ -101,8 +104,8 @@ def keep_largest(scores: jax.Array, sparsity: jax.Array | float) -> jax.Array:
 
 
 def keep(
-    scores: jax.Array, sparsity: jax.Array | float | None, pattern: str = "unstructured", per: str = "matrix"
-) -> jax.Array:
+    scores: Real[Array, "in out"], sparsity: Share | None, pattern: str = "unstructured", per: str = "matrix"
+) -> Bool[Array, "in out"]:
     """The mask of one matrix.
 
     Of its n entries (of each output's; of its blocks) `round(sparsity · n)` are dropped, those with the smallest
@@ -113,13 +116,10 @@ def keep(
     [False, True, False, False]
 
     Args:
-      scores: `[in, out]`, larger is more important; any real dtype.
-      sparsity: share of zeros, a number or an array; `None` (only under `N:M`): `1 - N/M`.
+      scores: larger is more important.
+      sparsity: share of zeros; `None` (only under `N:M`): `1 - N/M`.
       pattern: `unstructured`, `N:M` or `block:RxC`.
       per: `matrix`, or `output`: each column (each column of blocks) drops its own share. `N:M` is the same in both.
-
-    Returns:
-      bool `[in, out]`.
 
     Raises:
       ValueError: for a pattern or `per` that does not exist, or one that does not divide the matrix.
@@ -128,12 +128,12 @@ def keep(
     if sparsity is None and not parse_pattern(pattern).group:
         raise ValueError(f"the pattern {pattern} needs a sparsity")
     mask = ranks(units) >= dropped(sparsity, units.shape[0], pattern)
-    return restore(mask, scores.shape, pattern, per)
+    return restore(mask, scores.shape, pattern)
 
 
 def keep_together(
-    scores: Mapping[str, jax.Array], sparsity: jax.Array | float, pattern: str = "unstructured"
-) -> dict[str, jax.Array]:
+    scores: Mapping[str, Real[Array, "*_ _ _"]], sparsity: Share, pattern: str = "unstructured"
+) -> dict[str, Bool[Array, "*_ _ _"]]:
     """The masks of several matrices that share one budget: the smallest scores of all go, wherever they are.
 
     Under a block pattern `round(sparsity · number of blocks)` blocks go. Scores of different matrices are compared as
@@ -144,24 +144,25 @@ def keep_together(
       sparsity: share of zeros over all of them.
       pattern: `unstructured` or `block:RxC`; under `N:M` every group has its own budget, so it is refused.
     """
-    found = parse_pattern(pattern)
-    if found.group:
+    parsed = parse_pattern(pattern)
+    if parsed.group:
         raise ValueError(
             f"the pattern {pattern} fixes the share of every group; a budget over all matrices needs another"
         )
-    blocks = {name: _blocks(s, found) for name, s in scores.items()}
+    blocks = {name: _block_sums(s, parsed) for name, s in scores.items()}
     flat = keep_largest(jnp.concatenate([b.reshape(-1) for b in blocks.values()]), sparsity)
     masks, start = {}, 0
     for name, b in blocks.items():
-        masks[name] = _whole(flat[start : start + b.size].reshape(b.shape), found)
+        masks[name] = _entry_mask(flat[start : start + b.size].reshape(b.shape), parsed)
         start += b.size
     return masks
 
 
 def check_shape(shape: tuple[int, ...], pattern: str, name: str) -> None:
     """Raises ValueError, naming the parameter, when a pattern does not divide a matrix `[in, out]`."""
-    found = parse_pattern(pattern)
-    for what, size, unit in (("inputs", shape[-2], found.group or found.rows), ("outputs", shape[-1], found.columns)):
+    parsed = parse_pattern(pattern)
+    row_unit, column_unit = parsed.group or parsed.rows, parsed.columns
+    for what, size, unit in (("inputs", shape[-2], row_unit), ("outputs", shape[-1], column_unit)):
         if size % unit:
             raise ValueError(
                 f"{name}: its {size} {what} are not a multiple of {unit}, as the pattern {pattern} needs; leave it out "
@@ -169,41 +170,41 @@ def check_shape(shape: tuple[int, ...], pattern: str, name: str) -> None:
             )
 
 
-def arrange(scores: jax.Array, pattern: str, per: str = "matrix") -> jax.Array:
-    """The matrix as `[n, columns]`: what competes for a place, n blocks, entries or members of a group, in a column."""
-    found = parse_pattern(pattern)
+def arrange(scores: Real[Array, "in out"], pattern: str, per: str = "matrix") -> Real[Array, "n columns"]:
+    """The matrix with what competes in one column: n blocks, entries or members of a group."""
+    parsed = parse_pattern(pattern)
     if per not in ("matrix", "output"):
         raise ValueError(f"per must be 'matrix' or 'output', not {per!r}")
-    if found.group:
+    if parsed.group:
         check_shape(scores.shape, pattern, "the matrix")
-        groups = scores.reshape(-1, found.group, scores.shape[-1])
-        return jnp.moveaxis(groups, 1, 0).reshape(found.group, -1)
-    blocks = _blocks(scores, found)
+        groups = scores.reshape(-1, parsed.group, scores.shape[-1])
+        return jnp.moveaxis(groups, 1, 0).reshape(parsed.group, -1)
+    blocks = _block_sums(scores, parsed)
     return blocks if per == "output" else blocks.reshape(-1, 1)
 
 
-def restore(mask: jax.Array, shape: tuple[int, ...], pattern: str, per: str = "matrix") -> jax.Array:
+def restore(mask: Bool[Array, "n columns"], shape: tuple[int, ...], pattern: str) -> Bool[Array, "in out"]:
     """The inverse of `arrange`: a mask of a matrix of that shape."""
-    found = parse_pattern(pattern)
-    if found.group:
-        return jnp.moveaxis(mask.reshape(found.group, -1, shape[-1]), 0, 1).reshape(shape)
-    return _whole(mask.reshape(shape[0] // found.rows, shape[1] // found.columns), found)
+    parsed = parse_pattern(pattern)
+    if parsed.group:
+        return jnp.moveaxis(mask.reshape(parsed.group, -1, shape[-1]), 0, 1).reshape(shape)
+    return _entry_mask(mask.reshape(shape[0] // parsed.rows, shape[1] // parsed.columns), parsed)
 
 
-def dropped(sparsity: jax.Array | float | None, size: int, pattern: str) -> jax.Array:
+def dropped(sparsity: Share | None, size: int, pattern: str) -> Int[Array, ""]:
     """How many of `size` go: `round(sparsity · size)`, under `N:M` at most M - N."""
-    found = parse_pattern(pattern)
-    if not found.group:
+    parsed = parse_pattern(pattern)
+    if not parsed.group:
         return _count(0.0 if sparsity is None else sparsity, size)
-    most = found.group - found.kept
+    most = parsed.group - parsed.kept
     return jnp.int32(most) if sparsity is None else jnp.minimum(_count(sparsity, size), most)
 
 
-def _count(sparsity: jax.Array | float, size: int) -> jax.Array:
+def _count(sparsity: Share, size: int) -> Int32[Array, ""]:
     return jnp.round(jnp.asarray(sparsity, jnp.float32) * size).astype(jnp.int32)
 
 
-def _blocks(scores: jax.Array, pattern: Pattern) -> jax.Array:
+def _block_sums(scores: Real[Array, "*layers in out"], pattern: Pattern) -> Real[Array, "*layers _ _"]:
     """Sum of the scores of every block: `[..., in / R, out / C]`."""
     if pattern.rows * pattern.columns == 1:
         return scores
@@ -213,8 +214,8 @@ def _blocks(scores: jax.Array, pattern: Pattern) -> jax.Array:
     return cut.sum(axis=(-3, -1))
 
 
-def _whole(mask: jax.Array, pattern: Pattern) -> jax.Array:
-    """The inverse of `_blocks` for masks."""
+def _entry_mask(mask: Bool[Array, "*layers _ _"], pattern: Pattern) -> Bool[Array, "*layers in out"]:
+    """The mask of entries from one of blocks."""
     if pattern.rows * pattern.columns == 1:
         return mask
     return jnp.repeat(jnp.repeat(mask, pattern.rows, axis=-2), pattern.columns, axis=-1)

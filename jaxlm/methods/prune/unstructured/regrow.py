@@ -4,6 +4,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from jaxlm.core import Masked, Method
 from jaxlm.methods.calibration import KERNELS
@@ -13,15 +15,15 @@ from jaxlm.methods.prune.unstructured.patterns import arrange, dropped, ranks, r
 
 
 def exchange(
-    mask: jax.Array,
-    weight: jax.Array,
-    gradient: jax.Array,
-    sparsity: jax.Array | float,
-    fraction: jax.Array | float,
+    mask: Bool[Array | np.ndarray, "in out"],
+    weight: Float[Array, "in out"],
+    gradient: Float[Array, "in out"],
+    sparsity: float | Float[Array, ""] | None,
+    fraction: float | Float[Array, ""],
     pattern: str = "unstructured",
     per: str = "matrix",
-) -> jax.Array:
-    """The mask after one exchange in a matrix `[in, out]`.
+) -> Bool[Array, "in out"]:
+    """The mask after one exchange in a matrix.
 
     Of `k = n - round(sparsity · n)` entries that are to stay, `g = round(fraction · k)` are grown: the `k - g` largest
     `|W|` that were kept survive, and of all others those with the g largest `|∂L/∂W|` join them. Counted in every
@@ -32,13 +34,13 @@ def exchange(
     Array([ True, False, False,  True], dtype=bool)
     """
     sizes = arrange(jnp.where(mask, jnp.abs(weight), 0), pattern, per)
-    there = arrange(mask.astype(jnp.float32), pattern, per) > 0
+    was_kept = arrange(jnp.asarray(mask, jnp.float32), pattern, per) > 0
     slopes = arrange(jnp.abs(gradient), pattern, per)
     n = sizes.shape[0]
     kept = n - dropped(sparsity, n, pattern)
     grown = jnp.round(fraction * kept).astype(jnp.int32)
-    survives = ranks(jnp.where(there, sizes, -1)) >= n - (kept - grown)
-    return restore(ranks(jnp.where(survives, jnp.inf, slopes)) >= n - kept, mask.shape, pattern, per)
+    survives = ranks(jnp.where(was_kept, sizes, -1)) >= n - (kept - grown)
+    return restore(ranks(jnp.where(survives, jnp.inf, slopes)) >= n - kept, mask.shape, pattern)
 
 
 def regrow(
@@ -73,19 +75,19 @@ def regrow(
         raise ValueError(f"regrow: fraction must be in [0, 1], not {fraction}")
     if per == "model":
         raise ValueError("regrow: what a matrix drops grows in the same matrix; per must be 'matrix' or 'output'")
-    plan = Plan("regrow", sparsity, pattern, per, targets, begin, end, every)
+    plan = Plan("regrow", sparsity, pattern, per, targets, begin=begin, end=end, every=every)
 
     def choose(candidates: dict[str, Candidate], number: jax.Array) -> dict[str, jax.Array]:
         progress = jnp.clip((number - begin) / max(end - begin, 1), 0.0, 1.0)
         moved = 0.5 * fraction * (1 + jnp.cos(math.pi * progress))
 
-        def matrix(mask: jax.Array, weight: jax.Array, gradient: jax.Array, now: jax.Array) -> jax.Array:
-            return exchange(mask, weight, gradient, now, moved, pattern, per)
+        def in_matrix(mask: jax.Array, weight: jax.Array, gradient: jax.Array, share: jax.Array) -> jax.Array:
+            return exchange(mask, weight, gradient, share, moved, pattern=pattern, per=per)
 
-        def new(path: str, leaf: Masked, gradient: jax.Array) -> jax.Array:
-            now = cubic(number, plan.shares(path), begin, end if gradual else begin)
-            return by_layer(matrix, leaf.mask.ndim)(leaf.mask, leaf.base, gradient, now)
+        def exchanged(path: str, leaf: Masked, gradient: jax.Array) -> jax.Array:
+            share = cubic(number, plan.shares(path), begin, end if gradual else begin)
+            return by_layer(in_matrix, leaf.mask.ndim)(leaf.mask, leaf.base, gradient, share)
 
-        return {name: new(c.path, c.leaf, c.gradient) for name, c in candidates.items()}
+        return {name: exchanged(c.path, c.leaf, c.gradient) for name, c in candidates.items()}
 
     return pruning(plan, choose, dense=True)

@@ -1,36 +1,42 @@
 """SparseGPT: pruning in which the weights that stay make up for those that go."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
 
-from jaxlm.core import Axes, Masked, Tree
-from jaxlm.methods.calibration import KERNELS, Calibration, Statistics, calibrate, each, matrix
+from jaxlm.core import LM, NO_DATA, Masked, SurgeryContext
+from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, each, matrix
 from jaxlm.methods.prune.unstructured.masking import Plan, Share
 from jaxlm.methods.prune.unstructured.patterns import final_sparsity, keep, parse_pattern
-from jaxlm.methods.second_order import BLOCK, inverse_factor, sweep
+from jaxlm.methods.second_order import BLOCK, BeginGroup, Matrix, inverse_factor, solve_rows
 
 
 @functools.cache
-def mask_of(share: float, pattern: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def mask_chooser(share: float, pattern: str) -> BeginGroup:
     """`(rows, U_ii) -> mask`: keeps the largest `w_ij² / U_ii²`, what removing a weight alone would cost."""
-    return lambda rows, diagonal: keep(jnp.square(rows / diagonal[:, None]), share, pattern)
+
+    def choose_mask(rows: Float[Array, "group out"], U_diagonal: Float[Array, "group"]) -> Bool[Array, "group out"]:
+        return keep(jnp.square(rows / U_diagonal[:, None]), share, pattern)
+
+    return choose_mask
 
 
-def settle(mask: jax.Array, number: jax.Array, row: jax.Array, rows: Any) -> tuple[jax.Array, jax.Array]:
-    """A row with what its mask drops set to 0."""
-    return jnp.where(mask[number], row, 0), mask[number]
+def prune_row(
+    mask: Bool[Array, "group out"], index: jax.Array, row: Float[Array, "out"], row_data: Any
+) -> tuple[Float[Array, "out"], Bool[Array, "out"]]:
+    """A row with what its mask drops set to 0, and its mask."""
+    return jnp.where(mask[index], row, 0), mask[index]
 
 
 def sparsegpt_matrix(
-    w: jax.Array, u: jax.Array, sparsity: float | None, pattern: str = "unstructured", block: int = BLOCK
-) -> tuple[jax.Array, jax.Array]:
+    W: Matrix, U: Float32[Array, "in in"], sparsity: float | None, pattern: str = "unstructured", block: int = BLOCK
+) -> tuple[Float32[Array, "in out"], Bool[Array, "in out"]]:
     """Pruned weights and their mask.
 
-    The mask is chosen during the sweep, from weights that earlier inputs have moved already: for each block of inputs,
+    The mask is chosen during the solve, from weights that earlier inputs have moved already: for each block of inputs,
     or under `N:M` for each group of M.
 
     >>> w, mask = sparsegpt_matrix(jnp.array([[1.0], [3.0]]), jnp.eye(2), 0.5)
@@ -38,32 +44,35 @@ def sparsegpt_matrix(
     ([[0.0], [3.0]], [[False], [True]])
 
     Args:
-      w: `[in, out]` float32; u: `[in, in]` (`inverse_factor`).
+      W: float32.
+      U: see `inverse_factor`.
     """
-    found, share = parse_pattern(pattern), final_sparsity(sparsity, pattern, "sparsegpt")
-    group = found.group or block
-    begin, whole = mask_of(share, pattern), max(block // group, 1) * group
-    return sweep(w, u, begin=begin, settle=settle, group=group, block=whole)
+    share = final_sparsity(sparsity, pattern, "sparsegpt")
+    group = parse_pattern(pattern).group or block
+    return solve_rows(
+        W,
+        U,
+        begin_group=mask_chooser(share, pattern),
+        solve_row=prune_row,
+        group=group,
+        block=max(block // group, 1) * group,
+    )
 
 
 def sparsegpt(
-    model: Any,
-    params: Tree,
-    axes: dict[str, Axes],
-    calibration: Calibration,
+    lm: LM,
+    context: SurgeryContext = NO_DATA,
     *,
     sparsity: Share = None,
     pattern: str = "unstructured",
     damping: float = 0.01,
     targets: str = KERNELS,
-):
+) -> LM:
     """Surgery: prunes every target and moves the weights that stay so that its outputs change least.
 
     Results are `Masked` leaves, as `wanda`'s. Source: Frantar and Alistarh 2023, arXiv:2301.00774.
 
     Args:
-      model, params, axes: the model, canonical view.
-      calibration: text, from `config.calibration`.
       sparsity: share of zeros in [0, 1), that of every block of 128 inputs, one number or rules
         `((path regex, share), …)`; `None` under an `N:M` pattern.
       pattern: `unstructured`, or `N:M` (N kept of M inputs).
@@ -72,21 +81,18 @@ def sparsegpt(
     """
     if pattern.startswith("block"):
         raise ValueError(
-            f"sparsegpt: the pattern {pattern!r} has no place in a sweep over single inputs; use unstructured or N:M, "
-            f"or prune blocks with wanda"
+            f"sparsegpt: the pattern {pattern!r} does not go with a solve of one input after the other; use "
+            f"unstructured or N:M, or prune blocks with wanda"
         )
 
     plan = Plan("sparsegpt", sparsity, pattern, "output", targets)
-    plan.check(params)
+    plan.check(lm.params)
 
     def change(path: str, leaf: Any, statistics: Statistics) -> Masked:
-        w = jnp.where(statistics.square[:, None] > 0, matrix("sparsegpt", path, leaf), 0)
-        u = inverse_factor(statistics.moment, damping, "sparsegpt", path)
-        settled, mask = sparsegpt_matrix(w, u, plan.share(path), pattern)
-        return Masked(settled.astype(leaf.dtype), mask)
+        assert statistics.moment is not None
+        W = jnp.where(statistics.square[:, None] > 0, matrix("sparsegpt", path, leaf), 0)
+        U = inverse_factor(statistics.moment, damping, "sparsegpt", path)
+        pruned, mask = sparsegpt_matrix(W, U, plan.share(path), pattern)
+        return Masked(pruned.astype(leaf.dtype), mask)
 
-    return (
-        model,
-        calibrate(model, params, calibration, each(change), who="sparsegpt", targets=targets, moment=True),
-        axes,
-    )
+    return calibrate(lm, context, each(change), who="sparsegpt", targets=targets, moment=True)

@@ -1,7 +1,7 @@
 """Pruning by gradient times weight: what the loss would lose, to first order, if an entry were zero."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from jaxlm.core import Method
 from jaxlm.methods.calibration import KERNELS
@@ -34,9 +34,13 @@ def taylor(
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"taylor: smoothing must be in [0, 1), not {smoothing}")
-    plan = Plan("taylor", sparsity, pattern, per, targets, begin, end, every)
+    plan = Plan("taylor", sparsity, pattern, per, targets, begin=begin, end=end, every=every)
 
-    def learn(scores: jax.Array, weight: jax.Array, gradient: jax.Array) -> jax.Array:
+    def learn(
+        scores: Float32[Array, "*layers in out"],
+        weight: Float[Array, "*layers in out"],
+        gradient: Float[Array, "*layers in out"],
+    ) -> Float32[Array, "*layers in out"]:
         return smoothing * scores + (1 - smoothing) * jnp.abs(weight * gradient).astype(jnp.float32)
 
     return pruning(plan, by_score(plan, lambda leaf: leaf.scores), learn=learn)

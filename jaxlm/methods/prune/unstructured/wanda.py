@@ -5,17 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
-from jaxlm.core import Axes, FakeQuant, Masked, Tree, Weight, lookup, materialize
-from jaxlm.methods.calibration import KERNELS, Calibration, Statistics, calibrate, each
+from jaxlm.core import LM, NO_DATA, FakeQuant, Masked, SurgeryContext, Weight, lookup, materialize
+from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, each
 from jaxlm.methods.prune.unstructured.masking import Plan, Share
 from jaxlm.methods.prune.unstructured.patterns import keep
 
 
 @functools.partial(jax.jit, static_argnames=("sparsity", "pattern", "per"))
 def wanda_mask(
-    w: jax.Array, norm: jax.Array, sparsity: float | None, pattern: str = "unstructured", per: str = "output"
-) -> jax.Array:
+    w: Float[Array, "in out"],
+    norm: Float[Array, "in"],
+    sparsity: float | None,
+    pattern: str = "unstructured",
+    per: str = "output",
+) -> Bool[Array, "in out"]:
     """The mask that keeps the largest `|W_ij| · ‖X_i‖₂`, ranked in each output (column j) apart.
 
     >>> w = jnp.array([[3.0, 1.0], [2.0, -4.0]])
@@ -26,16 +31,14 @@ def wanda_mask(
 
 
 def wanda(
-    model: Any,
-    params: Tree,
-    axes: dict[str, Axes],
-    calibration: Calibration,
+    lm: LM,
+    context: SurgeryContext = NO_DATA,
     *,
     sparsity: Share = None,
     pattern: str = "unstructured",
     per: str = "output",
     targets: str = KERNELS,
-):
+) -> LM:
     """Surgery: masks the weights with the smallest `|W_ij| · ‖X_i‖₂`; the others stay as they are.
 
     The inputs X are those behind the layers that are pruned already. Results are `Masked` leaves, the zeros stored as
@@ -43,8 +46,6 @@ def wanda(
     Source: Sun et al. 2023, arXiv:2306.11695.
 
     Args:
-      model, params, axes: the model, canonical view.
-      calibration: text, from `config.calibration`.
       sparsity: share of zeros in [0, 1), one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
       pattern: `unstructured`, `N:M` (N kept of M inputs), `block:RxC`.
       per: `output`: each column keeps its own share; `matrix`: all of them together. There is no budget over all
@@ -53,16 +54,17 @@ def wanda(
     """
     lookup({"output": "output", "matrix": "matrix"}, per, "wanda: per")
     plan = Plan("wanda", sparsity, pattern, per, targets)
-    plan.check(params)
+    plan.check(lm.params)
 
     def change(path: str, leaf: Any, statistics: Statistics) -> Any:
-        return pruned(leaf, wanda_mask(materialize(leaf), statistics.norm, plan.share(path), pattern, per))
+        share = plan.share(path)
+        return pruned(leaf, wanda_mask(materialize(leaf), statistics.norm, share, pattern=pattern, per=per))
 
-    return model, calibrate(model, params, calibration, each(change), who="wanda", targets=targets), axes
+    return calibrate(lm, context, each(change), who="wanda", targets=targets)
 
 
-def pruned(leaf: Any, mask: jax.Array) -> Any:
-    """`leaf` under a mask: an array with its zeros in place; a rounding in training stays outside."""
+def pruned(leaf: Any, mask: Bool[Array, "in out"]) -> Any:
+    """`leaf` under a mask: an array with its zeros in place; a FakeQuant stays outside."""
     if isinstance(leaf, FakeQuant):
         return leaf.replace(base=pruned(leaf.base, mask))
     base = leaf.base if isinstance(leaf, Masked) else leaf

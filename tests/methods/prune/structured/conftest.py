@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import Gate, Term, flatten, map_leaves
-from jaxlm.io.pretrained import LM
+from jaxlm.core import Calibration, Gate, SurgeryContext, Term, flatten, map_leaves, unflatten
+from jaxlm.io.lm import LM
 from jaxlm.methods.prune.structured.gates import close_gates, open_gates
 from jaxlm.methods.prune.structured.scores import magnitude_of
 from jaxlm.methods.prune.structured.shrink import shrink
@@ -40,13 +40,22 @@ BATCH = {
 }
 
 
+def change_leaves(lm, change):
+    """The model with `change(path, leaf)` in the place of every leaf."""
+    return lm.replace(params=map_leaves(change, lm.params))
+
+
+def set_leaves(lm, leaves):
+    """The model with these leaves, by path, in the place of its own."""
+    return lm.replace(params=unflatten(flatten(lm.params) | leaves))
+
+
 @functools.cache
-def model_of(name):
+def lm_of(name):
     """A model whose biases and norms are random too."""
     family, fields = MODELS[name]
-    model = Network(model_config(family, **{**SIZES, **fields}))
     noise = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), a.shape)  # noqa: E731
-    return model, map_leaves(noise, model.init(jax.random.key(0)))
+    return change_leaves(LM.initialize(model_config(family, **{**SIZES, **fields}), jax.random.key(0)), noise)
 
 
 @functools.cache
@@ -54,25 +63,25 @@ def _forward(config):
     return jax.jit(Network(config).forward, compiler_options=QUICK)
 
 
-def batch_of(model):
+def batch_of(lm):
     """What the model reads."""
-    return {n: BATCH[n] for n in BATCH if n in ("input_ids", "attention_mask") or model.config.encoder_decoder}
+    return {n: BATCH[n] for n in BATCH if n in ("input_ids", "attention_mask") or lm.config.encoder_decoder}
 
 
-def logits(model, params):
+def logits(lm):
     """Logits of real tokens (of the classes, of a classifier)."""
-    outputs = _forward(model.config)(params, batch_of(model))
+    outputs = _forward(lm.config)(lm.params, batch_of(lm))
     values = np.asarray(outputs["logits"])
-    if model.config.head == "sequence" or model.config.encoder_decoder:
+    if lm.config.head == "sequence" or lm.config.encoder_decoder:
         return values
-    rows = values[BATCH["attention_mask"] > 0]
+    real = values[BATCH["attention_mask"] > 0]
     if "next_sentence_logits" in outputs:
-        return np.concatenate([rows.reshape(-1), np.asarray(outputs["next_sentence_logits"]).reshape(-1)])
-    return rows
+        return np.concatenate([real.reshape(-1), np.asarray(outputs["next_sentence_logits"]).reshape(-1)])
+    return real
 
 
-def random_gates(params, seed):
-    """Every gate with some closed entries, and at least one open: another number in every layer."""
+def random_gates(lm, seed):
+    """The model with some entries of every gate closed, and at least one open: another number in every layer."""
     rng = np.random.default_rng(seed)
 
     def close(path, leaf):
@@ -88,28 +97,35 @@ def random_gates(params, seed):
                 value[group, rng.permutation(shape[1])[:left]] = 1
         return Gate(jnp.asarray(value).reshape(shape))
 
-    return map_leaves(close, params)
+    return change_leaves(lm, close)
 
 
-def closed(model, params, axes, kinds, share):
-    """Gates of the given kinds, closed by magnitude: `(params, axes)`."""
-    params, axes = open_gates(model, params, axes, kinds)
+def closed(lm, kinds, share):
+    """The model with gates of the given kinds, closed by magnitude."""
+    gated = open_gates(lm, kinds)
     shares = dict.fromkeys(("heads", "ffn", "hidden"), share)
-    return close_gates(params, magnitude_of(params, axes), shares), axes
+    return gated.replace(params=close_gates(gated.params, magnitude_of(gated.params, gated.axes), shares))
 
 
-def check_law(model, params, axes, tmp_path):
+def check_law(gated, tmp_path):
     """Gated and shrunk logits agree, also after saving and reloading; returns the shrunk model."""
-    expected = logits(model, params)
-    small, little, small_axes = shrink(model, params, axes)
-    assert flatten(little).keys() == small_axes.keys() == flatten(small.abstract()).keys()
-    assert jax.tree.map(lambda s: s.shape, small.abstract()) == map_leaves(lambda _, leaf: tuple(leaf.shape), little)
-    assert np.abs(expected).max() > 0.2 and np.abs(logits(small, little) - expected).max() <= 1e-5
-    jaxlm.save(LM(small.config, little), tmp_path / "model")
+    expected = logits(gated)
+    small = shrink(gated)
+    check_structure(small)
+    assert np.abs(expected).max() > 0.2 and np.abs(logits(small) - expected).max() <= 1e-5
+    jaxlm.save(small, tmp_path / "model")
     again = jaxlm.load(tmp_path / "model")
     assert again.config == small.config
-    assert np.array_equal(logits(small, again.params), logits(small, little))
-    return small, little, small_axes
+    assert np.array_equal(logits(again), logits(small))
+    return small
+
+
+def check_structure(lm):
+    """The parameters of a model, their shapes and their axis names are those that its config asks for."""
+    shapes = lm.network.abstract()
+    assert flatten(lm.params).keys() == lm.axes.keys() == flatten(shapes).keys()
+    assert lm.axes == lm.network.axes()
+    assert jax.tree.map(lambda s: s.shape, shapes) == map_leaves(lambda _, leaf: tuple(leaf.shape), lm.params)
 
 
 def squares(outputs, batch):
@@ -118,14 +134,17 @@ def squares(outputs, batch):
     return {"squares": Term(jnp.sum(jnp.square(value)), jnp.float32(value.size))}
 
 
-def calibration_of(model, batches=1):
+def calibration_of(lm, batches=1):
     """Calibration data: batches without the loader's extras."""
     rng = np.random.default_rng(7)
-    found = []
-    for _ in range(batches):
-        batch = batch_of(model)
-        found.append(batch | {n: rng.integers(1, 19, v.shape) for n, v in batch.items() if n.endswith("input_ids")})
-    return SimpleNamespace(batches=found)
+    batch = batch_of(lm)
+    draw = lambda: {n: rng.integers(1, 19, v.shape) for n, v in batch.items() if n.endswith("input_ids")}  # noqa: E731
+    return Calibration([batch | draw() for _ in range(batches)])
+
+
+def context_of(calibration):
+    """The context of a surgery with these data, and `squares` as the task's loss."""
+    return SurgeryContext(read_calibration=lambda lm: calibration, task_loss=squares)
 
 
 @pytest.fixture(scope="session")
@@ -135,12 +154,16 @@ def tools():
         models=MODELS,
         batch=BATCH,
         quick=QUICK,
-        model_of=model_of,
+        change_leaves=change_leaves,
+        set_leaves=set_leaves,
+        lm_of=lm_of,
         batch_of=batch_of,
         logits=logits,
         random_gates=random_gates,
         closed=closed,
         check_law=check_law,
+        check_structure=check_structure,
         calibration_of=calibration_of,
+        context_of=context_of,
         squares=squares,
     )

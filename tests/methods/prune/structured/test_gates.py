@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import FakeQuant, Gate, chain, flatten, map_leaves, unflatten
+from jaxlm.core import FakeQuant, Gate, SurgeryContext, chain, flatten
 from jaxlm.core.paths import canonical_path
 from jaxlm.methods.prune.structured.gates import choose, close_gates, how_many, open_gates, prune, structured
 from jaxlm.methods.prune.structured.scores import magnitude_of
@@ -41,14 +41,14 @@ def test_a_global_budget_in_multiples():
 
 
 def test_the_least_important_go_first(tools):
-    model, params = tools.model_of("GQA")
-    flat = flatten(params)
+    lm = tools.lm_of("GQA")
+    flat = flatten(lm.params)
     for i, head in enumerate((2, 0)):
         path = f"layers_{i}/attention/output/kernel"
         flat[path] = flat[path].at[8 * head : 8 * (head + 1)].multiply(1e-3)
         path = f"layers_{i}/mlp/down/kernel"
         flat[path] = flat[path].at[jnp.array([1, 5, 7])].multiply(1e-3)
-    closed = flatten(tools.closed(model, unflatten(flat), model.axes(), ("heads", "ffn"), 0.25)[0])
+    closed = flatten(tools.closed(tools.set_leaves(lm, flat), ("heads", "ffn"), 0.25).params)
     for i, head in enumerate((2, 0)):
         assert np.flatnonzero(closed[f"layers_{i}/attention/gate"].value == 0).tolist() == [head]
         assert np.flatnonzero(closed[f"layers_{i}/mlp/gate"].value == 0).tolist() == [1, 5, 7]
@@ -56,37 +56,33 @@ def test_the_least_important_go_first(tools):
 
 @pytest.mark.parametrize("budget", ["uniform", "global"])
 def test_gates_close_the_same_in_both_views(budget, tools):
-    model, params = tools.model_of("MQA")
-    opened, axes = open_gates(model, params, model.axes(), ("heads", "ffn", "hidden"))
+    gated = open_gates(tools.lm_of("MQA"), ("heads", "ffn", "hidden"))
     shares = {"heads": 0.5, "ffn": 0.3, "hidden": 0.25}
-    one, many = (
-        flatten(close_gates(tree, magnitude_of(tree, axes), shares, budget))
-        for tree in (opened, model.run_view(opened))
+    canonical, stacked = (
+        flatten(close_gates(params, magnitude_of(params, gated.axes), shares, budget))
+        for params in (gated.params, gated.network.run_view(gated.params))
     )
-    for path, leaf in many.items():
+    for path, leaf in stacked.items():
         if isinstance(leaf, Gate):
             for i in range(2):
-                own = canonical_path(path).replace("layers_0", f"layers_{i}")
-                assert np.array_equal(leaf.value if path == "hidden" else leaf.value[i], one[own].value)
-    assert one["layers_1/attention/gate"].value.shape == (1, 4, 1) and one["hidden"].value.sum() == 12
+                gate = canonical[canonical_path(path).replace("layers_0", f"layers_{i}")]
+                assert np.array_equal(leaf.value if path == "hidden" else leaf.value[i], gate.value)
+    assert canonical["layers_1/attention/gate"].value.shape == (1, 4, 1) and canonical["hidden"].value.sum() == 12
 
 
 def test_shares_a_layer(tools):
-    model, params = tools.model_of("T5")
-    small, _, _ = prune(model, params, model.axes(), ffn=(0.0, 0.5, 0.25, 0.75), heads=0.5)
+    small = prune(tools.lm_of("T5"), ffn=(0.0, 0.5, 0.25, 0.75), heads=0.5)
     assert small.config.ffn_size == (12, 6) and small.config.decoder_ffn_size == (9, 3)
     assert small.config.num_heads == small.config.cross_num_heads == (2, 2)
 
 
 def test_queries_of_every_group(tools):
-    model, params = tools.model_of("GQA")
-    small, _, _ = prune(model, params, model.axes(), queries=0.5)
+    small = prune(tools.lm_of("GQA"), queries=0.5)
     assert small.config.num_kv_heads == (4, 4) and small.config.num_heads == (4, 4)
 
 
 def test_one_always_stays(tools):
-    model, params = tools.model_of("MHA")
-    small, _, _ = prune(model, params, model.axes(), heads=0.99, ffn=0.99, hidden=0.99)
+    small = prune(tools.lm_of("MHA"), heads=0.99, ffn=0.99, hidden=0.99)
     assert set(small.config.num_heads) == {1} and set(small.config.ffn_size) == {1} and small.config.hidden_size == 1
 
 
@@ -109,21 +105,20 @@ def test_one_always_stays(tools):
     ],
 )
 def test_prune_refuses(options, message, tools):
-    model, params = tools.model_of("MHA")
+    """With the context that a run without config.calibration gives: the task's loss alone."""
     with pytest.raises(ValueError, match=message):
-        prune(model, params, model.axes(), **options)
+        prune(tools.lm_of("MHA"), SurgeryContext(task_loss=tools.squares), **options)
 
 
 def test_two_structured_prunings_are_refused(tools):
-    model, params = tools.model_of("MHA")
     twice = chain([("a", structured(ffn=0.5, end=2)), ("b", structured(ffn=0.2, heads=0.5, end=2))])
     with pytest.raises(ValueError, match="b and a both claim the width of layers_0/mlp"):
-        twice.init(jax.random.key(0), model, params, model.axes())
+        twice.init(jax.random.key(0), tools.lm_of("MHA"))
 
 
 @pytest.mark.parametrize("options", [{"ffn": 0.5}, {"hidden": 0.5}])
-def test_rounding_in_training_is_refused(options, tools):
-    model, params = tools.model_of("MHA")
-    rounding = map_leaves(lambda path, leaf: FakeQuant(leaf) if path.endswith("up/kernel") else leaf, params)
+def test_quantization_aware_training_is_refused(options, tools):
+    fake_quantized = lambda path, leaf: FakeQuant(leaf) if path.endswith("up/kernel") else leaf  # noqa: E731
+    lm = tools.change_leaves(tools.lm_of("MHA"), fake_quantized)
     with pytest.raises(ValueError, match=r"layers_0/mlp/up/kernel trains with rounding.*prune first"):
-        structured(**options, end=2).init(jax.random.key(0), model, rounding, model.axes())
+        structured(**options, end=2).init(jax.random.key(0), lm)

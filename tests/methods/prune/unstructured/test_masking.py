@@ -15,7 +15,7 @@ from jaxlm.runner import registry
 from jaxlm.train.checkpointing import flatten, unflatten
 
 
-def each(share):
+def by_entry(share):
     return round(float(share) * 64)
 
 
@@ -29,10 +29,10 @@ def in_eights(share):
 
 # name -> (arguments, number of zeros in an 8x8 matrix at a share)
 CASES = {
-    "magnitude": ({"sparsity": 0.75}, each),
-    "taylor": ({"sparsity": 0.75}, each),
-    "movement": ({"sparsity": 0.75}, each),
-    "regrow": ({"sparsity": 0.75, "gradual": True}, each),
+    "magnitude": ({"sparsity": 0.75}, by_entry),
+    "taylor": ({"sparsity": 0.75}, by_entry),
+    "movement": ({"sparsity": 0.75}, by_entry),
+    "regrow": ({"sparsity": 0.75, "gradual": True}, by_entry),
     "movement 1:4": ({"pattern": "1:4"}, in_fours),
     "regrow 2:4": ({"pattern": "2:4", "gradual": True}, in_fours),
     "taylor block:2x4": ({"sparsity": 0.75, "pattern": "block:2x4"}, in_eights),
@@ -92,12 +92,12 @@ def test_what_is_kept_goes_on_learning(run, trained):
 
 def test_baking_stores_the_zeros(run, trained):
     last = trained.states[-1]
-    _, params, _ = trained.method.bake(None, last.params, {}, last.method)
-    plain = params["layers_0-1"]["mlp"]["up"]["kernel"]
+    baked = trained.method.bake(run.lm_of(last.params), last.method)
+    plain = baked.params["layers_0-1"]["mlp"]["up"]["kernel"]
     assert isinstance(plain, jax.Array) and np.array_equal(run.leaf(last).materialize(), plain)
     assert (~np.asarray(plain).astype(bool)).sum() == 2 * CASES[trained.case][1](trained.final)
-    _, again, _ = trained.method.bake(None, params, {}, last.method)
-    assert again["layers_0-1"]["mlp"]["up"]["kernel"] is plain
+    again = trained.method.bake(baked, last.method)
+    assert again.params["layers_0-1"]["mlp"]["up"]["kernel"] is plain
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(run, trained, tmp_path):
@@ -105,58 +105,58 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, trained, tmp_path):
     store = Checkpoints(tmp_path)
     middle = trained.states[7]
     store.save(7, flatten(middle), {})
-    found = store.restore({path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in flatten(middle).items()})
+    restored = store.restore({path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in flatten(middle).items()})
     store.close()
-    state = unflatten(middle, found[1])
+    state = unflatten(middle, restored[1])
     for _ in range(7, 13):
         state = trained.step(state)
-    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(trained.states[13]), strict=True):
-        assert np.array_equal(ours, theirs)
+    for resumed, uninterrupted in zip(jax.tree.leaves(state), jax.tree.leaves(trained.states[13]), strict=True):
+        assert np.array_equal(resumed, uninterrupted)
 
 
 @pytest.mark.parametrize("case", ["magnitude", "movement", "regrow"])
 def test_a_skipped_step_at_the_end_does_not_lose_the_last_mask(run, case):
-    found = run.follow(method_of(case), 14, skipped=(8, 11))
+    followed = run.follow(method_of(case), 14, skipped=(8, 11))
     count = CASES[case][1]
-    counts = [int((~masks(run, state)[0]).sum()) for state in found.states]
+    counts = [int((~masks(run, state)[0]).sum()) for state in followed.states]
     assert counts[8] == counts[7] and counts[11] == counts[10] < counts[12] == counts[14] == count(0.75)
-    assert [bool(log["nonfinite"]) for log in found.logs[7:12]] == [True, False, False, True, False]
+    assert [bool(log["nonfinite"]) for log in followed.logs[7:12]] == [True, False, False, True, False]
     assert counts[9] == count(cubic(9, 0.75, BEGIN, END)), "made up for at the next step, at the share of that step"
 
 
 def test_a_step_that_is_skipped_leaves_no_trace(run):
-    found = run.follow(method_of("movement"), 6, skipped=(4,))
-    before, after = found.states[3], found.states[4]
-    for ours, theirs in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
-        assert np.array_equal(ours, theirs)
+    followed = run.follow(method_of("movement"), 6, skipped=(4,))
+    before, after = followed.states[3], followed.states[4]
+    for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        assert np.array_equal(old, new)
 
 
 @pytest.mark.parametrize("case", ["movement", "regrow"])
 def test_the_norm_is_that_of_what_the_optimizer_sees(run, case):
     """Gradients of masked entries are scored, and neither clipped with nor counted."""
-    found = run.follow(method_of(case), 14, norm=0.5)
-    state = found.states[12]
-    dense, mask = np.asarray(found.grads(state)), masks(run, state)
+    followed = run.follow(method_of(case), 14, norm=0.5)
+    state = followed.states[12]
+    dense, mask = np.asarray(followed.grads(state)), masks(run, state)
     assert np.abs(dense[~mask]).min() > 0
-    norm = float(found.logs[12]["gradient_norm"])
+    norm = float(followed.logs[12]["gradient_norm"])
     assert np.isclose(norm, np.sqrt((dense[mask] ** 2).sum()), rtol=1e-5) and norm > 0.5
 
 
 def test_masks_are_the_gradient_that_others_see(run):
     """Without `dense`, the gradient of a masked entry is zero already."""
-    found = run.follow(method_of("taylor"), 12)
-    dense, mask = np.asarray(found.grads(found.states[12])), masks(run, found.states[12])
+    followed = run.follow(method_of("taylor"), 12)
+    dense, mask = np.asarray(followed.grads(followed.states[12])), masks(run, followed.states[12])
     assert not dense[~mask].any() and dense[mask].all()
 
 
 def due_steps(begin, end, every, skipped=()):
     """Steps up to 40 that bring a new mask."""
-    last, found = 0, []
+    last, steps = 0, []
     for number in range(1, 41):
         if overdue(number, last, begin, end, every) and number not in skipped:
             last = number
-            found.append(number)
-    return found
+            steps.append(number)
+    return steps
 
 
 def test_due_at_the_ends_in_between_and_after_what_was_skipped():
@@ -170,15 +170,15 @@ def test_due_at_the_ends_in_between_and_after_what_was_skipped():
 
 def test_rules_give_every_layer_its_own_share(run):
     rules = ((r"layers_0/.*", 0.25), (r".*", 0.5))
-    found = run.follow(method_of("magnitude", sparsity=rules), 12)
-    assert [int((~mask).sum()) for mask in masks(run, found.states[-1])] == [16, 32]
-    found = run.follow(method_of("regrow", sparsity=rules, gradual=False), 3)
-    assert [int((~mask).sum()) for mask in masks(run, found.states[-1])] == [16, 32]
+    followed = run.follow(method_of("magnitude", sparsity=rules), 12)
+    assert [int((~mask).sum()) for mask in masks(run, followed.states[-1])] == [16, 32]
+    followed = run.follow(method_of("regrow", sparsity=rules, gradual=False), 3)
+    assert [int((~mask).sum()) for mask in masks(run, followed.states[-1])] == [16, 32]
 
 
 def test_one_budget_for_the_model_takes_from_where_least_is_lost(run):
-    found = run.follow(method_of("magnitude", sparsity=0.5, per="model", begin=1, end=1), 1)
-    mask, values = masks(run, found.states[-1]), np.asarray(run.leaf(found.states[-1]).base)
+    followed = run.follow(method_of("magnitude", sparsity=0.5, per="model", begin=1, end=1), 1)
+    mask, values = masks(run, followed.states[-1]), np.asarray(run.leaf(followed.states[-1]).base)
     assert (~mask).sum() == 64 and (~mask[1]).sum() > (~mask[0]).sum(), "the second layer's weights are half as large"
     assert np.abs(values[mask]).min() > 0
 
@@ -187,8 +187,8 @@ def test_layers_that_are_no_targets_keep_their_masks(run):
     """They are stacked with targets because they are masked already."""
     keep = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 8, 8))
     method = method_of("magnitude", targets=r"layers_1/.*", begin=1, end=1)
-    found = run.follow(method, 2, wrap=lambda values, i: Masked(values, keep[i]))
-    now = masks(run, found.states[-1])
+    followed = run.follow(method, 2, wrap=lambda values, i: Masked(values, keep[i]))
+    now = masks(run, followed.states[-1])
     assert np.array_equal(now[0], keep[0]) and (~now[1]).sum() == 48
     with pytest.raises(ValueError, match="layers_0/mlp/up/kernel is stacked with targets"):
         run.follow(
@@ -207,15 +207,15 @@ def test_paths_of_stacked_layers():
 
 
 @pytest.mark.parametrize("case", ["magnitude", "movement", "regrow"])
-def test_masks_go_below_roundings(run, case):
-    """So that a pruned weight is zero before it is rounded, and baking keeps codes."""
-    found = run.follow(method_of(case, end=3, every=1), 4, wrap=lambda values, i: FakeQuant(values))
-    last = run.leaf(found.states[-1])
+def test_masks_go_below_fake_quantization(run, case):
+    """So that a pruned weight is zero before it is quantized, and baking keeps codes."""
+    followed = run.follow(method_of(case, end=3, every=1), 4, wrap=lambda values, i: FakeQuant(values))
+    last = run.leaf(followed.states[-1])
     assert isinstance(last, FakeQuant) and isinstance(last.base, Masked)
     assert isinstance(last.base, Scored) == (case == "movement")
     mask = np.asarray(last.base.mask)
     assert mask.mean() == 0.25 and not np.asarray(last.materialize())[~mask].any()
-    assert not np.asarray(run.moments(found.states[-1], f"{run.path}.base.base")[0])[~mask].any()
+    assert not np.asarray(run.moments(followed.states[-1], f"{run.path}.base.base")[0])[~mask].any()
 
 
 @pytest.mark.parametrize("inner", [LowRank, Quantized])
@@ -223,17 +223,17 @@ def test_masks_go_below_roundings(run, case):
 def test_gradients_of_what_is_no_array_are_not_known(run, case, inner):
     dense = jnp.ones((8, 8))
     leaf = Quantized.of(dense) if inner is Quantized else LowRank(dense, jnp.ones((8, 1)), jnp.ones((1, 8)))
-    params = {"layers_0": {"mlp": {"up": {"kernel": leaf}}}}
+    lm = run.lm_of({"layers_0": {"mlp": {"up": {"kernel": leaf}}}})
     with pytest.raises(ValueError, match=rf"{case}: layers_0/mlp/up/kernel holds a {inner.__name__}.*bake it first"):
-        method_of(case).init(jax.random.key(0), None, params, {})
+        method_of(case).init(jax.random.key(0), lm)
 
 
 def test_what_is_masked_already_stays_masked(run):
     """Also while the schedule asks for less than there is."""
     keep = jax.random.bernoulli(jax.random.key(3), 0.4, (2, 8, 8))
-    found = run.follow(method_of("magnitude"), 12, wrap=lambda values, i: Masked(values, keep[i]))
-    assert not masks(run, found.states[3])[~np.asarray(keep)].any()
-    assert [(~mask).sum() for mask in masks(run, found.states[-1])] == [48, 48]
+    followed = run.follow(method_of("magnitude"), 12, wrap=lambda values, i: Masked(values, keep[i]))
+    assert not masks(run, followed.states[3])[~np.asarray(keep)].any()
+    assert [(~mask).sum() for mask in masks(run, followed.states[-1])] == [48, 48]
 
 
 @pytest.mark.parametrize(
@@ -262,10 +262,10 @@ def test_plans_that_cannot_be(arguments, message):
         ({"targets": "x"}, "targets 'x' match no parameter"),
     ],
 )
-def test_plans_that_do_not_fit_the_model(arguments, message):
-    kernel = {"mlp": {"up": {"kernel": jnp.ones((8, 8))}}}
+def test_plans_that_do_not_fit_the_model(arguments, message, run):
+    lm = run.start(lambda values, i: jnp.ones((8, 8)))
     with pytest.raises(ValueError, match=message):
-        method_of("magnitude", **arguments).init(jax.random.key(0), None, {"layers_0": kernel, "layers_1": kernel}, {})
+        method_of("magnitude", **arguments).init(jax.random.key(0), lm)
 
 
 def test_a_plan_says_what_it_wants_of_a_path():

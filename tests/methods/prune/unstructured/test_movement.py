@@ -14,8 +14,8 @@ from jaxlm.methods.prune.unstructured.patterns import keep_largest
 
 def test_the_gradient_of_a_score_is_that_of_the_masked_weight_times_the_weight(run):
     """By finite differences of the loss in W′, the matrix that the forward pass sees, at masked entries, too."""
-    found = run.follow(movement(sparsity=0.5, learning_rate=0.25, begin=1, end=1), 3)
-    before, after = found.states[1], found.states[2]
+    followed = run.follow(movement(sparsity=0.5, learning_rate=0.25, begin=1, end=1), 3)
+    before, after = followed.states[1], followed.states[2]
     leaf = run.leaf(before)
     x, target = (np.asarray(jax.random.normal(jax.random.key(s), (2, 5, 8)), np.float64) for s in (1, 2))
     seen = np.asarray(leaf.materialize(), np.float64)
@@ -35,22 +35,22 @@ def test_the_gradient_of_a_score_is_that_of_the_masked_weight_times_the_weight(r
 
 
 def test_the_largest_scores_are_kept_and_entries_come_back(run):
-    found = run.follow(movement(sparsity=0.6, begin=1, end=31, every=2), 31)
-    masks = [np.asarray(run.leaf(state).mask) for state in found.states]
-    last = run.leaf(found.states[-1])
+    followed = run.follow(movement(sparsity=0.6, begin=1, end=31, every=2), 31)
+    masks = [np.asarray(run.leaf(state).mask) for state in followed.states]
+    last = run.leaf(followed.states[-1])
     for layer in range(2):
         assert np.array_equal(last.mask[layer], keep_largest(last.scores[layer], 0.6))
     back = [(~before & after) for before, after in itertools.pairwise(masks)]
     assert any(b.any() for b in back)
     number = next(i for i, b in enumerate(back) if b.any())
     entry = np.argwhere(back[number])[0]
-    value = lambda i: np.asarray(run.leaf(found.states[i]).base)[tuple(entry)]  # noqa: E731
+    value = lambda i: np.asarray(run.leaf(followed.states[i]).base)[tuple(entry)]  # noqa: E731
     assert value(number + 1) == value(number) != 0, "with the value that it had"
 
 
 def test_a_prior_is_magnitude(run):
-    found = run.follow(movement(sparsity=0.5, learning_rate=1e-6, prior=1.0, begin=1, end=1), 1)
-    last = run.leaf(found.states[-1])
+    followed = run.follow(movement(sparsity=0.5, learning_rate=1e-6, prior=1.0, begin=1, end=1), 1)
+    last = run.leaf(followed.states[-1])
     assert isinstance(last, Scored)
     for layer in range(2):
         assert np.array_equal(last.mask[layer], keep_largest(jnp.abs(last.base[layer]), 0.5))

@@ -14,9 +14,9 @@ def by_hand(mask, weight, gradient, kept, grown):
     """A list of entries, dropped and grown one by one."""
     alive = sorted(np.flatnonzero(mask), key=lambda i: -abs(weight[i]))[: kept - grown]
     others = sorted(set(range(mask.size)) - set(alive), key=lambda i: -abs(gradient[i]))[:grown]
-    found = np.zeros(mask.size, bool)
-    found[[*alive, *others]] = True
-    return found
+    kept_entries = np.zeros(mask.size, bool)
+    kept_entries[[*alive, *others]] = True
+    return kept_entries
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
@@ -48,28 +48,28 @@ def test_in_every_output_and_every_group():
 
 
 def test_the_count_is_constant_and_what_grows_starts_from_zero(run):
-    found = run.follow(regrow(sparsity=0.75, fraction=0.5, begin=1, end=13, every=4), 16)
-    masks = [np.asarray(run.leaf(state).mask) for state in found.states]
+    followed = run.follow(regrow(sparsity=0.75, fraction=0.5, begin=1, end=13, every=4), 16)
+    masks = [np.asarray(run.leaf(state).mask) for state in followed.states]
     assert [mask.sum() for mask in masks[1:]] == [32] * 16
     assert [i for i in range(2, 17) if not np.array_equal(masks[i], masks[i - 1])] == [5, 9], "by 13 nothing moves"
     fresh = masks[5] & ~masks[4]
-    gradient = np.abs(np.asarray(found.grads(found.states[4])))
-    assert fresh.any() and not np.asarray(run.leaf(found.states[5]).base)[fresh].any()
+    gradient = np.abs(np.asarray(followed.grads(followed.states[4])))
+    assert fresh.any() and not np.asarray(run.leaf(followed.states[5]).base)[fresh].any()
     for layer in range(2):
         never = ~masks[4][layer] & ~masks[5][layer]
         assert gradient[layer][fresh[layer]].min() >= gradient[layer][never].max()
-    assert not np.asarray(run.moments(found.states[5])[0])[fresh].any()
-    assert np.asarray(run.leaf(found.states[6]).base)[fresh].all(), "and then it learns"
+    assert not np.asarray(run.moments(followed.states[5])[0])[fresh].any()
+    assert np.asarray(run.leaf(followed.states[6]).base)[fresh].all(), "and then it learns"
 
 
 @pytest.mark.parametrize(("number", "share"), [(1, 0.5), (5, 0.25), (9, 0.0)])
-def test_the_exchanged_share_falls_by_the_cosine(number, share):
+def test_the_exchanged_share_falls_by_the_cosine(number, share, run):
     """At the start f of the kept entries are grown, half-way half of it, at the end none."""
     weight, gradient = (jax.random.normal(jax.random.key(s), (12, 10)) for s in (0, 1))
     method = regrow(sparsity=0.5, fraction=0.5, begin=1, end=9, every=4)
     path = "layers_0/up/kernel"
-    start = method.init(jax.random.key(0), None, unflatten({path: weight}), {})
-    after = method.update(Step(start.params, [], start.state), {f"{path}.base": gradient}, {}, jnp.int32(number))
+    lm, _, state = method.init(jax.random.key(0), run.lm_of(unflatten({path: weight})))
+    after = method.update(Step(lm.params, [], state), {f"{path}.base": gradient}, {}, jnp.int32(number))
     new = flatten(after.params)[path]
     assert np.array_equal(new.mask, exchange(jnp.ones((12, 10), bool), weight, gradient, 0.5, share))
     assert np.array_equal(new.base, np.where(new.mask, weight, 0))

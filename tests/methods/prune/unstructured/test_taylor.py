@@ -8,14 +8,14 @@ from jaxlm.methods.prune.unstructured.taylor import taylor
 
 
 def test_the_score_is_a_running_mean_of_weight_times_gradient(run):
-    found = run.follow(taylor(sparsity=0.5, smoothing=0.75, begin=6, end=6), 6)
+    followed = run.follow(taylor(sparsity=0.5, smoothing=0.75, begin=6, end=6), 6)
     score = np.zeros((2, 8, 8))
-    for number, state in enumerate(found.states[1:], start=1):
-        before = found.states[number - 1]
-        change = np.abs(np.asarray(run.leaf(before).base) * np.asarray(found.grads(before)))
+    for number, state in enumerate(followed.states[1:], start=1):
+        before = followed.states[number - 1]
+        change = np.abs(np.asarray(run.leaf(before).base) * np.asarray(followed.grads(before)))
         score = 0.75 * score + 0.25 * change
         assert np.allclose(run.leaf(state).scores, score, rtol=1e-4, atol=1e-6)
-    last = run.leaf(found.states[-1])
+    last = run.leaf(followed.states[-1])
     for layer in range(2):
         assert np.array_equal(last.mask[layer], keep_largest(last.scores[layer], 0.5))
 
