@@ -11,8 +11,8 @@ from jaxlm.runner import stage
 from jaxlm.train import loop
 
 PACKAGE = str(Path(jaxlm.__file__).parent)
-# Before the assembly line was one: 54 files, 2,558 times into another file than the caller's.
-FILES, ENTRIES = 54, 2558 * 2 // 3
+# Today's files; before the assembly line was one there were 2,558 entries into another file than the caller's.
+FILES, ENTRIES = 55, 2558 * 2 // 3
 
 
 class FirstStep(BaseException):
