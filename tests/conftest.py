@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 # Under fixtures/: the check of array annotations, before anything of jaxlm is imported; and made-up measurements.
-pytest_plugins = ["made_up_results"]
+pytest_plugins = ["typechecked", "made_up_results"]
 ROOT = Path(__file__).resolve().parents[1]
 # Environment variables and not jax.config, so that programs which tests start share the cache.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

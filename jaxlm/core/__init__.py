@@ -9,7 +9,7 @@ from jaxlm.core.matmul import PRODUCT, kept, matmul, matmul_transposed
 from jaxlm.core.method import Method, MethodInit, Step, chain
 from jaxlm.core.model import LM, Network
 from jaxlm.core.parameter import Dim, Parameter, abstract, axis_names, axis_sizes, dim, initialize
-from jaxlm.core.partition import merge, partition, trainable, widened
+from jaxlm.core.partition import merge, partition, trainable, trained_names, widened
 from jaxlm.core.paths import (
     SEGMENT,
     ArrayInfo,

@@ -5,7 +5,7 @@ nothing else (`dry_run`).
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,11 @@ from jaxlm.core import (
     check_rules,
     describe,
     first_match,
-    trainable,
+    trained_names,
     widened,
     with_arrays,
 )
+from jaxlm.core.partition import Verdict
 from jaxlm.parallel import pad_vocab, shardings, ways
 from jaxlm.runner.run_setup import RunSetup
 from jaxlm.train.gradient import accumulate, gradient
@@ -59,8 +60,12 @@ def sharded_step(setup: RunSetup, method: Method, start: MethodInit, steps: int)
       start: what `method.init` gave, arrays or shapes.
     """
     training, network, axes = setup.training, start.lm.network, start.lm.axes
-    verdicts = [method.trainable, rule_verdict(training, describe(start.lm.params).values())]
-    canonical = widened(start.lm.params, verdicts)
+    infos = describe(start.lm.params)
+    verdicts = [method.trainable, rule_verdict(training, infos.values())]
+    trained = trained_names(infos, verdicts)
+    if not trained:
+        raise ValueError("nothing trains: config.train.trainable and the methods freeze every parameter")
+    canonical = widened(start.lm.params, trained)
 
     def base(taps: frozenset) -> Loss:
         def fn(params: Tree, constants: dict, batch: dict, ctx: Context):
@@ -71,43 +76,43 @@ def sharded_step(setup: RunSetup, method: Method, start: MethodInit, steps: int)
 
     # What the transforms of the loss read is known once they are applied.
     taps = method.loss(base(frozenset())).taps
-    loss = method.loss(base(taps))
-    grad = method.grad(accumulate(gradient(loss, verdicts), loss, training.grad_accum))
 
     # The run view: layers stacked where structure and verdicts are equal, the vocabulary padded, every array placed.
-    params = network.run_view(canonical, layer_verdict(canonical, verdicts, training), network.tap_breaks(taps))
+    params = network.run_view(canonical, layer_verdict(infos, trained, training), network.tap_breaks(taps))
     params = pad_vocab(params, axes, ways("vocab", setup.mesh, setup.rules))
     where = shardings(params, axes, setup.mesh, setup.rules, network.sizes())
     infos = describe(params)
-    trained = {name: info for name, info in infos.items() if trainable(verdicts, info)}
-    if not trained:
-        raise ValueError("nothing trains: config.train.trainable and the methods freeze every parameter")
+    trained = trained_names(infos, verdicts)
 
-    tx = optimizer(training, steps, trained)
+    loss = method.loss(base(taps))
+    grad = method.grad(accumulate(gradient(loss, trained), loss, training.grad_accum))
+    tx = optimizer(training, steps, {name: info for name, info in infos.items() if name in trained})
 
     def create(key: jax.Array, params: Tree, method_state: dict) -> TrainState:
-        return create_state(key, params, method_state, tx, verdicts)
+        return create_state(key, params, method_state, tx, trained)
 
     replicated = jax.sharding.NamedSharding(setup.mesh, jax.P())
     placement = state_shardings(jax.eval_shape(create, dropout_key(0), params, start.state), where, replicated)
-    step = make_step(grad, tx, method, verdicts, ctx=setup.ctx, largest_norm=training.clip)
-    return ShardedStep(step, create, params, placement, infos, frozenset(trained))
+    step = make_step(grad, tx, method, trained, ctx=setup.ctx, largest_norm=training.clip)
+    return ShardedStep(step, create, params, placement, infos, trained)
 
 
-def rule_verdict(training: TrainSettings, infos: Any):
+def rule_verdict(training: TrainSettings, infos: Iterable[ArrayInfo]) -> Verdict:
     """`config.train.trainable` as a verdict; its rules are checked against every parameter."""
     rules = training.rules("trainable")
     check_rules(rules, infos, "config.train.trainable")
     return lambda info: first_match(rules, info.path, info.role)
 
 
-def layer_verdict(params: Tree, verdicts: list, training: TrainSettings):
+def layer_verdict(
+    infos: Mapping[str, ArrayInfo], trained: Collection[str], training: TrainSettings
+) -> Callable[[str], tuple]:
     """What must be equal for layers to be stacked besides their structure: what trains, and what decays."""
     by_layer: dict[str, list] = {}
-    for name, info in describe(params).items():
+    for name, info in infos.items():
         match = re.match(r"((?:.*/)?layers_\d+)/(.*)", name)
         if match:
-            by_layer.setdefault(match[1], []).append((match[2], trainable(verdicts, info), decays(info, training)))
+            by_layer.setdefault(match[1], []).append((match[2], name in trained, decays(info, training)))
     return lambda layer: tuple(sorted(by_layer[layer]))
 
 

@@ -1,30 +1,29 @@
 """The gradient socket: gradients of the trainable part, and their exact accumulation over microbatches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.core import Context, Loss, Term, Terms, merge, partition, total
-from jaxlm.core.partition import Verdict
 
 GradFn = Callable[..., tuple[dict[str, jax.Array], Terms]]
 """`(params, constants, batch, ctx, weights=None) -> ({array name: gradient}, terms)`."""
 
 
-def gradient(loss: Loss, verdicts: Sequence[Verdict]) -> GradFn:
-    """Gradient of `Σ c_i sum_i / W_i` in the trainable arrays only; `W` is the batch's own weight unless given."""
+def gradient(loss: Loss, trained: Collection[str]) -> GradFn:
+    """Gradient of `Σ c_i sum_i / W_i` in the arrays named `trained`; `W` is the batch's own weight unless given."""
 
     def fn(params, constants, batch, ctx: Context, weights: Mapping[str, jax.Array] | None = None):
-        trained, frozen = partition(params, verdicts)
+        values, frozen = partition(params, trained)
 
-        def objective(trained: dict[str, jax.Array]) -> tuple[jax.Array, Terms]:
-            terms, _ = loss.fn(merge(params, trained, frozen), constants, batch, ctx)
+        def objective(values: dict[str, jax.Array]) -> tuple[jax.Array, Terms]:
+            terms, _ = loss.fn(merge(params, values, frozen), constants, batch, ctx)
             of_batch = {name: jax.lax.stop_gradient(t.weight) for name, t in terms.items()}
             return total(terms, of_batch if weights is None else weights), terms
 
-        return jax.grad(objective, has_aux=True)(trained)
+        return jax.grad(objective, has_aux=True)(values)
 
     return fn
 

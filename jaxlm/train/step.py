@@ -1,7 +1,7 @@
 """One update: loss, gradients, gradient transforms, masks, clipping, optimizer, methods."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,6 @@ import optax
 from flax import struct
 
 from jaxlm.core import SEGMENT, Context, Method, Step, Tree, merge, partition
-from jaxlm.core.partition import Verdict
 from jaxlm.train.gradient import GradFn
 from jaxlm.train.optimizer import moments, with_moments
 
@@ -46,20 +45,24 @@ def create_state(
     params: Tree,
     method_state: dict[str, Any],
     optimizer: optax.GradientTransformation,
-    verdicts: Sequence[Verdict],
+    trained: Collection[str],
 ) -> TrainState:
-    """The state before the first update; `key` is a `dropout_key`.
+    """The state before the first update.
+
+    Args:
+      key: a `dropout_key`.
+      trained: names of the arrays that train.
 
     Raises:
       ValueError: for a trained array that is not float32, whose updates would be lost in rounding, or be of another
         dtype than it.
     """
-    trained, _ = partition(params, verdicts)
-    for name, array in trained.items():
+    values, _ = partition(params, trained)
+    for name, array in values.items():
         if array.dtype != jnp.float32:
             raise ValueError(f"{name} trains and is {array.dtype}: what trains must be float32 (`core.widened`)")
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, key, params, optimizer.init(trained), method_state)
+    return TrainState(zero, zero, key, params, optimizer.init(values), method_state)
 
 
 def clip(grads: Mapping[str, jax.Array], norm: jax.Array, largest: float) -> dict[str, jax.Array]:
@@ -84,7 +87,7 @@ def make_step(
     grad: GradFn,
     optimizer: optax.GradientTransformation,
     method: Method,
-    verdicts: Sequence[Verdict],
+    trained: Collection[str],
     *,
     ctx: Context,
     largest_norm: float,
@@ -99,7 +102,7 @@ def make_step(
       grad: gradient of the loss, with its transforms.
       optimizer: over the trained arrays.
       method: the chain of the run's methods.
-      verdicts: what trains.
+      trained: names of the arrays that train.
       ctx: placement of activations.
       largest_norm: clipping, 0 for none.
     """
@@ -107,16 +110,16 @@ def make_step(
     def step(state: TrainState, constants: dict, batch: dict) -> tuple[TrainState, dict[str, Any]]:
         now = ctx.replace(key=jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step))
         grads, terms = grad(state.params, constants, batch, now)
-        trained, frozen = partition(state.params, verdicts)
+        values, frozen = partition(state.params, trained)
         squares = {name: _squares(name, g) for name, g in grads.items()}
         finite = {name: jnp.isfinite(square) for name, square in squares.items()}
         seen = method.mask(state.params, grads)
         norm = jnp.sqrt(sum((squares[n] if g is grads[n] else _squares(n, g)).sum() for n, g in seen.items()))
         ok = jnp.isfinite(norm) & jnp.array([is_finite.all() for is_finite in finite.values()]).all()
-        updates, new_optimizer = optimizer.update(clip(seen, norm, largest_norm), state.optimizer, trained)
-        updated = optax.apply_updates(trained, updates)
+        updates, new_optimizer = optimizer.update(clip(seen, norm, largest_norm), state.optimizer, values)
+        updated = optax.apply_updates(values, updates)
 
-        names = frozenset(trained)
+        names = frozenset(values)
         updated = merge(state.params, updated, frozen)
         result = Step(updated, moments(new_optimizer, names), state.method, previous=state.params)
         result = method.update(result, grads, constants, state.step + 1)

@@ -27,7 +27,7 @@ from jaxlm.core import (
     flatten,
     map_leaves,
     materialize,
-    trainable,
+    trained_names,
     with_arrays,
 )
 from jaxlm.io.lm import LM
@@ -97,7 +97,7 @@ class Trained(NamedTuple):
 
     lm: LM
     method: Method
-    verdicts: list
+    trained: frozenset[str]
     states: list[TrainState]
     compiled: int
 
@@ -110,7 +110,6 @@ def prepared(family: str, names: tuple[str, ...], arguments=ARGUMENTS) -> tuple[
 
 def train(family: str, names: tuple[str, ...], arguments=ARGUMENTS, microbatches: int = 1) -> Trained:
     method, (lm, constants, method_state) = prepared(family, names, arguments)
-    verdicts = [method.trainable]
 
     def base(taps) -> Loss:
         def fn(params, constants, batch, ctx):
@@ -119,19 +118,20 @@ def train(family: str, names: tuple[str, ...], arguments=ARGUMENTS, microbatches
 
         return Loss(fn, taps)
 
-    loss = method.loss(base(method.loss(base(frozenset())).taps))
-    grad = method.grad(accumulate(gradient(loss, verdicts), loss, microbatches))
     view = lm.network.run_view(lm.params)
-    infos = {name: info for name, info in describe(view).items() if trainable(verdicts, info)}
+    infos = describe(view)
+    names = trained_names(infos, [method.trainable])
+    loss = method.loss(base(method.loss(base(frozenset())).taps))
+    grad = method.grad(accumulate(gradient(loss, names), loss, microbatches))
     settings = TrainSettings(steps=10, learning_rate=0.02, schedule="constant", weight_decay=0.1)
-    tx = optimizer(settings, 10, infos)
-    step = quick(make_step(grad, tx, method, verdicts, ctx=Context(), largest_norm=1.0))
-    states = [quick(lambda p, m: create_state(dropout_key(3), p, m, tx, verdicts))(view, method_state)]
+    tx = optimizer(settings, 10, {name: infos[name] for name in names})
+    step = quick(make_step(grad, tx, method, names, ctx=Context(), largest_norm=1.0))
+    states = [quick(lambda p, m: create_state(dropout_key(3), p, m, tx, names))(view, method_state)]
     for _ in range(2):
         state, log = step(states[-1], constants, BATCH)
         assert int(log["nonfinite"]) == 0
         states.append(state)
-    return Trained(lm, method, verdicts, states, step._cache_size())
+    return Trained(lm, method, names, states, step._cache_size())
 
 
 @functools.cache
@@ -169,7 +169,7 @@ def test_what_does_not_train_is_bit_identical(name):
     before, after = arrays(run.states[0].params), arrays(run.states[-1].params)
     moved = {n for n in before if not np.array_equal(before[n], after[n])}
     infos = describe(run.states[0].params)
-    learns = {n for n, info in infos.items() if trainable(run.verdicts, info)}
+    learns = run.trained
     masks = {n for n, info in infos.items() if info.role in ("mask", "buffer")}
     assert moved <= learns | masks
     assert learns <= moved, "something that should train did not"
@@ -255,11 +255,10 @@ clipped inputs cannot be merged. A width has one owner; gates that may stay half
 quantizes. LoRA freezes the weight whose gradient would be the score."""
 
 
-def perturbed(params, verdicts, seed):
+def perturbed(params, method, seed):
     """As an optimizer that knows nothing would leave them."""
     key = jax.random.key(seed)
-    values, infos = arrays(params), describe(params)
-    learns = [name for name in values if trainable(verdicts, infos[name])]
+    values, learns = arrays(params), trained_names(describe(params), [method.trainable])
     return with_arrays(params, values | {n: values[n] + 0.05 * jax.random.normal(key, values[n].shape) for n in learns})
 
 
@@ -286,7 +285,7 @@ def test_pairs_compose_or_are_refused(first, second):
 
     update = quick(follow)
     for number in (1, 2):
-        moved = perturbed(params, [method.trainable], number)
+        moved = perturbed(params, method, number)
         params, _, state, _ = update(params, moved, state, number)
     masks = [a for name, a in arrays(params).items() if name.endswith("mask")]
     expected = logits(lm.network, method.eval_params(params, state))

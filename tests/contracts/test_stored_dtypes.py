@@ -130,4 +130,4 @@ def test_lora_freezes_a_base_in_its_own_format(family, tmp_path):
 
 def test_a_state_of_another_dtype_is_refused():
     with pytest.raises(ValueError, match=r"a/kernel trains and is bfloat16: what trains must be float32"):
-        create_state(dropout_key(0), {"a": {"kernel": jnp.ones((2, 2), jnp.bfloat16)}}, {}, None, [])
+        create_state(dropout_key(0), {"a": {"kernel": jnp.ones((2, 2), jnp.bfloat16)}}, {}, None, {"a/kernel"})

@@ -19,6 +19,7 @@ from jaxlm.core import (
     merge,
     partition,
     trainable,
+    trained_names,
     unflatten,
     with_arrays,
 )
@@ -113,7 +114,7 @@ def test_canonical_path():
 
 def test_partition_and_merge():
     verdicts = [lambda info: info.role == "factor", lambda info: True if info.path.startswith("embed") else None]
-    trained, frozen = partition(TREE, verdicts)
+    trained, frozen = partition(TREE, trained_names(describe(TREE), verdicts))
     assert trained.keys() == {"layers_0/up/kernel.a", "layers_0/up/kernel.b", "embed/embedding"}
     assert trained.keys() | frozen.keys() == arrays(TREE).keys() and not trained.keys() & frozen.keys()
     again = merge(TREE, {n: a * 0 for n, a in trained.items()}, frozen)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm.core import Context, Loss, Method, Term, describe, dot, trainable
+from jaxlm.core import Context, Loss, Method, Term, describe, dot, trained_names
 from jaxlm.io.lm import LM
 from jaxlm.models import model_config
 from jaxlm.train.gradient import gradient
@@ -65,15 +65,16 @@ def follow(method, steps, wrap=lambda values, i: values, norm=0.0, skipped=(), d
 
     lm, _, method_state = method.init(jax.random.key(0), start_of(wrap))
     params = lm.network.run_view(lm.params)
-    verdicts = [method.trainable]
-    infos = {name: info for name, info in describe(params).items() if trainable(verdicts, info)}
-    tx = optimizer(TrainSettings(steps=9, learning_rate=0.05, schedule="constant", weight_decay=decay), 9, infos)
-    grad = gradient(Loss(fn), verdicts)
+    infos = describe(params)
+    trained = trained_names(infos, [method.trained_names])
+    settings = TrainSettings(steps=9, learning_rate=0.05, schedule="constant", weight_decay=decay)
+    tx = optimizer(settings, 9, {name: infos[name] for name in trained})
+    grad = gradient(Loss(fn), trained)
     step = jax.jit(
-        make_step(grad, tx, method, verdicts, ctx=Context(), largest_norm=norm),
+        make_step(grad, tx, method, trained, ctx=Context(), largest_norm=norm),
         compiler_options=QUICK,
     )
-    states, logs = [create_state(dropout_key(0), params, method_state, tx, verdicts)], []
+    states, logs = [create_state(dropout_key(0), params, method_state, tx, trained)], []
     for number in range(1, steps + 1):
         factor = jnp.float32("nan") if number in skipped else jnp.float32(1)
         state, log = step(states[-1], {}, {"factor": factor})

@@ -15,11 +15,13 @@ from jaxlm.core import (
     Quantized,
     axis_names,
     axis_sizes,
+    describe,
     flatten,
     initialize,
     map_leaves,
     merge,
     partition,
+    trained_names,
 )
 from jaxlm.core.context import unsharded
 from jaxlm.models.config import ModelConfig
@@ -121,7 +123,7 @@ def test_sharded_forward_and_gradients_equal_those_of_one_device(case):
         (params, {"input_ids": ids}, Context()),
         (sharded, to_devices(mesh, rules)({"input_ids": ids})[1], Context(place=place(mesh, rules))),
     ):
-        trained, frozen = partition(tree)
+        trained, frozen = partition(tree, trained_names(describe(tree)))
         step = jax.jit(jax.value_and_grad(partial(loss, config), has_aux=True))
         results.append(step(trained, frozen, tree, batch, ctx))
     (values, grads), (sharded_values, sharded_grads) = results

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Context, Loss, LowRank, Quantized, Term, dot, dropout
+from jaxlm.core import Context, Loss, LowRank, Quantized, Term, describe, dot, dropout, trained_names
 from jaxlm.losses.cross_entropy import IGNORED, cross_entropy
 from jaxlm.losses.soft_targets import response
 from jaxlm.train.gradient import accumulate, gradient
@@ -20,6 +20,7 @@ def normal(seed, *shape):
 
 
 PARAMS = {"body": {"kernel": normal(0, WIDTH, WIDTH)}, "head": {"kernel": normal(1, WIDTH, CLASSES)}}
+NAMES = {"body/kernel", "head/kernel"}
 TEACHER = normal(2, WIDTH, CLASSES)
 
 
@@ -51,7 +52,7 @@ CONSTANTS = {"teacher": TEACHER}
 
 @pytest.fixture(scope="module")
 def whole():
-    return jax.jit(gradient(LOSS, []), compiler_options=QUICK)(PARAMS, CONSTANTS, BATCH, Context())
+    return jax.jit(gradient(LOSS, NAMES), compiler_options=QUICK)(PARAMS, CONSTANTS, BATCH, Context())
 
 
 def test_against_the_formula(whole):
@@ -73,7 +74,7 @@ def test_against_the_formula(whole):
 
 @pytest.mark.parametrize("microbatches", [2, 3, 4, 12])
 def test_accumulation_is_exact(whole, microbatches):
-    fn = accumulate(gradient(LOSS, []), LOSS, microbatches)
+    fn = accumulate(gradient(LOSS, NAMES), LOSS, microbatches)
     grads, terms = jax.jit(fn, compiler_options=QUICK)(PARAMS, CONSTANTS, BATCH, Context())
     assert grads.keys() == whole[0].keys()
     for name, value in whole[0].items():
@@ -87,21 +88,21 @@ def test_accumulation_is_exact(whole, microbatches):
 
 
 def test_one_microbatch_is_the_gradient_itself():
-    fn = gradient(LOSS, [])
+    fn = gradient(LOSS, NAMES)
     assert accumulate(fn, LOSS, 1) is fn
 
 
 def test_a_mean_of_means_would_be_caught(whole):
     """The parts' own gradients do not average to the whole's: the data above can tell."""
     parts = [jax.tree.map(lambda a, i=i: a[i::3], BATCH) for i in range(3)]
-    one = jax.jit(gradient(LOSS, []), compiler_options=QUICK)
+    one = jax.jit(gradient(LOSS, NAMES), compiler_options=QUICK)
     parts = [one(PARAMS, CONSTANTS, part, Context())[0] for part in parts]
     mean = sum(part["head/kernel"] for part in parts) / 3
     assert np.abs(mean - whole[0]["head/kernel"]).max() > 1e-2
 
 
 def test_rows_are_dealt_in_turn():
-    """ModelResult j goes to part j mod n, so that each part spans all devices."""
+    """Row j goes to part j mod n, so that each part spans all devices."""
     seen = {}
 
     def fn(params, constants, batch, ctx):
@@ -110,7 +111,7 @@ def test_rows_are_dealt_in_turn():
         return {"x": Term(number, jnp.sum(batch["mask"]))}, {}
 
     loss, batch = Loss(fn), {"x": jnp.arange(6.0), "mask": jnp.ones(6)}
-    grads, terms = accumulate(gradient(loss, []), loss, 2)({"w": jnp.ones(3)}, {}, batch, Context())
+    grads, terms = accumulate(gradient(loss, {"w"}), loss, 2)({"w": jnp.ones(3)}, {}, batch, Context())
     assert np.allclose(grads["w"], [(0 + 1) / 6, (2 + 3) / 6, (4 + 5) / 6]) and seen.keys() == {(3,)}
     assert terms["x"].weight == 6
 
@@ -124,13 +125,13 @@ def test_microbatches_draw_their_own_dropout():
     inner = []
     for i in range(2):
         ctx = Context(key=jax.random.key(0)).at(i)
-        inner.append(gradient(loss, [])({"w": ones}, {}, {"x": ones}, ctx)[0]["w"])
-    grads, _ = accumulate(gradient(loss, []), loss, 2)({"w": ones}, {}, batch, Context(key=jax.random.key(0)))
+        inner.append(gradient(loss, {"w"})({"w": ones}, {}, {"x": ones}, ctx)[0]["w"])
+    grads, _ = accumulate(gradient(loss, {"w"}), loss, 2)({"w": ones}, {}, batch, Context(key=jax.random.key(0)))
     assert np.allclose(grads["w"], sum(inner) / 2) and not np.array_equal(inner[0], inner[1])
 
 
 def test_only_what_trains_is_differentiated():
-    grads, _ = gradient(LOSS, [lambda info: info.path != "body/kernel"])(PARAMS, CONSTANTS, BATCH, Context())
+    grads, _ = gradient(LOSS, {"head/kernel"})(PARAMS, CONSTANTS, BATCH, Context())
     assert grads.keys() == {"head/kernel"}
 
 
@@ -140,12 +141,13 @@ def test_codes_masks_and_buffers_never_train():
     def fn(params, constants, batch, ctx):
         return {"ce": cross_entropy(dot(batch["x"], params["kernel"], ctx), batch["labels"])}, {}
 
-    grads, _ = gradient(Loss(fn), [lambda info: True])({"kernel": w}, {}, BATCH, Context())
+    trained = trained_names(describe({"kernel": w}), [lambda info: True])
+    grads, _ = gradient(Loss(fn), trained)({"kernel": w}, {}, BATCH, Context())
     assert grads.keys() == {"kernel.a", "kernel.b"}
 
 
 def test_a_step_without_labels_has_no_gradient():
     empty = {**BATCH, "labels": np.full_like(BATCH["labels"], IGNORED)}
     loss = Loss(lambda p, c, b, ctx: ({"ce": cross_entropy(b["x"] @ p["head"]["kernel"], b["labels"])}, {}))
-    grads, terms = gradient(loss, [])(PARAMS, {}, empty, Context())
+    grads, terms = gradient(loss, NAMES)(PARAMS, {}, empty, Context())
     assert terms["ce"].weight == 0 and not any(np.asarray(g).any() for g in grads.values())

@@ -43,16 +43,17 @@ def start(tmp_path):
     def make(make_batch=batch, evaluate=lambda state: {}, kinds=1, workdir=tmp_path, **changes):
         settings = TrainSettings(**(SETTINGS | changes))
         params = {"dense": {"kernel": jnp.ones((3, 1)), "bias": jnp.zeros(())}}
-        tx = optimizer(settings, settings.steps, describe(params))
+        infos = describe(params)
+        tx = optimizer(settings, settings.steps, infos)
         step = make_step(
-            gradient(Loss(squared), []),
+            gradient(Loss(squared), infos),
             tx,
             Method(),
-            [],
+            infos,
             ctx=Context(),
             largest_norm=settings.clip,
         )
-        state = jax.jit(lambda params: create_state(dropout_key(0), params, {}, tx, []))(params)
+        state = jax.jit(lambda params: create_state(dropout_key(0), params, {}, tx, infos))(params)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         place = lambda rows: (int(rows["x"].size), jax.device_put(rows, device))  # noqa: E731
         batches = Batches(make_batch, 100, kinds)

@@ -76,7 +76,7 @@ def terms_and_gradient(family, of_itself, length=6, microbatches=1):
     lm = student(family)
     config = config_of(lm) if of_itself else config_of(deeper_teacher(), sample_weight="weight")
     loss, params = loss_and_params(lm, distill([config], alpha=0.7))
-    fn = jax.jit(accumulate(gradient(loss, []), loss, microbatches), compiler_options=QUICK)
+    fn = jax.jit(accumulate(gradient(loss, arrays(params)), loss, microbatches), compiler_options=QUICK)
     return jax.device_get(fn(params, {"teachers": (config.teacher.params,)}, batch_of(length), Context()))[::-1]
 
 

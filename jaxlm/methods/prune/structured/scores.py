@@ -1,7 +1,7 @@
 """What heads, units, stream dimensions and layers are worth: by their weights, or by what passes their gates.
 
 Scores of a gate are `[*rows, entries]`, rows of entries that compete: `[kv_heads]`, `[kv_heads, q_per_kv]`, `[ffn]`,
-`[hidden]`; with a leading `layers` dimension in the run view.
+`[hidden]`; with a leading `layers` dimension in the run view. The gate of a whole layer has one score, `[]`.
 """
 
 import re
@@ -230,7 +230,7 @@ def activation_of(lm: LM, context: SurgeryContext) -> dict[str, Float32[Array, "
     return unstacked(scores)
 
 
-def taylor_of(lm: LM, context: SurgeryContext) -> dict[str, Float32[Array, "*rows entries"]]:
+def taylor_of(lm: LM, context: SurgeryContext) -> dict[str, Float32[Array, "*scores"]]:
     """How much the loss changes when a gate closes, to first order: `E |∂L/∂g|` over the rows of the batches.
 
     `L(g) - L(0) ≈ g ∂L/∂g` at g = 1. The absolute value is taken of every row, so that rows do not cancel.

@@ -17,7 +17,7 @@ from jaxlm.core import (
     arrays,
     describe,
     flatten,
-    trainable,
+    trained_names,
 )
 from jaxlm.methods.prune.structured import latency
 from jaxlm.methods.prune.structured.gates import open_gates
@@ -131,14 +131,14 @@ def train(tools, method, steps, learning_rate=0.01):
         return {"squares": Term(jnp.sum(jnp.square(error)), jnp.float32(error.size))}, {}
 
     loss = method.loss(Loss(fn))
-    verdicts = [method.trainable]
     start = method.init(jax.random.key(0), lm)
     view = network.run_view(start.lm.params)
-    infos = {name: info for name, info in describe(view).items() if trainable(verdicts, info)}
+    infos = describe(view)
+    trained = trained_names(infos, [method.trainable])
     settings = TrainSettings(steps=steps, learning_rate=learning_rate, schedule="constant")
-    tx = optimizer(settings, steps, infos)
-    step = jax.jit(make_step(gradient(loss, verdicts), tx, method, verdicts, ctx=Context(), largest_norm=0.0))
-    state, logs = create_state(dropout_key(0), view, {}, tx, verdicts), []
+    tx = optimizer(settings, steps, {name: infos[name] for name in trained})
+    step = jax.jit(make_step(gradient(loss, trained), tx, method, trained, ctx=Context(), largest_norm=0.0))
+    state, logs = create_state(dropout_key(0), view, {}, tx, trained), []
     for _ in range(steps):
         state, log = step(state, start.constants, batch)
         logs.append({name: float(term[0]) for name, term in log["terms"].items()})
