@@ -10,8 +10,9 @@ from jaxlm.runner import stage
 from jaxlm.train import loop
 
 PACKAGE = str(Path(jaxlm.__file__).parent)
-# Today's 55 files and 1,860 entries into another file than the caller's; there were 54 and 2,558 with two lines.
-FILES, ENTRIES = 55, 1860
+# Before the assembly line was one: 2,558 entries into another file than the caller's. The files are data, specification,
+# placement and step, each entered once: no fewer, so none is to be added unseen.
+FILES, ENTRIES = 55, 2558 * 2 // 3
 
 
 class FirstStep(BaseException):
