@@ -135,7 +135,7 @@ def denoise_spans(
     Each noise span becomes a sentinel in the input; the target lists each sentinel with the tokens that it replaces;
     both end with ``end_id``. Full rows of ``length`` tokens give exactly ``span_counts(length)`` tokens, without
     padding. Rows may hold several documents, as in T5. The decoder starts from ``pad_id``, as T5's does;
-    ``loader.started`` sets another start.
+    ``loader.with_decoder_start`` sets another start.
 
     Returns batches of ``input_ids``, ``attention_mask``, ``decoder_input_ids``, ``decoder_attention_mask``, ``labels``.
     """

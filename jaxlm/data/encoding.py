@@ -125,7 +125,7 @@ def encode(
     return Encoded(*(Ragged(values, offsets) for values in columns))
 
 
-def frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+def special_tokens_around(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     """The ids of the special tokens that the tokenizer puts before and after a text."""
     with _truncating(tokenizer.backend_tokenizer):
         encoding = tokenizer.backend_tokenizer.encode("a")

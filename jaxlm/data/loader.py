@@ -50,7 +50,7 @@ def steps_per_epoch(rows: int, batch_size: int, remainder: Remainder = "pad") ->
     return steps
 
 
-def started(batches: Batches, start_id: int | None) -> Batches:
+def with_decoder_start(batches: Batches, start_id: int | None) -> Batches:
     """The batches with ``start_id`` as the first token of ``decoder_input_ids``, if they have that column.
 
     It is the token that the model generates from; encoded targets begin with the padding token, as T5's do.

@@ -14,7 +14,7 @@ class prefetch:
     Args:
       batches: step -> batch.
       depth: largest number of batches that wait in the queue.
-      place: applied to every batch in the thread, for example to put it on devices.
+      transform: applied to every batch in the thread, for example to put it on devices.
 
     Attributes:
       waited: seconds that the consumer has spent waiting for batches: the cost of the data pipeline.
@@ -29,14 +29,14 @@ class prefetch:
         start: int,
         stop: int,
         depth: int = 2,
-        place: Callable[[Any], Any] = lambda batch: batch,
+        transform: Callable[[Any], Any] = lambda batch: batch,
     ):
         self.waited = 0.0
         self._ready: queue.Queue = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
         # The thread refers to the queue and the event but not to self, so that it ends with the iterator.
         self._finalizer = weakref.finalize(self, self._stopped.set)
-        arguments = (batches, start, stop, place, self._ready, self._stopped)
+        arguments = (batches, start, stop, transform, self._ready, self._stopped)
         self._thread = threading.Thread(target=_produce, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -69,7 +69,7 @@ class prefetch:
         self.close()
 
 
-def _produce(batches, start: int, stop: int, place, ready: queue.Queue, stopped: threading.Event) -> None:
+def _produce(batches, start: int, stop: int, transform, ready: queue.Queue, stopped: threading.Event) -> None:
     def put(item: tuple) -> None:
         while not stopped.is_set():
             try:
@@ -79,7 +79,7 @@ def _produce(batches, start: int, stop: int, place, ready: queue.Queue, stopped:
 
     try:
         for step in range(start, stop):
-            put((place(batches(step)), None, False))
+            put((transform(batches(step)), None, False))
             if stopped.is_set():
                 return
         put((None, None, True))

@@ -62,11 +62,6 @@ class Ragged:
         starts = self.offsets[:-1][rows]
         return starts, self.offsets[1:][rows] - starts
 
-    def take(self, rows: np.ndarray) -> "Ragged":
-        """The sequences with these numbers, in their order."""
-        starts, lengths = self.spans_of(rows)
-        return Ragged(self.values[spans(starts, lengths)], offsets_of(lengths))
-
     def then(self, other: "Ragged") -> "Ragged":
         """These sequences followed by those of another."""
         values = np.concatenate([self.values, other.values])
@@ -147,10 +142,6 @@ class Examples:
     def decoder_lengths(self) -> np.ndarray | None:
         """Number of decoder tokens of every example, or None without decoder columns."""
         return self._ragged("decoder_input_ids").lengths if "decoder_input_ids" in self.columns else None
-
-    def take(self, rows: np.ndarray) -> "Examples":
-        """The examples with these numbers, in their order."""
-        return Examples({n: c.take(rows) if isinstance(c, Ragged) else c[rows] for n, c in self.columns.items()})
 
     def then(self, other: "Examples") -> "Examples":
         """These examples followed by those of another; raises ValueError if their columns differ."""

@@ -171,7 +171,7 @@ def check_comparable(candidate: Candidate, lm: LM, trial: Trial, first: Runnable
 class Answers(NamedTuple):
     """What a model predicted, batch by batch; the labels it was asked for, and which examples they are of."""
 
-    seen: list[Mapping[str, np.ndarray]]
+    read: list[Mapping[str, np.ndarray]]
     labels: list[np.ndarray]
     rows: list[np.ndarray | None]
 
@@ -184,14 +184,14 @@ class Answers(NamedTuple):
         pairs: list[tuple[Any, Any]] = [*zip(self.labels, other.labels, strict=False)]
         pairs += zip(self.rows, other.rows, strict=False)
         if len(self.labels) == len(other.labels) and all(np.array_equal(a, b) for a, b in pairs):
-            return self.seen
+            return self.read
         rows = [numbers for numbers in self.rows if numbers is not None]
         others = [numbers for numbers in other.rows if numbers is not None]
-        if not rows or not others or self.seen[0]["predicted"].ndim > 1:
+        if not rows or not others or self.read[0]["predicted"].ndim > 1:
             return None
         numbers = np.concatenate(rows)
         order = np.argsort(numbers, kind="stable")[(numbers < 0).sum() :]
-        by_row = {name: np.concatenate([batch[name] for batch in self.seen])[order] for name in self.seen[0]}
+        by_row = {name: np.concatenate([batch[name] for batch in self.read])[order] for name in self.read[0]}
         return [{name: values[batch] for name, values in by_row.items()} for batch in others]
 
 

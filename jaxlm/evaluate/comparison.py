@@ -95,9 +95,9 @@ class ModelResult:
             )
 
     @property
-    def measure(self) -> Metric | None:
+    def metric(self) -> Metric | None:
         """What its quality is measured in."""
-        return None if self.held_out is None else self.held_out.measures[0]
+        return None if self.held_out is None else self.held_out.metrics[0]
 
     @property
     def quality(self) -> Estimate | None:
@@ -176,7 +176,7 @@ def compare(row: ModelResult, other: ModelResult) -> Comparison:
         latency=ratio(other.single, row.single) if row.single and other.single else None,
         flops=other.flops_per_token / row.flops_per_token if row.flops_per_token and other.flops_per_token else None,
         quality=_quality(row, other),
-        higher=row.measure is not None and row.measure.higher,
+        higher=row.metric is not None and row.metric.higher,
     )
 
 

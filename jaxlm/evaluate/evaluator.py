@@ -123,14 +123,14 @@ def evaluator(
     settings: DataSettings,
     *,
     batch_size: int,
-    place: Callable,
+    to_devices: Callable,
     ctx: Context,
     dtype: Any,
 ) -> Callable[[Tree], Score]:
     """`params -> Score` over every example of a split, once, without dropout.
 
     Args:
-      place: `batch -> (tokens, batch on the devices)`.
+      to_devices: `batch -> (tokens, batch on the devices)`.
       ctx: placement of activations.
       dtype: of activations and products.
     """
@@ -139,7 +139,7 @@ def evaluator(
     options = {"model": model, "read": spec.read, "without": spec.agreement_only, "ctx": ctx, "dtype": dtype}
 
     def evaluate(params: Tree) -> Score:
-        predictions = predict(batches, lambda batch: read_batch(params, place(batch)[1], **options), labels)
+        predictions = predict(batches, lambda batch: read_batch(params, to_devices(batch)[1], **options), labels)
         table: Callable[[], str] = str
         if spec.table is not None:
             kept = list(predictions)

@@ -28,7 +28,7 @@ class PerExampleResults:
       classes: number of classes of a classification.
 
     >>> text = PerExampleResults("causal", {"nats": (693.147, 1386.294), "tokens": (250, 500), "bytes": (1000, 2000)})
-    >>> [round(text.estimate(metric).value, 3) for metric in text.measures]
+    >>> [round(text.estimate(metric).value, 3) for metric in text.metrics]
     [1.0, 16.0]
     """
 
@@ -51,7 +51,7 @@ class PerExampleResults:
         return TASKS[self.task].evaluation
 
     @property
-    def measures(self) -> tuple[Metric, ...]:
+    def metrics(self) -> tuple[Metric, ...]:
         """The metrics of a report: the quality, and what stands beside it."""
         return self.spec.compared
 
@@ -62,7 +62,7 @@ class PerExampleResults:
     @property
     def quality(self) -> Estimate:
         """The first metric of the task."""
-        return self.estimate(self.measures[0])
+        return self.estimate(self.metrics[0])
 
     @property
     def agreement(self) -> Estimate | None:
@@ -109,7 +109,7 @@ def difference(a: PerExampleResults, b: PerExampleResults, metric: Metric | None
     Raises:
       ValueError: for models that did not read the same data.
     """
-    metric, same = metric or a.measures[0], a.spec.same
+    metric, same = metric or a.metrics[0], a.spec.same
     if a.task != b.task or not _same(a, b, same):
         raise ValueError(f"measured on different held-out data: the examples of {a.task} and {b.task} differ in {same}")
     of_a, of_b = a.estimate(metric), b.estimate(metric)
@@ -139,7 +139,7 @@ def combine(function: Callable[..., Any], *results: PerExampleResults, metric: M
       metric: the quality by default.
     """
     first, *others = results
-    metric, same = metric or first.measures[0], first.spec.same
+    metric, same = metric or first.metrics[0], first.spec.same
     for other in others:
         difference(first, other, metric)  # raises for models that did not read the same
     sums = [result.sums(metric) for result in results]

@@ -70,7 +70,7 @@ def stop_ids(stop: Any, vocab_size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, ids)))
 
 
-def ended(tokens: np.ndarray, strings: Sequence[str], tokenizer: Any, pad_id: int) -> np.ndarray:
+def pad_after_strings(tokens: np.ndarray, strings: Sequence[str], tokenizer: Any, pad_id: int) -> np.ndarray:
     """New tokens `[batch, length]`, padded after the token that completes one of `strings` in the decoded text."""
     tokens = tokens.copy()
     for row in tokens:

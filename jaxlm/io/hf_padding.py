@@ -105,4 +105,4 @@ def _padded(config: ModelConfig, target: ModelConfig, path: str, tensor: Tensor)
         out[np.ix_(*places)] = (array * np.asarray(factor, array.dtype)).reshape(flat_before)
         return out.reshape(shape)
 
-    return Tensor(shape, tensor.dtype, read, tensor.place)
+    return Tensor(shape, tensor.dtype, read, tensor.location)

@@ -64,7 +64,7 @@ def to_transformers(config: ModelConfig, leaves: Mapping[str, Tensor]) -> dict[s
         def read(dtype: Any = None, row: Row = row, parts: list[Tensor] = parts) -> np.ndarray:
             return row.join([part.read(dtype) for part in parts])
 
-        tensors[name] = Tensor(row.shape([part.shape for part in parts]), parts[0].dtype, read, parts[0].place)
+        tensors[name] = Tensor(row.shape([part.shape for part in parts]), parts[0].dtype, read, parts[0].location)
     return tensors
 
 
@@ -105,13 +105,13 @@ def from_transformers(config: ModelConfig, stored: Mapping[str, Tensor], where: 
                 classes = config.head in ("sequence", "token") and row.paths[0].startswith("head/output/")
                 hint = f": id2label of config.json names {config.num_labels} classes" if classes else ""
                 raise ValueError(
-                    f"{tensor.place}: tensor {row.hf!r} has the shape {list(tensor.shape)}, expected {list(expected)}"
-                    f"{hint}"
+                    f"{tensor.location}: tensor {row.hf!r} has the shape {list(tensor.shape)}, "
+                    f"expected {list(expected)}{hint}"
                 )
             unknown.append(row.hf)
         elif not is_float(tensor.dtype):
             raise ValueError(
-                f"{tensor.place}: tensor {row.hf!r} holds {tensor.dtype}, expected floating-point numbers; "
+                f"{tensor.location}: tensor {row.hf!r} holds {tensor.dtype}, expected floating-point numbers; "
                 "checkpoints quantized by other programs are not supported"
             )
         else:
@@ -136,7 +136,7 @@ def _parts(row: Row, tensor: Tensor, parameters: list[Parameter]) -> dict[str, T
         return lambda dtype=None: row.part(tensor.read(dtype), index, widths).copy()
 
     return {
-        path: Tensor(p.shape, tensor.dtype, reader(index), tensor.place)
+        path: Tensor(p.shape, tensor.dtype, reader(index), tensor.location)
         for index, (path, p) in enumerate(zip(row.paths, parameters, strict=True))
     }
 

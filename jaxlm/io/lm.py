@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import Axes, Context, Tap, Tree, arrays, with_arrays
-from jaxlm.generate.decoding import ended, generate
+from jaxlm.generate.decoding import generate, pad_after_strings
 from jaxlm.io.carried import for_tokenizer
 from jaxlm.io.safetensors import read_json
 from jaxlm.models.config import ModelConfig
@@ -196,7 +196,7 @@ class LM:
             return tokens
         pads = (self.tokenizer.pad_token_id, self.config.pad_token_id, *self.end_ids, 0)
         pad_id = next(pad for pad in pads if pad is not None)
-        return jnp.asarray(ended(np.asarray(tokens), strings, self.tokenizer, pad_id))
+        return jnp.asarray(pad_after_strings(np.asarray(tokens), strings, self.tokenizer, pad_id))
 
 
 def check_prompts(batch: Mapping[str, Any]) -> None:

@@ -59,13 +59,13 @@ class Tensor(NamedTuple):
     Attributes:
       shape, dtype: what `read()` gives; nbytes: what it takes in a file.
       read: gives the numpy array, by `read(dtype)` converted to another float dtype on the way; nothing is kept.
-      place: where it comes from, for messages.
+      location: where it comes from, for messages.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[..., np.ndarray]
-    place: str = "memory"
+    location: str = "memory"
 
     @property
     def nbytes(self) -> int:

@@ -175,7 +175,7 @@ def _packed(tensor: Tensor, bits: int) -> Tensor:
 
 def _lazy(tensor: Tensor, count: int, make: Callable[[np.ndarray], np.ndarray], dtype: Any = np.uint8) -> Tensor:
     """A part of a tensor, made when it is written."""
-    return Tensor((count,), np.dtype(dtype), lambda wanted=None: make(tensor.read()), tensor.place)
+    return Tensor((count,), np.dtype(dtype), lambda wanted=None: make(tensor.read()), tensor.location)
 
 
 # Reading back -------------------------------------------------------------------------------------------------------
@@ -234,8 +234,8 @@ def _whole(
         occupied, out = support(), np.zeros(shape, dtype)
         if np.count_nonzero(occupied) != values.shape[0]:
             raise ValueError(
-                f"{values.place}: {name!r} has {values.shape[0]} values for {np.count_nonzero(occupied)} places: it is "
-                "damaged"
+                f"{values.location}: {name!r} has {values.shape[0]} values for {np.count_nonzero(occupied)} places: "
+                "it is damaged"
             )
         out[occupied] = values.read()
         return out
@@ -260,7 +260,7 @@ def _made(name: str, shape: tuple[int, ...], dtype: np.dtype, make: Callable[[],
         array = make()
         return array if wanted is None or not is_float(dtype) else Tensor.of(array, name).read(wanted)
 
-    return Tensor(shape, dtype, read, part.place)
+    return Tensor(shape, dtype, read, part.location)
 
 
 # Packing ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Cross-entropy, squared error and accuracy, each a `(sum, weight)` over the labels that count."""
+"""Cross-entropy and squared error, each a `(sum, weight)` over the labels that count."""
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,3 @@ def squared_error(predictions: Float[Array, "*batch"], targets: Float[Array, "*b
     valid = ~jnp.isnan(targets)
     error = jnp.where(valid, predictions - jnp.where(valid, targets, 0.0), 0.0)
     return Term(jnp.sum(jnp.square(error)), jnp.sum(valid.astype(jnp.float32)))
-
-
-def accuracy(logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"]) -> Term:
-    """Number of labels that have the largest logit, and number of labels that count."""
-    valid = labels != IGNORED
-    correct = (jnp.argmax(logits, axis=-1) == labels) & valid
-    return Term(jnp.sum(correct.astype(jnp.float32)), jnp.sum(valid.astype(jnp.float32)))

@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding
 
-from jaxlm.parallel.sharding import spec_of, ways
+from jaxlm.parallel.sharding import num_shards, spec_of
 
 
 def token_count(batch: Mapping[str, np.ndarray]) -> int:
@@ -23,7 +23,7 @@ def to_devices(mesh: jax.sharding.Mesh, rules: Mapping[str, Any]) -> Callable[[d
     Every process makes the whole batch and passes each of its devices the rows of that device. The function raises
     ValueError for a batch whose rows do not divide over the devices.
     """
-    parts = ways("batch", mesh, rules)
+    parts = num_shards("batch", mesh, rules)
     sharding = NamedSharding(mesh, spec_of(("batch",), (parts,), rules, mesh))
 
     def to_device(batch: dict[str, np.ndarray]) -> tuple[int, dict[str, jax.Array]]:

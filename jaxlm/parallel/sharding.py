@@ -257,6 +257,6 @@ def _put(value: Any, sharding: NamedSharding) -> Any:
     return jax.device_put(value, sharding)
 
 
-def ways(name: str, mesh: Mesh, rules: Rules) -> int:
+def num_shards(name: str, mesh: Mesh, rules: Rules) -> int:
     """Number of shards that the rules split an axis name into: a padded vocabulary is a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in _as_tuple(rules.get(name)))

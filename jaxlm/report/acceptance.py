@@ -90,12 +90,12 @@ class Results:
 
     def gain(self, name: str, over: str) -> Estimate:
         """How much better its quality is than another's; above 0 is better, whichever way the metric runs."""
-        sign = 1 if self.held_out(name).measures[0].higher else -1
+        sign = 1 if self.held_out(name).metrics[0].higher else -1
         return combine(lambda a, b: sign * (a - b), self.held_out(name), self.held_out(over))
 
     def rise(self, name: str, over: str, metric: str) -> Estimate:
         """How much larger one of its metrics is than another model's, as a fraction of that."""
-        by_metric = {compared.name: compared for compared in self.held_out(name).measures}
+        by_metric = {compared.name: compared for compared in self.held_out(name).metrics}
         chosen = lookup(by_metric, metric, "metric")
         return combine(lambda a, b: a / b - 1, self.held_out(name), self.held_out(over), metric=chosen)
 

@@ -124,7 +124,7 @@ def _quality_cells(row: ModelResult, rows: Mapping[str, ModelResult], outcome: i
     if measured is None:
         return [Cell("Quality", NOT_MEASURED)]
     entries, against = [], against_reference(row, rows)
-    for i, metric in enumerate(measured.measures):
+    for i, metric in enumerate(measured.metrics):
         value = estimate(row.held_out.estimate(metric), metric) if row.held_out else NOT_MEASURED
         change = estimate(against.quality, metric, signed=True) if not i and against and against.quality else ""
         entries.append(Cell(metric.label, value, change, None if i else outcome))
@@ -154,7 +154,7 @@ def table(rows: Sequence[ModelResult]) -> "Table":
         "Latency at batch 1": "Latency",
     }
     if measured is not None:
-        quality = measured.measures[0].label
+        quality = measured.metrics[0].label
         shown |= {quality: quality, measured.spec.agreement.label: "Agrees"}
     styles = {1: "cyan", 0: "dim", -1: "yellow"}
     result = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False, show_edge=False)
@@ -223,7 +223,7 @@ def _model(row: ModelResult, rows: Mapping[str, ModelResult]) -> dict[str, Any]:
     raw = asdict(row)
     timing = {"batch": raw.pop("batch"), "single": raw.pop("single"), "batch_tokens": raw.pop("batch_tokens")}
     held_out = raw.pop("held_out")
-    metrics = row.held_out.measures if row.held_out else ()
+    metrics = row.held_out.metrics if row.held_out else ()
     return raw | {
         "layers": row.layers,
         "tokens_per_second": row.tokens_per_second,

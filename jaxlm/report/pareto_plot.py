@@ -184,7 +184,7 @@ def _points(rows: Sequence[ModelResult], brief: bool) -> tuple[list[Point], list
 
 def _metric(rows: Sequence[ModelResult]) -> Metric | None:
     """What quality is measured in, `None` where it was not."""
-    return next((row.measure for row in rows if row.measure is not None), None)
+    return next((row.metric for row in rows if row.metric is not None), None)
 
 
 def _point(x: tuple[float, float, float], y: float, error: float, note: str, look: tuple[str, str, str]) -> Point:

@@ -64,7 +64,7 @@ def findings(comparison: Comparison, metric: Metric | None) -> list[Finding]:
 def badges(row: ModelResult, rows: Mapping[str, ModelResult]) -> list[Finding]:
     """The findings against the row's reference; none for the reference itself."""
     comparison = against_reference(row, rows)
-    return [] if comparison is None else findings(comparison, row.measure)
+    return [] if comparison is None else findings(comparison, row.metric)
 
 
 def described(row: ModelResult, rows: Mapping[str, ModelResult]) -> list[str]:
@@ -94,9 +94,9 @@ def sentence(row: ModelResult, other: ModelResult) -> str:
         _size(row, other, comparison.size),
         _speed(comparison.speed, outcome["speed"], "in batches"),
         _speed(comparison.latency, outcome["latency"], "at batch 1"),
-        _quality(comparison.quality, outcome["quality"], row.measure),
+        _quality(comparison.quality, outcome["quality"], row.metric),
     ]
-    gains = summarize(findings(comparison, row.measure), row.measure)
+    gains = summarize(findings(comparison, row.metric), row.metric)
     return f"Against {one_line(other.name)} it is {gains}: {', '.join(numbers)}."
 
 
@@ -172,7 +172,7 @@ def recommendations(rows: Sequence[ModelResult], tolerance: float) -> list[Recom
     model dominates it. There are none without the quality of the reference.
     """
     reference = _reference(rows)
-    metric = reference.measure
+    metric = reference.metric
     if metric is None or not math.isfinite(_value(reference)):
         return []
     measured = [row for row in rows if math.isfinite(_value(row))]
@@ -219,7 +219,7 @@ def _value(row: ModelResult) -> float:
 
 def _change(row: ModelResult, reference: ModelResult) -> str:
     """Its quality beside the reference's, of 0 alone: `2.4% more bits per byte`, `98.7% of the accuracy`."""
-    metric = reference.measure
+    metric = reference.metric
     assert metric is not None
     if _value(reference) == 0:
         return _amount(row, metric)
@@ -247,7 +247,7 @@ def summary(rows: Sequence[ModelResult], tolerance: float) -> str:
     for row in rows:
         better = next((other for other in rows if other is not row and dominates(other, row)), None)
         for name in () if many else row.beside:
-            gains = summarize(findings(compare(row, named[name]), row.measure), row.measure)
+            gains = summarize(findings(compare(row, named[name]), row.metric), row.metric)
             text.append(f"Beside {one_line(name)}, {one_line(row.name)} is {gains}.")
         if row.held_out is not None and math.isnan(_value(row)):
             text.append(f"Do not ship {one_line(row.name)}: its predictions are not numbers.")
@@ -262,7 +262,7 @@ def summary(rows: Sequence[ModelResult], tolerance: float) -> str:
 
 def _advice(rows: Sequence[ModelResult], chosen: Mapping[str, Recommendation], tolerance: float) -> list[str]:
     reference = _reference(rows)
-    metric = reference.measure
+    metric = reference.metric
     assert metric is not None
     small, fast, best = chosen.get("Smallest"), chosen.get("Fastest"), chosen[metric.best]
     if small and fast and small.name == fast.name:
@@ -283,16 +283,16 @@ def _advice(rows: Sequence[ModelResult], chosen: Mapping[str, Recommendation], t
 def _nothing(rows: Sequence[ModelResult], aspect: str) -> str:
     """That no model within the tolerance is better in an aspect, and the least bad of those that are."""
     reference, comparative = _reference(rows), COMPARATIVES[aspect][1]
-    assert reference.measure is not None
+    assert reference.metric is not None
     better = [row for row in _better(rows, reference, aspect) if math.isfinite(_value(row))]
     if not better:
         return f"nothing is {comparative}"
-    row = (max if reference.measure.higher else min)(better, key=_value)
+    row = (max if reference.metric.higher else min)(better, key=_value)
     return f"nothing is {comparative} (the closest is {one_line(row.name)}, {_change(row, reference)})"
 
 
 def _dominated(row: ModelResult, by: ModelResult) -> str:
-    outcomes, quality = compare(by, row).outcomes(), quality_comparatives(row.measure)
+    outcomes, quality = compare(by, row).outcomes(), quality_comparatives(row.metric)
     equal = [phrase for key, phrase in (EQUAL | {"quality": quality[0]}).items() if outcomes[key] == 0]
     better = [phrases[1] for key, phrases in (COMPARATIVES | {"quality": quality}).items() if outcomes[key] == 1]
     return f"{one_line(row.name)} is dominated by {one_line(by.name)}, which is {_and([*equal, *better])}."

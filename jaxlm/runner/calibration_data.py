@@ -32,7 +32,7 @@ def read_calibration(
     Raises:
       ValueError: for text that the model is evaluated on, or rows longer than its positions.
     """
-    place = calibration_place(settings.source, data)
+    place = calibration_location(settings.source, data)
     length = settings.length or data.max_length
     if model.max_positions and length > model.max_positions:
         raise ValueError(
@@ -56,7 +56,7 @@ def read_calibration(
     return Calibration(tuple(kept), place)
 
 
-def calibration_place(source: str, data: DataSettings) -> str:
+def calibration_location(source: str, data: DataSettings) -> str:
     """The place behind `config.calibration.source`, which shares no row with the evaluation data.
 
     Raises:

@@ -102,10 +102,10 @@ def teachers_in(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return places
 
 
-def teacher_places(entries: Sequence[Mapping[str, Any]], change: Callable[[str], str]) -> tuple[dict[str, Any], ...]:
+def map_teachers(entries: Sequence[Mapping[str, Any]], change: Callable[[str], str]) -> tuple[dict[str, Any], ...]:
     """Entries of `config.losses` with the place of every teacher changed: the name of a stage to its directory, say.
 
-    >>> teacher_places([{"name": "distill", "teachers": [{"teacher": "a"}, {"teacher": "b"}]}], str.upper)
+    >>> map_teachers([{"name": "distill", "teachers": [{"teacher": "a"}, {"teacher": "b"}]}], str.upper)
     ({'name': 'distill', 'teachers': ({'teacher': 'A'}, {'teacher': 'B'})},)
     """
     changed = []
@@ -114,6 +114,6 @@ def teacher_places(entries: Sequence[Mapping[str, Any]], change: Callable[[str],
         if new.get("teacher"):
             new["teacher"] = change(new["teacher"])
         if "teachers" in new:
-            new["teachers"] = teacher_places(new["teachers"], change)
+            new["teachers"] = map_teachers(new["teachers"], change)
         changed.append(new)
     return tuple(changed)

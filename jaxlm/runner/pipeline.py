@@ -22,7 +22,7 @@ from jaxlm.runner import stage
 from jaxlm.runner.artifacts import PLACEMENT, data_contents
 from jaxlm.runner.code_version import code_version
 from jaxlm.runner.config import default_config, overlay, plain
-from jaxlm.runner.distillation import teacher_places, teachers_in
+from jaxlm.runner.distillation import map_teachers, teachers_in
 from jaxlm.tasks import TASKS
 
 STAGE_FIELDS = ("name", "description", "after", "reference", "beside", "compare")
@@ -41,7 +41,7 @@ def stage_config(config: ConfigDict, entry: Mapping[str, Any], done: Mapping[str
         settings.model = default_config().model
         settings.model.init = str(lookup(done, entry["after"], "stage (stages come in order)") / "model")
     overlay(settings, {k: v for k, v in entry.items() if k not in STAGE_FIELDS}, f"stage {entry['name']}: config")
-    settings.losses = teacher_places(
+    settings.losses = map_teachers(
         plain(settings.losses), lambda name: str(done[name] / "model") if name in done else name
     )
     return settings

@@ -21,7 +21,7 @@ from jaxlm.io.pretrained import load
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.network import Network
-from jaxlm.parallel import make_mesh, make_rules, pad_vocab, place, shard_tree, shardings, ways
+from jaxlm.parallel import make_mesh, make_rules, num_shards, pad_vocab, place, shard_tree, shardings
 from jaxlm.parallel.batches import to_devices
 from jaxlm.runner import registry
 from jaxlm.runner.calibration_data import read_calibration
@@ -240,7 +240,7 @@ def on_mesh(setup: RunSetup, lm: LM, breaks: Collection[int] = ()) -> dict[str, 
       breaks: layers that begin a segment of their own, see `Network.run_view`.
     """
     params = lm.network.run_view(lm.params, breaks=breaks)
-    params = pad_vocab(params, lm.axes, ways("vocab", setup.mesh, setup.rules))
+    params = pad_vocab(params, lm.axes, num_shards("vocab", setup.mesh, setup.rules))
     return shard_tree(params, shardings(params, lm.axes, setup.mesh, setup.rules, lm.network.sizes()))
 
 
@@ -255,7 +255,7 @@ def split_evaluator(setup: RunSetup, network: Network, split: str):
         setup.lm.tokenizer,
         setup.data,
         batch_size=setup.training.batch_size,
-        place=to_devices(setup.mesh, setup.rules),
+        to_devices=to_devices(setup.mesh, setup.rules),
         ctx=setup.ctx,
         dtype=setup.dtype,
     )

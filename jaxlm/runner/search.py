@@ -247,10 +247,10 @@ def measured(space: Space, models: Sequence[Candidate]) -> list[ModelResult]:
 def score(row: ModelResult, reference: ModelResult, cost: str) -> tuple[float, float]:
     """Quality, more being better, and the cost."""
     comparison = compare(row, reference)
-    assert row.quality is not None and row.measure is not None
+    assert row.quality is not None and row.metric is not None
     if not math.isfinite(row.quality.value):
         raise ValueError(f"{row.name}: its predictions are not numbers")
-    quality = row.quality.value if row.measure.higher else -row.quality.value
+    quality = row.quality.value if row.metric.higher else -row.quality.value
     costs = {"size": row.bytes_on_disk, "flops": row.flops_per_token}
     for name, ratio in (("speed", comparison.speed), ("latency", comparison.latency)):
         costs[name] = None if ratio is None else ratio.median

@@ -26,7 +26,7 @@ from jaxlm.core import (
     with_arrays,
 )
 from jaxlm.core.partition import Verdict
-from jaxlm.parallel import pad_vocab, shardings, ways
+from jaxlm.parallel import num_shards, pad_vocab, shardings
 from jaxlm.runner.run_setup import RunSetup
 from jaxlm.train.gradient import accumulate, gradient
 from jaxlm.train.optimizer import decays, optimizer
@@ -79,7 +79,7 @@ def sharded_step(setup: RunSetup, method: Method, start: MethodInit, steps: int)
 
     # The run view: layers stacked where structure and verdicts are equal, the vocabulary padded, every array placed.
     params = network.run_view(canonical, layer_verdict(infos, trained, training), network.tap_breaks(taps))
-    params = pad_vocab(params, axes, ways("vocab", setup.mesh, setup.rules))
+    params = pad_vocab(params, axes, num_shards("vocab", setup.mesh, setup.rules))
     where = shardings(params, axes, setup.mesh, setup.rules, network.sizes())
     infos = describe(params)
     trained = trained_names(infos, verdicts)

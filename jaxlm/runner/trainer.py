@@ -62,7 +62,7 @@ def build_trainer(setup: RunSetup, workdir: Path, writer: MetricWriter) -> Train
         shardings=plan.placement,
         constants=start.constants,
         shapes=batch_shapes(batches, to_device),
-        batches=lambda start, stop: prefetch(batches, start, stop, place=to_device),
+        batches=lambda start, stop: prefetch(batches, start, stop, transform=to_device),
         evaluate=evaluation_of(setup, method),
         stores=stores_in(workdir, setup.training, saved_shapes(plan, start)),
         writer=writer,

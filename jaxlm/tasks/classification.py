@@ -352,7 +352,7 @@ def refuse_mixed(tags: Sequence[str], labels: Sequence[str], source: Source) -> 
     positions = [tag for tag in tags if scheme.read(tag)]
     if strangers and positions:
         raise ValueError(
-            f"{source.place}: tags of two kinds, {', '.join(positions[:4])} say where a name begins and ends, "
+            f"{source.location}: tags of two kinds, {', '.join(positions[:4])} say where a name begins and ends, "
             f"{', '.join(strangers[:4])} do not; beside the first there may only be O. Correct the tags, or name the "
             f"column that has them in {source.columns_field}"
         )

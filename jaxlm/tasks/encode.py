@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxlm.core.strict_json import digest
-from jaxlm.data.loader import Batches, started
+from jaxlm.data.loader import Batches, with_decoder_start
 from jaxlm.data.ragged import Examples, Ragged
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.sources import Source
@@ -91,7 +91,9 @@ def batches_of(
     seed: int | None,
 ) -> Batches:
     """The batches of a split as a model reads them: its decoder begins with the token that it begins to write with."""
-    return started(task.batches(prepared, tokenizer, settings, batch_size, seed), config.decoder_start_token_id)
+    return with_decoder_start(
+        task.batches(prepared, tokenizer, settings, batch_size, seed), config.decoder_start_token_id
+    )
 
 
 def check_fit(config: Any, tokenizer: Any, data: DataSettings) -> None:

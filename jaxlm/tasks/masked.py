@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.core import Terms
 from jaxlm.data.corruption import mask_tokens, next_sentence_pairs
-from jaxlm.data.encoding import encode, frame
+from jaxlm.data.encoding import encode, special_tokens_around
 from jaxlm.data.loader import Batches, bucketed, in_order, packed
 from jaxlm.data.ragged import Examples, Ragged, offsets_of
 from jaxlm.data.settings import DataSettings
@@ -37,7 +37,7 @@ from jaxlm.tasks.task import (
 
 def framed(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """Documents between the tokenizer's first and last special tokens."""
-    first, last = frame(tokenizer)
+    first, last = special_tokens_around(tokenizer)
     ids = encode(tokenizer, documents_of(source), special_tokens=False, before=first, after=last).ids
     return Prepared(Examples({"input_ids": ids}), {})
 

@@ -45,7 +45,7 @@ def pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: Dat
         )
     )
     source_texts, target_texts, weights = zip(*rows, strict=True)
-    inputs, targets = (ended(texts, tokenizer, settings.max_length) for texts in (source_texts, target_texts))
+    inputs, targets = (with_end_token(texts, tokenizer, settings.max_length) for texts in (source_texts, target_texts))
     shifted = Ragged(np.empty_like(targets.values), targets.offsets)
     shifted.values[1:] = targets.values[:-1]
     shifted.values[targets.offsets[:-1]] = padding_id(tokenizer)
@@ -53,7 +53,7 @@ def pairs(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: Dat
     return Prepared(Examples(columns | sample_weights(weights)), {})
 
 
-def ended(texts: Iterable[str], tokenizer: Any, max_length: int | None = None) -> Ragged:
+def with_end_token(texts: Iterable[str], tokenizer: Any, max_length: int | None = None) -> Ragged:
     """Encoded texts that end with the end token, whether the tokenizer adds it (T5's does) or not."""
     end = tokenizer.eos_token_id
     if end is None:
@@ -74,7 +74,7 @@ def padded_batches(
 
 def plain(source: Source, tokenizer: Any, labels: tuple[str, ...], settings: DataSettings) -> Prepared:
     """Every record's `text`, ended by the end token."""
-    return Prepared(Examples({"input_ids": ended(documents_of(source), tokenizer)}), {})
+    return Prepared(Examples({"input_ids": with_end_token(documents_of(source), tokenizer)}), {})
 
 
 def denoising_batches(

@@ -14,8 +14,8 @@ from jaxlm.data.loader import (
     in_order,
     packed,
     packed_examples,
-    started,
     steps_per_epoch,
+    with_decoder_start,
 )
 from jaxlm.data.packing import IGNORED
 from jaxlm.data.ragged import Examples, Ragged
@@ -211,7 +211,7 @@ def test_a_decoder_starts_with_the_id_of_its_model():
     targets = Ragged.of([[0, 5, 6], [0, 7], [0]])
     data = Examples({"input_ids": Ragged.of([[1], [2], [3]]), "decoder_input_ids": targets, "labels": targets})
     plain = bucketed(data, 2, 0, lengths=LENGTHS)
-    batches = started(plain, 9)
+    batches = with_decoder_start(plain, 9)
     for step in (-1, 0, 1, 7):
         batch, before = batches(step), plain(step)
         assert (batch["decoder_input_ids"][:, 0] == 9).all() and (before["decoder_input_ids"][:, 0] == 0).all()
@@ -219,7 +219,7 @@ def test_a_decoder_starts_with_the_id_of_its_model():
         assert batch.keys() == before.keys() and all(np.array_equal(batch[n], a) for n, a in before.items())
     assert announced(batches) == announced(plain)
     without = kinds_of()["packed"]
-    assert started(without, 9) is without and started(plain, None) is plain
+    assert with_decoder_start(without, 9) is without and with_decoder_start(plain, None) is plain
 
 
 def test_packed_in_order_for_evaluation():

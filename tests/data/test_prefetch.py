@@ -28,7 +28,7 @@ def test_order_and_place():
         placed_in.add(threading.current_thread().name)
         return {k: v + 1 for k, v in batch.items()}
 
-    iterator = prefetch(lambda step: {"x": np.array(step)}, 3, 9, place=to_device)
+    iterator = prefetch(lambda step: {"x": np.array(step)}, 3, 9, transform=to_device)
     assert [int(b["x"]) for b in iterator] == [4, 5, 6, 7, 8, 9]
     assert placed_in == {"prefetch"} and not threads()
     assert list(iterator) == [] and list(prefetch(lambda s: s, 5, 5)) == []

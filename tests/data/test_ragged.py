@@ -19,7 +19,6 @@ def test_as_a_list_of_arrays():
         if not rows:
             continue
         chosen = rng.integers(0, len(rows), 5)
-        assert [row.tolist() for row in ragged.take(chosen)] == [rows[i] for i in chosen]
         padded = ragged.padded(np.append(chosen, -1), 8, -7)
         assert padded.tolist() == [rows[i] + [-7] * (8 - len(rows[i])) for i in chosen] + [[-7] * 8]
         assert ragged[-1].tolist() == rows[-1]
@@ -51,8 +50,6 @@ def test_examples():
     ids = Ragged.of([[1, 2], [3]])
     examples = Examples({"input_ids": ids, "labels": np.array([0, 1], np.int32)})
     assert len(examples) == 2 and examples.lengths.tolist() == [2, 1] and examples.decoder_lengths is None
-    taken = examples.take(np.array([1, 0]))
-    assert taken.columns["labels"].tolist() == [1, 0] and taken.lengths.tolist() == [1, 2]
     decoder = Ragged.of([[1], [1, 2, 3]])
     both = Examples({"input_ids": ids, "decoder_input_ids": decoder, "labels": decoder})
     assert both.decoder_lengths.tolist() == [1, 3]

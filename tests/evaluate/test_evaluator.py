@@ -56,9 +56,9 @@ class Setting:
         ]  # louder than a fresh model, so that predictions differ
         self.trial = Trial(task, self.data, ReportSettings(batch_size=BATCH))
 
-    def evaluator(self, place=lambda batch: (0, batch)):
+    def evaluator(self, to_devices=lambda batch: (0, batch)):
         prepared = self.task.prepare(self.data.source("eval"), self.tokenizer, self.labels, self.data)
-        options = {"place": place, "ctx": Context(), "dtype": jnp.float32}
+        options = {"to_devices": to_devices, "ctx": Context(), "dtype": jnp.float32}
         return evaluator(self.task, self.model, prepared, self.tokenizer, self.data, batch_size=BATCH, **options)
 
     def runnable(self, which: int) -> RunnableModel:
@@ -85,7 +85,7 @@ def test_a_report_says_what_the_result_says(task, settings):
     metrics = setting.evaluator()(setting.model.run_view(setting.params[0])).metrics
     results, _ = evaluate_held_out(setting.runnable(0), setting.trial, None)
     keys = {"entity_f1": "f1", "word_accuracy": "accuracy"} if task == "token" else {}
-    for metric in results.measures:
+    for metric in results.metrics:
         assert results.estimate(metric).value == pytest.approx(metrics[keys.get(metric.name, metric.name)], rel=1e-6)
     assert list(metrics) == [*setting.task.evaluation.metrics, *setting.task.evaluation.facts]
     assert results.agreement is None and results.columns.keys() <= stored(setting)
@@ -192,7 +192,7 @@ def test_the_next_batch_is_read_before_the_predictions_of_one_are_used(settings)
 def test_predictions_of_a_report_are_those_of_all_batches(settings):
     setting = settings("sequence")
     _, answers = evaluate_held_out(setting.runnable(0), setting.trial, None)
-    assert isinstance(answers, Answers) and len(answers.seen) == len(answers.labels) == len(answers.rows) == 3
+    assert isinstance(answers, Answers) and len(answers.read) == len(answers.labels) == len(answers.rows) == 3
     assert all(
-        batch["predicted"].shape == labels.shape for batch, labels in zip(answers.seen, answers.labels, strict=True)
+        batch["predicted"].shape == labels.shape for batch, labels in zip(answers.read, answers.labels, strict=True)
     )

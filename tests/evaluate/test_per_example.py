@@ -69,7 +69,7 @@ def test_metrics_of_classes_are_those_of_scikit_learn():
     true, predicted = rng.integers(0, 4, 90), rng.integers(0, 5, 90)
     columns = {"true": tuple(map(int, true)), "predicted": tuple(map(int, predicted))}
     held_out = PerExampleResults("sequence", columns, classes=6)
-    values = {metric.name: held_out.estimate(metric).value for metric in held_out.measures}
+    values = {metric.name: held_out.estimate(metric).value for metric in held_out.metrics}
     assert values == pytest.approx(
         {
             "accuracy": np.mean(true == predicted),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.losses.cross_entropy import IGNORED, accuracy, cross_entropy, log_likelihood, squared_error
+from jaxlm.losses.cross_entropy import IGNORED, cross_entropy, log_likelihood, squared_error
 
 
 def test_cross_entropy_by_hand():
@@ -39,12 +39,6 @@ def test_bfloat16_is_summed_in_float32():
 def test_likelihood_is_zero_where_nothing_is_predicted():
     likelihood, valid = log_likelihood(jnp.ones((3, 4)), jnp.array([IGNORED, 1, IGNORED]))
     assert valid.tolist() == [0, 1, 0] and likelihood[0] == likelihood[2] == 0 and likelihood[1] < 0
-
-
-def test_accuracy_counts_only_labels():
-    logits = jnp.array([[0.0, 2.0], [3.0, 1.0], [0.0, 9.0]])
-    term = accuracy(logits, jnp.array([1, 1, IGNORED]))
-    assert (float(term.sum), float(term.weight)) == (1.0, 2.0)
 
 
 def test_squared_error_leaves_out_rows_without_target():

@@ -32,12 +32,12 @@ from jaxlm.parallel import (
     make_mesh,
     make_rules,
     mask_padded_logits,
+    num_shards,
     pad_vocab,
     place,
     shard_tree,
     shardings,
     spec_of,
-    ways,
 )
 from jaxlm.parallel.batches import to_devices
 
@@ -192,7 +192,7 @@ def test_what_does_not_divide_is_logged_once(mesh, monkeypatch):
 def test_one_device_costs_nothing():
     mesh = make_mesh({}, jax.devices()[:1])
     assert place(mesh, RULES) is unsharded
-    assert ways("vocab", mesh, RULES) == 1
+    assert num_shards("vocab", mesh, RULES) == 1
     assert spec_of(("vocab", "embed"), (61, 7), RULES, mesh) == P()
 
 

@@ -7,7 +7,7 @@ import jaxlm
 from jaxlm.core import Masked, flatten
 from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.runner import run_setup, stage
-from jaxlm.runner.calibration_data import calibration_place, fillers, only, read_calibration
+from jaxlm.runner.calibration_data import calibration_location, fillers, only, read_calibration
 from jaxlm.runner.run_setup import apply_surgery, prepare_run
 from jaxlm.tasks import TASKS
 
@@ -76,13 +76,13 @@ def test_places_that_may_share_rows_are_refused(tmp_path):
         (tmp_path / name).write_text("x")
     data = DataSettings(train=f"{tmp_path}/*.txt", eval=f"{tmp_path}/b.txt")
     with pytest.raises(ValueError, match=r"reads '.*\*.txt', which may share rows with config.data.eval = '.*b.txt'"):
-        calibration_place("train", data)
-    assert calibration_place(f"{tmp_path}/a.txt", data) == f"{tmp_path}/a.txt"
+        calibration_location("train", data)
+    assert calibration_location(f"{tmp_path}/a.txt", data) == f"{tmp_path}/a.txt"
 
 
 def test_a_source_must_be_there():
     with pytest.raises(ValueError, match=r"config.data.train is empty; name a place"):
-        calibration_place("train", DataSettings())
+        calibration_location("train", DataSettings())
 
 
 # Which rows are taken -------------------------------------------------------------------------------------------------

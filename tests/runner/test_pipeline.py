@@ -195,9 +195,9 @@ COMPARED = ["masked", "seq2seq", "token"]
 def test_every_task_is_compared(task, files, tmp_path):
     teacher, small = run(recipe_of(task, files), tmp_path)
     stored = json.loads((tmp_path / "teacher" / "result.json").read_text())["metrics"]["eval"]
-    for measure in teacher.held_out.measures:
-        name = {"entity_f1": "f1", "word_accuracy": "accuracy"}.get(measure.name, measure.name)
-        value = teacher.held_out.estimate(measure).value
+    for metric in teacher.held_out.metrics:
+        name = {"entity_f1": "f1", "word_accuracy": "accuracy"}.get(metric.name, metric.name)
+        value = teacher.held_out.estimate(metric).value
         if name != "bits_per_byte":  # there the task counts every byte, the report those of predicted tokens
             assert value == pytest.approx(stored[name], rel=1e-4, abs=1e-6), name
     assert small.held_out.agreement is not None and teacher.held_out.agreement is None
@@ -241,9 +241,9 @@ def test_answers_about_examples_are_put_beside_those_of_another_tokenizer():
     other = answers([[1, 2], [0, -1]], [[0, 0], [0, 0]], [[6, 7], [5, -100]])
     first, second = teacher.beside(other)
     assert first["predicted"].tolist() == [10, 20] and second["predicted"][0] == 0
-    assert teacher.beside(teacher) is teacher.seen
+    assert teacher.beside(teacher) is teacher.read
     tokens = answers([[0, 1]], [[[1, 2], [3, 4]]], [[[1, 2], [3, 4]]])
     assert tokens.beside(answers([[1, 0]], [[[1, 2], [3, 4]]], [[[3, 4], [1, 2]]])) is None
     packed = Answers([{"predicted": np.ones((1, 4))}], [np.ones((1, 4))], [None])
-    assert packed.beside(packed) is packed.seen
+    assert packed.beside(packed) is packed.read
     assert packed.beside(packed._replace(labels=[np.zeros((1, 4))])) is None

@@ -10,8 +10,8 @@ from jaxlm.runner import stage
 from jaxlm.train import loop
 
 PACKAGE = str(Path(jaxlm.__file__).parent)
-# Before the assembly line was one: 2,558 entries into another file than the caller's. The files are data, specification,
-# placement and step, each entered once: no fewer, so none is to be added unseen.
+# Before the assembly line was one, a function of another file than the caller's was called 2,558 times. The files are
+# data, specification, placement and step: few could be spared, and none is to be added unseen.
 FILES, ENTRIES = 55, 2558 * 2 // 3
 
 

@@ -72,7 +72,7 @@ class Source:
     evaluated = False
 
     def __init__(self, format: str, location: str, stream: Stream, rename: Mapping[str, str] | None, bad_rows: str):
-        self.format, self.place = format, location
+        self.format, self.location = format, location
         self._stream, self._rename, self._stop = stream, dict(rename) if rename else None, bad_rows == "stop"
         self._rows: int | None = None
         self._bad: list[BadRow] = []
@@ -128,7 +128,7 @@ class Source:
     def nothing_usable(self) -> ValueError:
         """The error of a pass without good rows."""
         bad = f": all {len(self._bad)} are bad, the first at {self._bad[0]}" if self._bad else ""
-        return ValueError(f"{self.place!r} ({self.format}) holds no usable row{bad}")
+        return ValueError(f"{self.location!r} ({self.format}) holds no usable row{bad}")
 
     def reject(self, row: Row, reason: str) -> None:
         """Marks a row as bad: raises BadRowError with "stop", else lists it. For rows that only a task can check."""
@@ -161,7 +161,7 @@ class Source:
         return self._bad
 
     def __repr__(self) -> str:
-        return f"Source(format={self.format!r}, place={self.place!r})"
+        return f"Source(format={self.format!r}, location={self.location!r})"
 
 
 def sliced(stream: Stream, part: Slice) -> Stream:
