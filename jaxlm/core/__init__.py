@@ -4,9 +4,9 @@ from jaxlm.core.context import Context
 from jaxlm.core.dropout import dropout
 from jaxlm.core.kinds import check_fields, checked
 from jaxlm.core.lookup import call, lookup, nearest
-from jaxlm.core.loss import Loss, Tap, Term, Terms, add_terms, total
+from jaxlm.core.loss import Batch, GradFn, Loss, LossFn, Tap, TaskLoss, Term, Terms, add_terms, total
 from jaxlm.core.matmul import PRODUCT, kept, matmul, matmul_transposed
-from jaxlm.core.method import Method, MethodInit, Step, chain
+from jaxlm.core.method import Grads, Method, MethodInit, Step, Update, chain
 from jaxlm.core.model import LM, Network
 from jaxlm.core.parameter import Dim, Parameter, abstract, axis_names, axis_sizes, dim, initialize
 from jaxlm.core.partition import merge, partition, trainable, trained_names, widened
@@ -28,7 +28,7 @@ from jaxlm.core.paths import (
     with_arrays,
 )
 from jaxlm.core.site import SITES, Constraint, Gate, HardConcrete, Site, Switch, visit
-from jaxlm.core.surgery import NO_DATA, Calibration, NoData, Surgery, SurgeryContext, TaskLoss
+from jaxlm.core.surgery import NO_DATA, Calibration, NoData, Surgery, SurgeryContext
 from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take
 from jaxlm.core.weights import (
     LSQ,

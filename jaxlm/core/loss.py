@@ -1,10 +1,16 @@
 """The loss socket: terms that are sums with weights, and functions from a loss to a loss."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from jaxlm.core.context import Context
+
+Batch = Mapping[str, jax.Array]
+"""A batch on the devices; every array is `[rows, …]`."""
 
 
 class Term(NamedTuple):
@@ -40,11 +46,45 @@ class Tap(NamedTuple):
     depth: int
 
 
-class Loss(NamedTuple):
-    """`fn(params, constants, batch, ctx) -> (terms, outputs)` and the taps it reads."""
+class TaskLoss(Protocol):
+    """What training minimises."""
 
-    fn: Callable[..., tuple[Terms, dict[str, Any]]]
+    def __call__(self, outputs: Mapping[str, Any], batch: Batch, /) -> Terms:
+        """Terms of what the forward pass gave, each a sum and its weight over the labels that count."""
+        ...
+
+
+class LossFn(Protocol):
+    """A forward pass and its loss."""
+
+    def __call__(
+        self, params: Mapping[str, Any], constants: dict[str, Any], batch: Batch, ctx: Context, /
+    ) -> tuple[Terms, dict[str, Any]]:
+        """Terms, and the outputs of the forward pass; `params` in either view."""
+        ...
+
+
+class Loss(NamedTuple):
+    """A loss and the taps that it reads."""
+
+    fn: LossFn
     taps: frozenset[Tap] = frozenset()
+
+
+class GradFn(Protocol):
+    """The gradient of a loss in the arrays that train."""
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        constants: dict[str, Any],
+        batch: Batch,
+        ctx: Context,
+        weights: Mapping[str, Float[Array, ""]] | None = None,
+        /,
+    ) -> tuple[dict[str, jax.Array], Terms]:
+        """Gradients by array name, and the terms; `weights` are those of the whole step, by default the batch's own."""
+        ...
 
 
 def add_terms(a: Mapping[str, Term], b: Mapping[str, Term]) -> Terms:

@@ -1,11 +1,12 @@
 """Method: the bundle of pure functions that a config names, and the chain of several."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+from jaxtyping import Array, Int
 
-from jaxlm.core.loss import Loss
+from jaxlm.core.loss import GradFn, Loss
 from jaxlm.core.model import LM
 from jaxlm.core.partition import Verdict
 from jaxlm.core.paths import Tree
@@ -41,6 +42,18 @@ class Step(NamedTuple):
     previous: Tree = {}
 
 
+Grads = dict[str, jax.Array]
+"""Gradients by array name, of the arrays that train."""
+
+
+class Update(Protocol):
+    """What a method does after the optimizer's update."""
+
+    def __call__(self, step: Step, grads: Grads, constants: dict[str, Any], number: Int[Array, ""], /) -> Step:
+        """The step with its parameters, moments or state changed; `number` counts updates from 1."""
+        ...
+
+
 class Method(NamedTuple):
     """Every field defaults to the identity, so that a method states only what it does.
 
@@ -59,9 +72,9 @@ class Method(NamedTuple):
     init: Callable[[jax.Array, LM], MethodInit] = lambda key, lm: MethodInit(lm)
     trainable: Verdict = lambda info: None
     loss: Callable[[Loss], Loss] = lambda loss: loss
-    grad: Callable[[Callable], Callable] = lambda grad: grad
-    mask: Callable[[Tree, dict[str, jax.Array]], dict[str, jax.Array]] = lambda params, grads: grads
-    update: Callable[..., Step] = lambda step, grads, constants, number: step
+    grad: Callable[[GradFn], GradFn] = lambda grad: grad
+    mask: Callable[[Tree, Grads], Grads] = lambda params, grads: grads
+    update: Update = lambda step, grads, constants, number: step
     eval_params: Callable[[Tree, dict], Tree] = lambda params, state: params
     bake: Callable[[LM, dict[str, Any]], LM] = lambda lm, state: lm
     claims: Callable[[Tree], set[tuple[str, str]]] = lambda params: set()

@@ -9,11 +9,9 @@ from typing import Any, Protocol, Self
 import jax
 
 from jaxlm.core.context import Context
-from jaxlm.core.loss import Tap
+from jaxlm.core.loss import Batch, Tap
 from jaxlm.core.paths import Tree
 from jaxlm.core.weight import Axes
-
-Batch = Mapping[str, jax.Array]
 
 
 class Network(Protocol):

@@ -25,6 +25,7 @@ def trainable(verdicts: Sequence[Verdict], info: ArrayInfo) -> bool:
 def trained_names(infos: Mapping[str, ArrayInfo], verdicts: Sequence[Verdict] = ()) -> frozenset[str]:
     """Names of the arrays that train.
 
+    >>> from jaxlm.core import describe
     >>> sorted(trained_names(describe({"a": 1.0, "b": 2.0}), [lambda info: info.path != "b"]))
     ['a']
     """

@@ -6,11 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxlm.core.loss import Terms
+from jaxlm.core.loss import TaskLoss
 from jaxlm.core.model import LM
-
-TaskLoss = Callable[[Mapping[str, Any], Mapping[str, Any]], Terms]
-"""`(outputs, batch) -> terms`, see `Term`."""
 
 
 @dataclass(frozen=True)

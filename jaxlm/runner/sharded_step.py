@@ -12,6 +12,7 @@ import jax
 
 from jaxlm.core import (
     ArrayInfo,
+    Batch,
     Context,
     Loss,
     Method,
@@ -68,7 +69,7 @@ def sharded_step(setup: RunSetup, method: Method, start: MethodInit, steps: int)
     canonical = widened(start.lm.params, trained)
 
     def base(taps: frozenset) -> Loss:
-        def fn(params: Tree, constants: dict, batch: dict, ctx: Context):
+        def fn(params: Tree, constants: dict, batch: Batch, ctx: Context):
             outputs = network.forward(params, batch, ctx=ctx, taps=taps, remat=training.remat, dtype=setup.dtype)
             return setup.task.loss(outputs, batch), outputs
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import multihost_utils
 
-from jaxlm.core import Method, Tree, call
+from jaxlm.core import Batch, Method, Tree, call
 from jaxlm.core.strict_json import digest
 from jaxlm.data.loader import Batches
 from jaxlm.generate.decoding import check_sampling, generate
@@ -230,7 +230,7 @@ def student_sampling(
     check_sampling(temperature, top_k, top_p)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": ends, "dtype": dtype}
 
-    def sample(params: Tree, prompts: dict[str, jax.Array], key: jax.Array, new_tokens: int) -> jax.Array:
+    def sample(params: Tree, prompts: Batch, key: jax.Array, new_tokens: int) -> jax.Array:
         return generate(config, params, prompts, key, new_tokens=new_tokens, **options)
 
     return on_policy(sample, ends=ends, encoder_decoder=config.encoder_decoder, prompt=prompt, share=share)

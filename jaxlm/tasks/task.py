@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jaxlm.core import Terms
+from jaxlm.core import Batch, TaskLoss
 from jaxlm.data.loader import Batches, fitted
 from jaxlm.data.packing import counted
 from jaxlm.data.ragged import Examples, Ragged
@@ -19,8 +19,6 @@ from jaxlm.tasks.metrics import Columns, Metric, agreement
 
 Outputs = Mapping[str, Any]
 """What the forward pass gives: `logits` float32 `[rows, classes]`, of tokens `[rows, length, classes]`, and more."""
-Batch = Mapping[str, jax.Array]
-"""A batch on the devices; every array begins with its rows."""
 
 
 class Prepared(NamedTuple):
@@ -162,14 +160,6 @@ class MakeBatches(Protocol):
         self, prepared: Prepared, tokenizer: Any, settings: DataSettings, batch_size: int, seed: int | None, /
     ) -> Batches:
         """With a `seed` drawn anew every epoch; `None`: in order, each row once."""
-        ...
-
-
-class TaskLoss(Protocol):
-    """What training minimises, inside the compiled step."""
-
-    def __call__(self, outputs: Outputs, batch: Batch, /) -> Terms:
-        """Terms by name, each a sum and its weight over the labels that count."""
         ...
 
 

@@ -1,15 +1,12 @@
 """The gradient socket: gradients of the trainable part, and their exact accumulation over microbatches."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import Context, Loss, Term, Terms, merge, partition, total
-
-GradFn = Callable[..., tuple[dict[str, jax.Array], Terms]]
-"""`(params, constants, batch, ctx, weights=None) -> ({array name: gradient}, terms)`."""
+from jaxlm.core import Context, GradFn, Loss, Term, Terms, merge, partition, total
 
 
 def gradient(loss: Loss, trained: Collection[str]) -> GradFn:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jaxlm.core import SEGMENT, Context, Method, Step, Tree, merge, partition
-from jaxlm.train.gradient import GradFn
+from jaxlm.core import SEGMENT, Context, GradFn, Method, Step, Tree, merge, partition
 from jaxlm.train.optimizer import moments, with_moments
 
 

@@ -1,11 +1,25 @@
 """The method of distillation: the configs of one or several teachers, beside the loss that was there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from jaxlm.core import LM, ArrayInfo, Context, Loss, Method, MethodInit, Terms, Tree, flatten, nearest, unflatten
+from jaxlm.core import (
+    LM,
+    ArrayInfo,
+    Batch,
+    Context,
+    GradFn,
+    Loss,
+    Method,
+    MethodInit,
+    Terms,
+    Tree,
+    flatten,
+    nearest,
+    unflatten,
+)
 from jaxlm.methods.distill.on_policy import Sampler
 from jaxlm.methods.distill.projection import ROOT, project, projections
 from jaxlm.methods.distill.teacher import DistillConfig, LayerPairing, shares
@@ -54,7 +68,7 @@ def distill(
         return True if info.path.startswith(f"{ROOT}/") else None
 
     def loss(inner: Loss) -> Loss:
-        def fn(params: Tree, constants: dict, batch: dict, ctx: Context):
+        def fn(params: Tree, constants: dict, batch: Batch, ctx: Context):
             # The student's pass, and the loss without teachers.
             terms, outputs = inner.fn(params, constants, batch, ctx)
             terms = scaled(terms, 1 - alpha)
@@ -96,14 +110,14 @@ def distill(
 
         return Loss(fn, inner.taps.union(*(pairing.taps(side=0) for pairing in pairings)))
 
-    def grad(inner: Callable) -> Callable:
+    def grad(inner: GradFn) -> GradFn:
         if on_policy is None:
             return inner
 
-        def fn(params: Tree, constants: dict, batch: dict, ctx: Context, *rest: Any):
+        def fn(params: Tree, constants: dict, batch: Batch, ctx: Context, weights: Mapping[str, Any] | None = None):
             key = ctx.at("on_policy").key
             assert key is not None, "the student writes in training only, where there is a key"
-            return inner(params, constants, on_policy(params, batch, key), ctx, *rest)
+            return inner(params, constants, on_policy(params, batch, key), ctx, weights)
 
         return fn
 

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxlm.core import Tree
+from jaxlm.core import Batch, Tree
 from jaxlm.losses.cross_entropy import IGNORED
-
-Batch = dict[str, jax.Array]
 
 
 class Generate(Protocol):
@@ -52,7 +50,7 @@ def on_policy(
         raise ValueError(f"on_policy: a prompt of {prompt} tokens; a row needs at least 1 to begin with")
 
     def fn(params: Tree, batch: Batch, key: jax.Array) -> Batch:
-        data = batch | {"distill_mask": batch["labels"] != IGNORED}
+        data = {**batch, "distill_mask": batch["labels"] != IGNORED}
         coin, key = jax.random.split(key)
 
         def written() -> Batch:
@@ -115,4 +113,4 @@ def _is_over(tokens: Int[Array, "batch length"], ends: Sequence[int]) -> Bool[Ar
 def _replace_rows(batch: Batch, rows: Bool[Array, "batch"], written: Batch) -> Batch:
     """The columns `written` in the chosen rows, the data in the rest (filler has no text to go on with)."""
     columns = {name: jnp.where(rows[:, None], a.astype(batch[name].dtype), batch[name]) for name, a in written.items()}
-    return batch | columns
+    return {**batch, **columns}

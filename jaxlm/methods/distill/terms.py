@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.core import Tap, Terms, nearest
+from jaxlm.core import Batch, Tap, Terms, nearest
 from jaxlm.losses.attention import attention_distance
 from jaxlm.losses.cross_entropy import IGNORED
 from jaxlm.losses.hidden import hidden_distance
@@ -16,7 +16,6 @@ from jaxlm.losses.soft_targets import mean_logits, mixture_logits, response, top
 from jaxlm.losses.weighting import SampleWeights
 from jaxlm.methods.distill.teacher import CachedTeacher, DistillConfig, LayerPairing
 
-Batch = Mapping[str, jax.Array]
 Taps = Mapping[Tap, jax.Array]
 Project = Callable[[tuple[int, int], Float[Array, "batch length student_width"]], Array]
 """`(pair of layers, student's hidden state) -> the same in the teacher's space`."""

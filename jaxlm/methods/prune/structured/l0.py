@@ -14,6 +14,7 @@ from jaxlm.core import (
     LM,
     ArrayInfo,
     Axes,
+    Batch,
     Constraint,
     Context,
     Gate,
@@ -118,7 +119,7 @@ def l0(
         return True if _is_gate_score(info) else None
 
     def loss(inner: Loss) -> Loss:
-        def fn(params: Tree, constants: dict, batch: dict, ctx: Context):
+        def fn(params: Tree, constants: dict, batch: Batch, ctx: Context):
             terms, outputs = inner.fn(params, constants, batch, ctx)
             left = constants["l0"](open_shares(params))
             constraint = params["l0"]["constraint"]
