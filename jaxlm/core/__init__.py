@@ -8,6 +8,7 @@ from jaxlm.core.loss import Batch, GradFn, Loss, LossFn, Tap, TaskLoss, Term, Te
 from jaxlm.core.matmul import PRODUCT, kept, matmul, matmul_transposed
 from jaxlm.core.method import Grads, Method, MethodInit, Step, Update, chain
 from jaxlm.core.model import LM, Network
+from jaxlm.core.nodes import NODES, node_class
 from jaxlm.core.parameter import Dim, Parameter, abstract, axis_names, axis_sizes, dim, initialize
 from jaxlm.core.partition import merge, partition, trainable, trained_names, widened
 from jaxlm.core.paths import (
@@ -27,21 +28,7 @@ from jaxlm.core.paths import (
     unflatten,
     with_arrays,
 )
-from jaxlm.core.site import SITES, Constraint, Gate, HardConcrete, Site, Switch, visit
+from jaxlm.core.site import Gate, Site, Switch, visit
 from jaxlm.core.surgery import NO_DATA, Calibration, NoData, Surgery, SurgeryContext
 from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take
-from jaxlm.core.weights import (
-    LSQ,
-    PACT,
-    WEIGHTS,
-    Clustered,
-    Factored,
-    FakeQuant,
-    InputScaled,
-    LowRank,
-    Masked,
-    Observed,
-    Quantized,
-    Scheme,
-    Scored,
-)
+from jaxlm.core.weights import Factored, FakeQuant, InputScaled, Masked, Quantized, Scheme

@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.core import SITES, WEIGHTS, Axes, Node, Scheme, Weight, call, checked, components, lookup
+from jaxlm.core import NODES, Axes, Node, Scheme, Weight, call, checked, components, node_class
 from jaxlm.core.paths import field_of
 from jaxlm.io.safetensors import Tensor, is_float
 
 
 def describe_node(node: Node) -> dict[str, Any]:
-    """A Weight or Site without its arrays: type, static fields, the nodes inside it, and `null` for arrays it lacks."""
-    description: dict[str, Any] = {"type": type(node).__name__}
+    """A Weight or Site without its arrays: type, static fields, the nodes inside it, and `null` for arrays it lacks.
+
+    Raises:
+      ValueError: for a class that loading would not know.
+    """
+    name = type(node).__name__
+    if name not in NODES:
+        raise ValueError(f"a {name} cannot be saved: without a line in jaxlm/core/nodes.py it could not be loaded")
+    description: dict[str, Any] = {"type": name}
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if not field.metadata.get("pytree_node", True):
@@ -31,7 +38,7 @@ def describe_node(node: Node) -> dict[str, Any]:
 def build_node(description: Mapping[str, Any], name: str, tensors: dict[str, Tensor], file: Path) -> Node:
     """The inverse of `describe_node`; takes the node's arrays out of `tensors`.
 
-    Types are those of the registries of core, nothing else can be named.
+    Types are those of `core.nodes`, nothing else can be named.
 
     Args:
       name: of the node, which begins the names of its arrays.
@@ -43,7 +50,7 @@ def build_node(description: Mapping[str, Any], name: str, tensors: dict[str, Ten
     if not isinstance(description, Mapping):
         raise ValueError(f"{file}: {name!r} is described by {reprlib.repr(description)}, expected a table with a type")
     try:
-        cls: type[Node] = lookup({**WEIGHTS, **SITES}, checked(description.get("type"), str, "its type"), "type")
+        cls = node_class(checked(description.get("type"), str, "its type"))
     except ValueError as error:
         raise ValueError(f"{file}: {name!r}: {error}") from None
     kinds, fields = typing.get_type_hints(cls), dict[str, Any]()

@@ -22,7 +22,6 @@ from jaxlm.core import (
     InputScaled,
     Masked,
     Network,
-    Observed,
     SurgeryContext,
     Tree,
     Weight,
@@ -33,6 +32,7 @@ from jaxlm.core import (
     materialize,
     unflatten,
 )
+from jaxlm.methods.observed import Observed
 
 KERNELS = r".*layers_\d+/.*/kernel"
 """What calibrated methods change by default: every product inside the layers."""

@@ -14,7 +14,6 @@ import jaxlm
 from jaxlm.core import (
     Context,
     Loss,
-    LowRank,
     Masked,
     Method,
     MethodInit,
@@ -32,6 +31,7 @@ from jaxlm.core import (
 )
 from jaxlm.io.lm import LM
 from jaxlm.losses.cross_entropy import cross_entropy
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.models import model_config
 from jaxlm.nn.stack import canonical_view
 from jaxlm.runner import registry

@@ -10,31 +10,31 @@ import pytest
 
 import jaxlm
 from jaxlm.core import (
-    LSQ,
-    PACT,
-    WEIGHTS,
+    NODES,
     Context,
     Factored,
     FakeQuant,
     InputScaled,
-    LowRank,
     Masked,
-    Observed,
     Quantized,
     Scheme,
-    Scored,
     Weight,
     attend,
     components,
     dot,
     flatten,
     materialize,
+    node_class,
     take,
     unflatten,
 )
 from jaxlm.core.paths import field_of
 from jaxlm.core.weights.scheme import grid, straight_through
 from jaxlm.io.lm import LM
+from jaxlm.methods.observed import Observed
+from jaxlm.methods.peft.low_rank import LowRank
+from jaxlm.methods.prune.unstructured.scored import Scored
+from jaxlm.methods.quantize.learned import LSQ, PACT
 from jaxlm.methods.share.clustering import clustered
 from jaxlm.models import model_config
 from jaxlm.parallel import make_mesh, make_rules, shard_tree, shardings
@@ -118,6 +118,9 @@ SHARDED = [
     "Quantized, static asymmetric",
     "FakeQuant(Masked)",
 ]
+
+
+WEIGHTS = {name: node_class(name) for name in NODES if issubclass(node_class(name), Weight)}
 
 
 def test_every_registered_weight_is_here():

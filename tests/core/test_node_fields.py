@@ -1,32 +1,37 @@
 """Every Weight and Site holds arrays of the shapes and dtypes that its fields are annotated with, stacked ones too."""
 
 import dataclasses
+import importlib
+import pkgutil
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jaxtyping import jaxtyped
 
+import jaxlm
+from jaxlm.core import NODES as NAMES
 from jaxlm.core import (
-    LSQ,
-    PACT,
-    SITES,
-    WEIGHTS,
-    Clustered,
-    Constraint,
     Factored,
     FakeQuant,
     Gate,
-    HardConcrete,
     InputScaled,
-    LowRank,
     Masked,
     Node,
-    Observed,
     Quantized,
     Scheme,
-    Scored,
+    Site,
+    Switch,
+    Weight,
+    node_class,
 )
+from jaxlm.methods.observed import Observed
+from jaxlm.methods.peft.low_rank import LowRank
+from jaxlm.methods.prune.structured.hard_concrete import Constraint, HardConcrete
+from jaxlm.methods.prune.structured.scores import Meter
+from jaxlm.methods.prune.unstructured.scored import Scored
+from jaxlm.methods.quantize.learned import LSQ, PACT
+from jaxlm.methods.share.clustered import Clustered
 
 W, MASK, A, B = jnp.ones((4, 6)), jnp.ones((4, 6), bool), jnp.ones((4, 2)), jnp.ones((2, 6))
 STATIC = Scheme("int8", "tensor", symmetric=False)
@@ -46,7 +51,10 @@ NODES: list[Node] = [
     Gate(jnp.ones((2, 1, 1))),
     HardConcrete(jnp.ones(())),
     Constraint(jnp.ones(()), jnp.ones(())),
+    Meter(jnp.ones((2, 1, 1)), valid=jnp.ones((3, 5))),
 ]
+TRANSIENT = {Observed, Meter}
+"""Classes that no model directory ever holds."""
 
 
 def check_fields(node: Node) -> None:
@@ -65,7 +73,18 @@ def test_fields_are_what_their_annotations_say(node):
 
 
 def test_every_class_is_here():
-    assert {type(node) for node in NODES} == {*WEIGHTS.values(), *SITES.values(), Observed}
+    assert {type(node) for node in NODES} == {*map(node_class, NAMES)} | TRANSIENT
+
+
+def test_every_class_that_jaxlm_defines_is_enrolled():
+    for module in pkgutil.walk_packages(jaxlm.__path__, "jaxlm."):
+        importlib.import_module(module.name)
+    defined, heirs = set(), [Node]
+    while heirs:
+        heirs += (heir := heirs.pop()).__subclasses__()
+        defined.add(heir)
+    defined = {cls for cls in defined if cls.__module__.startswith("jaxlm.")}
+    assert defined - {Node, Weight, Site, Switch} == {type(node) for node in NODES}
 
 
 def test_a_field_of_another_shape_or_dtype_is_noticed():

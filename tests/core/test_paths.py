@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from jaxlm.core import (
-    LowRank,
     Masked,
     Quantized,
     arrays,
@@ -23,6 +22,7 @@ from jaxlm.core import (
     unflatten,
     with_arrays,
 )
+from jaxlm.methods.peft.low_rank import LowRank
 
 W = LowRank(Quantized.of(jnp.ones((3, 4))), jnp.ones((3, 2)), jnp.ones((2, 4)))
 TREE = {

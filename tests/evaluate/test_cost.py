@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxlm.core import Gate, LowRank, Masked, Quantized
+from jaxlm.core import Gate, Masked, Quantized
 from jaxlm.evaluate.cost import (
     bytes_by_dtype,
     bytes_on_disk,
@@ -14,6 +14,7 @@ from jaxlm.evaluate.cost import (
     flops_per_token_of_pairs,
     parameters,
 )
+from jaxlm.methods.peft.low_rank import LowRank
 
 HIDDEN, FFN, VOCAB, POSITIONS, T = 8, 32, 50, 16, 16
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import Gate, HardConcrete, LowRank, Masked, Quantized, Scheme, flatten, unflatten
+from jaxlm.core import Gate, Masked, Quantized, Scheme, flatten, unflatten
 from jaxlm.io.model_directory import OWN
 from jaxlm.io.safetensors import read_json
+from jaxlm.methods.peft.low_rank import LowRank
+from jaxlm.methods.prune.structured.hard_concrete import HardConcrete
 from jaxlm.models import FAMILIES, model_config
 from jaxlm.models.network import Network
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import FakeQuant, Gate, LowRank, Masked, Quantized, arrays, flatten, unflatten
+from jaxlm.core import FakeQuant, Gate, Masked, Quantized, arrays, flatten, unflatten
 from jaxlm.io.model_directory import CONFIG, OWN, open_model, write_model
 from jaxlm.io.safetensors import SINGLE, Tensor, open_file, write_file
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.models import model_config
 
 

@@ -66,7 +66,7 @@ def follow(method, steps, wrap=lambda values, i: values, norm=0.0, skipped=(), d
     lm, _, method_state = method.init(jax.random.key(0), start_of(wrap))
     params = lm.network.run_view(lm.params)
     infos = describe(params)
-    trained = trained_names(infos, [method.trained_names])
+    trained = trained_names(infos, [method.trainable])
     settings = TrainSettings(steps=9, learning_rate=0.05, schedule="constant", weight_decay=decay)
     tx = optimizer(settings, 9, {name: infos[name] for name in trained})
     grad = gradient(Loss(fn), trained)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Calibration, InputScaled, LowRank, SurgeryContext, flatten, map_leaves, unflatten
+from jaxlm.core import Calibration, InputScaled, SurgeryContext, flatten, map_leaves, unflatten
 from jaxlm.io.lm import LM
 from jaxlm.methods.calibration import Statistics, calibrate, each, matrix
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.methods.prune.unstructured.sparsegpt import sparsegpt
 from jaxlm.methods.prune.unstructured.wanda import wanda
 from jaxlm.models import model_config

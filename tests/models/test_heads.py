@@ -7,8 +7,9 @@ import pytest
 from scipy.special import log_softmax
 
 from jaxlm.core import Context
-from jaxlm.core.weights import Factored, InputScaled, LowRank, Masked, Quantized, Scheme
+from jaxlm.core.weights import Factored, InputScaled, Masked, Quantized, Scheme
 from jaxlm.losses.cross_entropy import IGNORED, cross_entropy
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.models import model_config
 from jaxlm.models.heads import apply_head, last_token
 

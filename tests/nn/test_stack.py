@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Gate, LowRank, Quantized, arrays, describe, flatten, map_leaves, unflatten
+from jaxlm.core import Gate, Quantized, arrays, describe, flatten, map_leaves, unflatten
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
 from jaxlm.nn.stack import canonical_view, segments

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.core import (
     Context,
-    LowRank,
     Masked,
     Quantized,
     axis_names,
@@ -24,6 +23,7 @@ from jaxlm.core import (
     trained_names,
 )
 from jaxlm.core.context import unsharded
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.transformer import forward, model_spec
 from jaxlm.nn.layer import Rotary

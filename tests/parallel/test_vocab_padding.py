@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import FakeQuant, LowRank, Masked, Quantized, arrays, attend, axis_names, dim, initialize, materialize
+from jaxlm.core import FakeQuant, Masked, Quantized, arrays, attend, axis_names, dim, initialize, materialize
 from jaxlm.core.parameter import Parameter
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.parallel import mask_padded_logits, pad_vocab, unpad_vocab
 
 SPEC = {

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Context, Loss, LowRank, Quantized, Term, describe, dot, dropout, trained_names
+from jaxlm.core import Context, Loss, Quantized, Term, describe, dot, dropout, trained_names
 from jaxlm.losses.cross_entropy import IGNORED, cross_entropy
 from jaxlm.losses.soft_targets import response
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.train.gradient import accumulate, gradient
 
 # Compiling takes most of the time here, so it is told not to optimize.

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.core import LowRank, Masked, describe, unflatten
+from jaxlm.core import Masked, describe, unflatten
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.train.optimizer import OPTIMIZERS, decays, learning_rate_factor, moments, optimizer, schedule, with_moments
 from jaxlm.train.settings import TrainSettings
 

@@ -1,10 +1,10 @@
-"""Masked: a weight with entries switched off, and with the scores that decide which."""
+"""Masked: a weight with entries switched off."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float
 
 from jaxlm.core.weight import Axes, Component, Weight, materialize
 
@@ -41,16 +41,3 @@ class Masked(Weight):
 
     def components(self, axes: Axes) -> dict[str, Component]:
         return {"base": Component(axes, "base"), "mask": Component(axes, "mask")}
-
-
-class Scored(Masked):
-    """A Masked weight whose entries carry scores, gathered while it trains.
-
-    Attributes:
-      scores: defined by the method that gathers them; sharded as the weight is.
-    """
-
-    scores: Float32[Array, "*layers in out"] = struct.field(kw_only=True)
-
-    def components(self, axes: Axes) -> dict[str, Component]:
-        return {**super().components(axes), "scores": Component(axes, "mask")}

@@ -6,19 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import (
-    LM,
-    ArrayInfo,
-    LowRank,
-    Method,
-    MethodInit,
-    Quantized,
-    Tree,
-    flatten,
-    map_leaves,
-    matches,
-    materialize,
-)
+from jaxlm.core import LM, ArrayInfo, Method, MethodInit, Quantized, Tree, flatten, map_leaves, matches, materialize
+from jaxlm.methods.peft.low_rank import LowRank
 
 
 def lora(

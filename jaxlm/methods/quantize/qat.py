@@ -8,21 +8,20 @@ import jax.numpy as jnp
 
 from jaxlm.core import (
     LM,
-    LSQ,
-    PACT,
     Axes,
     FakeQuant,
     Gate,
-    LowRank,
     Method,
     MethodInit,
     Scheme,
     Tree,
+    components,
     flatten,
     map_leaves,
     matches,
 )
 from jaxlm.methods.quantize.formats import TARGETS, channel_of, check_targets, formats, is_quantized
+from jaxlm.methods.quantize.learned import LSQ, PACT
 
 
 def qat(
@@ -119,10 +118,15 @@ def pact(
 
     def claims(params: Tree) -> set[tuple[str, str]]:
         # An update that is added later would read inputs that are not clipped, and could not be merged into W.
-        not_updated = {path for path, leaf in flatten(params).items() if not isinstance(leaf, LowRank)}
+        not_updated = {path for path, leaf in flatten(params).items() if not _has_update(leaf)}
         return method.claims(params) | {(path, "update") for path in not_updated if matches(targets, path)}
 
     return method._replace(claims=claims)
+
+
+def _has_update(leaf: Any) -> bool:
+    """Whether a weight is a base beside factors that are added to it."""
+    return {"base", "factor"} <= {part.role for part in components(leaf, (None, None)).values()}
 
 
 def _check_format(name: str, wrap: Callable[[Any, int], FakeQuant]) -> None:

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, UInt8
 
-from jaxlm.core import LM, NO_DATA, Clustered, Masked, SurgeryContext, Weight, flatten, map_leaves, matches
+from jaxlm.core import LM, NO_DATA, Masked, SurgeryContext, Weight, flatten, map_leaves, matches
 from jaxlm.methods.calibration import KERNELS
+from jaxlm.methods.share.clustered import Clustered
 
 LARGEST_CODEBOOK = 256
 ROUNDS = 100

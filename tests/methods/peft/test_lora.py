@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Context, Factored, LowRank, Masked, Quantized, describe, dot, trainable
+from jaxlm.core import Context, Factored, Masked, Quantized, describe, dot, trainable
 from jaxlm.methods.peft.lora import lora
+from jaxlm.methods.peft.low_rank import LowRank
 
 PARAMS = {
     "layers_0": {

@@ -11,7 +11,6 @@ import pytest
 
 import jaxlm
 from jaxlm.core import (
-    LSQ,
     NO_DATA,
     Calibration,
     Quantized,
@@ -27,6 +26,7 @@ from jaxlm.evaluate.cost import bytes_by_dtype, bytes_on_disk
 from jaxlm.io.lm import LM
 from jaxlm.methods.prune.structured.gates import open_gates
 from jaxlm.methods.quantize.formats import stored_bytes
+from jaxlm.methods.quantize.learned import LSQ
 from jaxlm.methods.quantize.mixed_precision import Choice, allocate
 from jaxlm.models import model_config
 from jaxlm.runner import registry

@@ -9,18 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import (
-    Calibration,
-    FakeQuant,
-    InputScaled,
-    LowRank,
-    Masked,
-    SurgeryContext,
-    flatten,
-    map_leaves,
-    unflatten,
-)
+from jaxlm.core import Calibration, FakeQuant, InputScaled, Masked, SurgeryContext, flatten, map_leaves, unflatten
 from jaxlm.io.lm import LM
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.methods.quantize.smoothquant import AFTER_NORMS, smooth_scale, smoothquant
 from jaxlm.models import model_config
 from jaxlm.models.network import Network

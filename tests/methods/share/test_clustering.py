@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Clustered, Masked, Method, Quantized, dot, materialize
+from jaxlm.core import Masked, Method, Quantized, dot, materialize
+from jaxlm.methods.share.clustered import Clustered
 from jaxlm.methods.share.clustering import cluster, clustered, kmeans
 
 DENSE = np.asarray(jax.random.normal(jax.random.key(0), (32, 24)))

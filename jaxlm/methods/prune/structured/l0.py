@@ -15,10 +15,8 @@ from jaxlm.core import (
     ArrayInfo,
     Axes,
     Batch,
-    Constraint,
     Context,
     Gate,
-    HardConcrete,
     Loss,
     Method,
     MethodInit,
@@ -32,6 +30,7 @@ from jaxlm.core import (
     unflatten,
 )
 from jaxlm.methods.prune.structured.gates import GATE_PATHS, best, open_gates, switches, widths
+from jaxlm.methods.prune.structured.hard_concrete import Constraint, HardConcrete
 from jaxlm.methods.prune.structured.latency import Curve, Table, table_at
 from jaxlm.methods.prune.structured.scores import unstacked
 from jaxlm.methods.prune.structured.shrink import FOLDED, shrink

@@ -24,7 +24,6 @@ from jaxlm.core import (
     Method,
     MethodInit,
     Node,
-    Scored,
     Step,
     Tree,
     first_match,
@@ -43,6 +42,7 @@ from jaxlm.methods.prune.unstructured.patterns import (
     keep_together,
     parse_pattern,
 )
+from jaxlm.methods.prune.unstructured.scored import Scored
 
 Share = float | Sequence[tuple[str, float]] | None
 """A share of zeros: one number, rules `((path regex, share), …)`, or `None` under an `N:M` pattern."""

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from jaxlm.core import Method, Scored, materialize
+from jaxlm.core import Method, materialize
 from jaxlm.methods.calibration import KERNELS
 from jaxlm.methods.prune.unstructured.masking import Plan, Share, by_score, pruning
+from jaxlm.methods.prune.unstructured.scored import Scored
 
 
 def movement(

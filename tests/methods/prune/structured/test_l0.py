@@ -7,20 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import (
-    Context,
-    Gate,
-    HardConcrete,
-    Loss,
-    Site,
-    Term,
-    arrays,
-    describe,
-    flatten,
-    trained_names,
-)
+from jaxlm.core import Context, Gate, Loss, Site, Term, arrays, describe, flatten, trained_names
 from jaxlm.methods.prune.structured import latency
 from jaxlm.methods.prune.structured.gates import open_gates
+from jaxlm.methods.prune.structured.hard_concrete import HardConcrete
 from jaxlm.methods.prune.structured.l0 import expected_latency, expected_size, l0, open_shares, settle
 from jaxlm.methods.prune.structured.latency import Curve, Table, grid, measure, table_at
 from jaxlm.methods.prune.structured.shrink import shrink

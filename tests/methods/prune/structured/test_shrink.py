@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Gate, LowRank, Masked, Quantized, flatten
+from jaxlm.core import Gate, Masked, Quantized, flatten
 from jaxlm.io.pretrained import save
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.methods.prune.structured.gates import open_gates, prune
 from jaxlm.methods.prune.structured.shrink import shrink
 from jaxlm.methods.prune.structured.slicing import cut

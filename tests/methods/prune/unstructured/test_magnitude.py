@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import FakeQuant, LowRank, Masked, Method, Quantized, Step, materialize
+from jaxlm.core import FakeQuant, Masked, Method, Quantized, Step, materialize
 from jaxlm.methods.bake import bake
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.methods.prune.schedule import cubic
 from jaxlm.methods.prune.unstructured.magnitude import magnitude, prune_magnitude
 from jaxlm.methods.prune.unstructured.patterns import keep_largest

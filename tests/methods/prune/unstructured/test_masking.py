@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import FakeQuant, LowRank, Masked, Quantized, Scored
+from jaxlm.core import FakeQuant, Masked, Quantized
 from jaxlm.io.checkpoint import Checkpoints
+from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.methods.prune.schedule import cubic, overdue
 from jaxlm.methods.prune.unstructured.masking import Plan, layer_paths
+from jaxlm.methods.prune.unstructured.scored import Scored
 from jaxlm.runner import registry
 from jaxlm.train.checkpointing import flatten, unflatten
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Scored
 from jaxlm.methods.prune.unstructured.movement import movement
 from jaxlm.methods.prune.unstructured.patterns import keep_largest
+from jaxlm.methods.prune.unstructured.scored import Scored
 
 
 def test_the_gradient_of_a_score_is_that_of_the_masked_weight_times_the_weight(run):

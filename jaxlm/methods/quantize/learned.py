@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from jaxlm.core.weight import Axes, Component, Weight, materialize
-from jaxlm.core.weights.fake_quant import FakeQuant
-from jaxlm.core.weights.quantized import Quantized, scale_axes
+from jaxlm.core import Axes, Component, FakeQuant, Quantized, Weight, materialize
+from jaxlm.core.weights.quantized import scale_axes
 from jaxlm.core.weights.scheme import (
     INT8,
     INTEGERS,

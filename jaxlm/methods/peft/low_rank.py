@@ -6,10 +6,19 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxlm.core.context import Context
-from jaxlm.core.dropout import dropout
-from jaxlm.core.matmul import matmul, matmul_transposed
-from jaxlm.core.weight import Axes, Component, Weight, attend, dot, materialize, take
+from jaxlm.core import (
+    Axes,
+    Component,
+    Context,
+    Weight,
+    attend,
+    dot,
+    dropout,
+    materialize,
+    matmul,
+    matmul_transposed,
+    take,
+)
 
 
 class LowRank(Weight):

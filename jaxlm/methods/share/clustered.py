@@ -4,8 +4,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
-from jaxlm.core.context import Context
-from jaxlm.core.weight import Axes, Component, Weight
+from jaxlm.core import Axes, Component, Context, Weight
 
 
 class Clustered(Weight):

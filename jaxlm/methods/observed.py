@@ -5,8 +5,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxlm.core.context import Context
-from jaxlm.core.weight import Axes, Component, Weight, attend, dot, materialize, take
+from jaxlm.core import Axes, Component, Context, Weight, attend, dot, materialize, take
 
 
 class Observed(Weight):
