@@ -55,7 +55,7 @@ class Statistics(NamedTuple):
     Attributes:
       tokens: how many.
       square, absolute: `Σ x²` and `Σ|x|` of every input; low, high: its smallest and largest value.
-      moment: the Hessian `H = XᵀX`, where it was asked for.
+      hessian: the Hessian `H = XᵀX`, where it was asked for.
     """
 
     tokens: Int[Array, ""]
@@ -63,15 +63,15 @@ class Statistics(NamedTuple):
     absolute: Float32[Array, "in"]
     low: Float32[Array, "in"]
     high: Float32[Array, "in"]
-    moment: Float32[Array, "in in"] | None = None
+    hessian: Float32[Array, "in in"] | None = None
 
     @classmethod
-    def of(cls, x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"], moment: bool = False) -> "Statistics":
+    def of(cls, x: Float[Array, "*batch in"], valid: Bool[Array, "*batch"], hessian: bool = False) -> "Statistics":
         """Those of the tokens of `x` that are valid.
 
         >>> x = jnp.array([[3.0, -1.0], [0.0, 1.0], [9.0, 9.0]])
-        >>> statistics = Statistics.of(x, jnp.array([True, True, False]), moment=True)
-        >>> statistics.norm.tolist(), statistics.mean.tolist(), statistics.moment.tolist()
+        >>> statistics = Statistics.of(x, jnp.array([True, True, False]), hessian=True)
+        >>> statistics.norm.tolist(), statistics.mean.tolist(), statistics.hessian.tolist()
         ([3.0, 1.4142135381698608], [1.5, 1.0], [[9.0, -3.0], [-3.0, 2.0]])
         """
         counted = valid.reshape(-1, 1)
@@ -79,13 +79,13 @@ class Statistics(NamedTuple):
         X = jnp.where(counted, x, 0)
         low, high = (jnp.where(counted, x, jnp.inf).min(axis=0), jnp.where(counted, x, -jnp.inf).max(axis=0))
         # The highest precision: elsewhere than on a CPU, float32 products are rounded to fewer bits by default.
-        H = jnp.matmul(X.T, X, precision=jax.lax.Precision.HIGHEST) if moment else None
+        H = jnp.matmul(X.T, X, precision=jax.lax.Precision.HIGHEST) if hessian else None
         square = jnp.sum(jnp.square(X), axis=0) if H is None else jnp.diagonal(H)
         return cls(jnp.sum(valid), square, jnp.sum(jnp.abs(X), axis=0), low, high, H)
 
     def add(self, more: "Statistics") -> "Statistics":
         """Those of both sets of tokens."""
-        H = None if self.moment is None or more.moment is None else self.moment + more.moment
+        H = None if self.hessian is None or more.hessian is None else self.hessian + more.hessian
         return Statistics(
             self.tokens + more.tokens,
             self.square + more.square,
@@ -97,7 +97,7 @@ class Statistics(NamedTuple):
 
     def scaled(self, scale: Float[Array, "in"]) -> "Statistics":
         """Those of the inputs times `scale`."""
-        H = None if self.moment is None else self.moment * scale[:, None] * scale
+        H = None if self.hessian is None else self.hessian * scale[:, None] * scale
         ends = self.low * scale, self.high * scale
         low, high = jnp.minimum(*ends), jnp.maximum(*ends)
         return Statistics(self.tokens, self.square * scale**2, self.absolute * jnp.abs(scale), low, high, H)
@@ -156,7 +156,7 @@ class LeafRule(Protocol):
 
 
 def calibrate(
-    lm: LM, context: SurgeryContext, rule: Rule, *, who: str, targets: str = KERNELS, moment: bool = False
+    lm: LM, context: SurgeryContext, rule: Rule, *, who: str, targets: str = KERNELS, hessian: bool = False
 ) -> LM:
     """The model with what `rule` returns in the place of its kernels, group after group, on the calibration's text.
 
@@ -167,7 +167,7 @@ def calibrate(
       rule: see `Rule`.
       who: the method, for messages.
       targets: regex over paths; groups without a target are passed over.
-      moment: whether the rule reads the Hessian `XᵀX`.
+      hessian: whether the rule reads the Hessian `XᵀX`.
 
     Raises:
       ValueError: for targets that match nothing or lie outside the layers, for calibration without a token, and, naming
@@ -189,7 +189,7 @@ def calibrate(
             leaves = layer_leaves(flat, path)
             # Every group is observed behind the changes to those before it.
             for kernels in groups[path]:
-                statistics = observe(network, path, kernels[0], leaves, streams, moment=moment, who=who)
+                statistics = observe(network, path, kernels[0], leaves, streams, hessian=hessian, who=who)
                 chosen = tuple(name for name in kernels if matches(targets, f"{path}/{name}"))
                 norm = norm_before(kernels[0], network.layer(path))
                 group = Group(path, {name: leaves[name] for name in kernels}, chosen, norm, leaves, statistics)
@@ -251,7 +251,7 @@ def observe(
     leaves: Mapping[str, Any],
     streams: Sequence[Any],
     *,
-    moment: bool,
+    hessian: bool,
     who: str,
 ) -> Statistics:
     """Statistics of what one kernel of a layer reads, over all streams.
@@ -260,7 +260,7 @@ def observe(
       ValueError: for streams without a token, and inputs that are not finite.
     """
     layer, params = network.layer(path), unflatten(leaves)
-    by_stream = [_inputs(network, layer, kernel, moment, params, stream) for stream in streams]
+    by_stream = [_inputs(network, layer, kernel, hessian, params, stream) for stream in streams]
     statistics = functools.reduce(Statistics.add, by_stream)
     if not int(statistics.tokens):
         raise ValueError(f"{who}: the calibration data hold no token that {path}/{kernel} reads")
@@ -273,13 +273,13 @@ def observe(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _inputs(network: Network, layer: Any, kernel: str, moment: bool, params: Tree, stream: Any) -> Statistics:
+def _inputs(network: Network, layer: Any, kernel: str, hessian: bool, params: Tree, stream: Any) -> Statistics:
     """Statistics of one product's inputs; the compiler leaves out what comes after it in the layer."""
     inputs: dict[str, jax.Array] = {}
     flat = flatten(params)
     observed = unflatten(flat | {kernel: Observed(flat[kernel], kernel)})
     network.block(layer, observed, stream, ctx=Context(observe=inputs.__setitem__))
-    return Statistics.of(inputs[kernel], network.valid(stream, kernel), moment)
+    return Statistics.of(inputs[kernel], network.valid(stream, kernel), hessian)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -292,7 +292,7 @@ def _embed(network: Network, side: str, params: Tree, batch: Mapping[str, jax.Ar
     return network.embed(params, batch, side, source)
 
 
-def each(change: LeafRule) -> Rule:
+def per_leaf(change: LeafRule) -> Rule:
     """The rule that changes every target by itself.
 
     Below an `InputScaled` the leaf is its base, and the statistics are those of the scaled inputs.

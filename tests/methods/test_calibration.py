@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.core import Calibration, InputScaled, SurgeryContext, flatten, map_leaves, unflatten
 from jaxlm.io.lm import LM
-from jaxlm.methods.calibration import Statistics, calibrate, each, matrix
+from jaxlm.methods.calibration import Statistics, calibrate, matrix, per_leaf
 from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.methods.prune.unstructured.sparsegpt import sparsegpt
 from jaxlm.methods.prune.unstructured.wanda import wanda
@@ -98,7 +98,7 @@ def test_statistics_are_those_of_the_valid_tokens(family):
         first_of_layer.setdefault(group.layer, group.statistics)
         return {}
 
-    calibrate(lm, context_of(batches(family)), rule, who="test", moment=True)
+    calibrate(lm, context_of(batches(family)), rule, who="test", hessian=True)
     side, stack = ("encoder/", lm.params["encoder"]) if family == "t5" else ("", lm.params)
     inputs = []
     for batch in batches(family):
@@ -109,7 +109,7 @@ def test_statistics_are_those_of_the_valid_tokens(family):
     x = np.concatenate(inputs)
     statistics = first_of_layer[f"{side}layers_0"]
     assert len(x) == statistics.tokens == 20
-    assert np.allclose(statistics.moment, x.T @ x, rtol=1e-5, atol=1e-5)
+    assert np.allclose(statistics.hessian, x.T @ x, rtol=1e-5, atol=1e-5)
     assert np.allclose(statistics.norm, np.linalg.norm(x, axis=0), rtol=1e-5)
     assert np.allclose(statistics.mean, np.abs(x).mean(0), rtol=1e-5)
     assert np.allclose(statistics.largest, np.abs(x).max(0), rtol=1e-5)
@@ -192,17 +192,17 @@ def test_below_scaled_inputs_the_base_is_changed_with_the_statistics_of_the_scal
     class Group:
         layer, chosen = "layers_0", ("up",)
         kernels = {"up": InputScaled(jnp.ones((2, 3)), scale)}
-        statistics = Statistics.of(x, jnp.ones(5, bool), moment=True)
+        statistics = Statistics.of(x, jnp.ones(5, bool), hessian=True)
 
-    leaf = each(change)(Group)["up"]
+    leaf = per_leaf(change)(Group)["up"]
     assert isinstance(leaf, InputScaled) and np.array_equal(leaf.base, np.full((2, 3), 2.0))
-    expected = Statistics.of(x * scale, jnp.ones(5, bool), moment=True)
+    expected = Statistics.of(x * scale, jnp.ones(5, bool), hessian=True)
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(received[0], expected, strict=True))
 
 
 def test_statistics_add_up():
     x, y = jax.random.normal(jax.random.key(0), (5, 3)), jax.random.normal(jax.random.key(1), (4, 3))
-    both = Statistics.of(jnp.concatenate([x, y]), jnp.ones(9, bool), moment=True)
+    both = Statistics.of(jnp.concatenate([x, y]), jnp.ones(9, bool), hessian=True)
     parts = Statistics.of(x, jnp.ones(5, bool), True).add(Statistics.of(y, jnp.ones(4, bool), True))
     assert all(np.allclose(a, b, rtol=1e-6) for a, b in zip(both, parts, strict=True))
 

@@ -20,7 +20,7 @@ from jaxlm.core import (
     map_leaves,
     matches,
 )
-from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, each, matrix
+from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, matrix, per_leaf
 from jaxlm.methods.second_order import cholesky
 
 
@@ -192,9 +192,9 @@ def activation_svd(
     amount.check(who)
 
     def change(path: str, leaf: Any, statistics: Statistics) -> Any:
-        assert statistics.moment is not None
-        return factored(who, path, leaf, amount, S=cholesky(statistics.moment, damping, who, path))
+        assert statistics.hessian is not None
+        return factored(who, path, leaf, amount, S=cholesky(statistics.hessian, damping, who, path))
 
-    lm = calibrate(lm, context, each(change), who=who, targets=targets, moment=True)
+    lm = calibrate(lm, context, per_leaf(change), who=who, targets=targets, hessian=True)
     check_gain(who, lm.params, amount)
     return lm

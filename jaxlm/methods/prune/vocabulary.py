@@ -38,11 +38,13 @@ def trim_vocabulary(
       alphabet: keep all pieces of one character, also those that the corpus lacks.
 
     Raises:
-      ValueError: no texts, a tokenizer of a kind that cannot be trimmed, or (should it ever come to that) a text that
-        the trimmed tokenizer splits otherwise.
+      ValueError: no texts, no tokenizer or one of a kind that cannot be trimmed, or (should it ever come to that) a
+        text that the trimmed tokenizer splits otherwise.
     """
     texts = context.texts(split)  # first: a context without texts is that of a dry run, which has no tokenizer either
     tokenizer, config = lm.tokenizer, lm.config
+    if tokenizer is None:
+        raise ValueError("trim_vocabulary: the model has no tokenizer, and it is the tokenizer that is trimmed")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     used = used_ids(tokenizer, texts)
     if not used:

@@ -98,10 +98,10 @@ def awq(
     def rule(group: Group) -> dict[str, Any]:
         kernels = {name: matrix("awq", f"{group.layer}/{name}", leaf) for name, leaf in group.kernels.items()}
         chosen = [kernel for name, kernel in kernels.items() if name in group.chosen]
-        H = group.statistics.moment
+        H = group.statistics.hessian
         assert H is not None
         scale, _ = awq_scale(chosen, group.statistics.mean, H, scheme, steps)
         leaves = rescaled("awq", group, scale, fold)
         return {name: store(leaf) if rounded and name in group.chosen else leaf for name, leaf in leaves.items()}
 
-    return calibrate(lm, context, rule, who="awq", targets=targets, moment=True)
+    return calibrate(lm, context, rule, who="awq", targets=targets, hessian=True)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int8, Num
 from jaxlm.core import LM, NO_DATA, Masked, Quantized, SurgeryContext
 from jaxlm.core.weights.quantized import check_activations, per_token
 from jaxlm.core.weights.scheme import Scale, Scheme, ZeroPoint, from_codes, grid, spread, to_codes
-from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, each, matrix
+from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, matrix, per_leaf
 from jaxlm.methods.second_order import BLOCK, BeginGroup, Hessian, Matrix, SolveRow, inverse_factor, solve_rows
 
 
@@ -145,7 +145,7 @@ def gptq(
 
     def change(path: str, leaf: Any, statistics: Statistics) -> Any:
         mask = leaf.mask if isinstance(leaf, Masked) else None
-        W, H = matrix("gptq", path, leaf), statistics.moment
+        W, H = matrix("gptq", path, leaf), statistics.hessian
         assert H is not None
         quantized = gptq_matrix(W, H, scheme, act_order=act_order, damping=damping, mask=mask, path=path)
         stored = Quantized(
@@ -158,4 +158,4 @@ def gptq(
         )
         return stored if mask is None else Masked(stored, mask)
 
-    return calibrate(lm, context, each(change), who="gptq", targets=targets, moment=True)
+    return calibrate(lm, context, per_leaf(change), who="gptq", targets=targets, hessian=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxlm.core import LM, NO_DATA, Masked, Quantized, SurgeryContext
-from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, each, matrix
+from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, matrix, per_leaf
 from jaxlm.methods.quantize.formats import formats
 
 
@@ -40,4 +40,4 @@ def quantize_static(
         stored = Quantized.of(dense, scheme, activations=activations, input_range=input_range)
         return leaf.replace(base=stored) if isinstance(leaf, Masked) else stored
 
-    return calibrate(lm, context, each(change), who=who, targets=targets)
+    return calibrate(lm, context, per_leaf(change), who=who, targets=targets)

@@ -154,6 +154,12 @@ def test_a_real_tokenizer(encoder_path, tmp_path):
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_model_without_tokenizer_is_refused():
+    lm = lm_with(tokenizer_of("bpe:420")).replace(tokenizer=None)
+    with pytest.raises(ValueError, match="trim_vocabulary: the model has no tokenizer"):
+        trim_vocabulary(lm, CONTEXT)
+
+
 def test_an_empty_corpus_is_refused():
     lm = lm_with(tokenizer_of("bpe:420"))
     with pytest.raises(ValueError, match="the split 'train' has no text"):

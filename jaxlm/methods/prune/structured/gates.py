@@ -103,7 +103,7 @@ def check_exact(flat: Mapping[str, Any], below: str) -> None:
     """Raises ValueError for a weight in quantization-aware training below a path."""
     for path, leaf in flat.items():
         if path.startswith(below) and has_fake_quant(leaf):
-            raise ValueError(f"{path} trains with rounding, whose scales span what pruning removes; prune first")
+            raise ValueError(f"{path} is in quantization-aware training: pruning would change its scales; prune first")
 
 
 def has_fake_quant(leaf: Any) -> bool:

@@ -141,10 +141,12 @@ def l0(
         return step._replace(params=unflatten(flat | {CONSTRAINT: constraint}))
 
     def eval_params(params: Tree, state: dict) -> Tree:
-        return settle(params)
+        return deterministic_gates(params)
 
     def bake(lm: LM, state: dict[str, Any]) -> LM:
-        params = unflatten({path: leaf for path, leaf in flatten(settle(lm.params)).items() if path != CONSTRAINT})
+        params = unflatten(
+            {path: leaf for path, leaf in flatten(deterministic_gates(lm.params)).items() if path != CONSTRAINT}
+        )
         axes = {path: names for path, names in lm.axes.items() if path != CONSTRAINT}
         return shrink(lm.replace(params=params, axes=axes))
 
@@ -283,7 +285,7 @@ def expected_latency(params: Tree, config: Any, table: Table) -> ExpectedLatency
         return expected.replace(dense=float(expected.seconds({})))
 
 
-def settle(params: Tree) -> dict[str, Any]:
+def deterministic_gates(params: Tree) -> dict[str, Any]:
     """Deterministic gates in the place of learned ones, in either view.
 
     Of every row of `n` entries the `round(Σ (1 - P(open)))` with the smallest `log α` close, and those whose

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from jaxlm.core import LM, NO_DATA, Masked, SurgeryContext
-from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, each, matrix
+from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, matrix, per_leaf
 from jaxlm.methods.prune.unstructured.masking import Plan, Share
 from jaxlm.methods.prune.unstructured.patterns import final_sparsity, keep, parse_pattern
 from jaxlm.methods.second_order import BLOCK, BeginGroup, Matrix, inverse_factor, solve_rows
@@ -89,10 +89,10 @@ def sparsegpt(
     plan.check(lm.params)
 
     def change(path: str, leaf: Any, statistics: Statistics) -> Masked:
-        assert statistics.moment is not None
+        assert statistics.hessian is not None
         W = jnp.where(statistics.square[:, None] > 0, matrix("sparsegpt", path, leaf), 0)
-        U = inverse_factor(statistics.moment, damping, "sparsegpt", path)
+        U = inverse_factor(statistics.hessian, damping, "sparsegpt", path)
         pruned, mask = sparsegpt_matrix(W, U, plan.share(path), pattern)
         return Masked(pruned.astype(leaf.dtype), mask)
 
-    return calibrate(lm, context, each(change), who="sparsegpt", targets=targets, moment=True)
+    return calibrate(lm, context, per_leaf(change), who="sparsegpt", targets=targets, hessian=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxlm.core import LM, NO_DATA, FakeQuant, Masked, SurgeryContext, Weight, lookup, materialize
-from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, each
+from jaxlm.methods.calibration import KERNELS, Statistics, calibrate, per_leaf
 from jaxlm.methods.prune.unstructured.masking import Plan, Share
 from jaxlm.methods.prune.unstructured.patterns import keep
 
@@ -60,7 +60,7 @@ def wanda(
         share = plan.share(path)
         return pruned(leaf, wanda_mask(materialize(leaf), statistics.norm, share, pattern=pattern, per=per))
 
-    return calibrate(lm, context, each(change), who="wanda", targets=targets)
+    return calibrate(lm, context, per_leaf(change), who="wanda", targets=targets)
 
 
 def pruned(leaf: Any, mask: Bool[Array, "in out"]) -> Any:

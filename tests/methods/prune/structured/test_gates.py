@@ -120,5 +120,5 @@ def test_two_structured_prunings_are_refused(tools):
 def test_quantization_aware_training_is_refused(options, tools):
     fake_quantized = lambda path, leaf: FakeQuant(leaf) if path.endswith("up/kernel") else leaf  # noqa: E731
     lm = tools.change_leaves(tools.lm_of("MHA"), fake_quantized)
-    with pytest.raises(ValueError, match=r"layers_0/mlp/up/kernel trains with rounding.*prune first"):
+    with pytest.raises(ValueError, match=r"layers_0/mlp/up/kernel is in quantization-aware training.*prune first"):
         structured(**options, end=2).init(jax.random.key(0), lm)

@@ -11,7 +11,7 @@ from jaxlm.core import Context, Gate, Loss, Site, Term, arrays, describe, flatte
 from jaxlm.methods.prune.structured import latency
 from jaxlm.methods.prune.structured.gates import open_gates
 from jaxlm.methods.prune.structured.hard_concrete import HardConcrete
-from jaxlm.methods.prune.structured.l0 import expected_latency, expected_size, l0, open_shares, settle
+from jaxlm.methods.prune.structured.l0 import deterministic_gates, expected_latency, expected_size, l0, open_shares
 from jaxlm.methods.prune.structured.latency import Curve, Table, grid, measure, table_at
 from jaxlm.methods.prune.structured.shrink import shrink
 from jaxlm.methods.quantize.round_to_nearest import quantize
@@ -98,7 +98,7 @@ def test_baked_is_what_was_evaluated(name, tools, tmp_path):
     assert any(
         0 < v < 1 for leaf in flatten(settled).values() if isinstance(leaf, Gate) for v in leaf.value.reshape(-1)
     )
-    run = flatten(settle(gated.network.run_view(gated.params)))
+    run = flatten(deterministic_gates(gated.network.run_view(gated.params)))
     for path, leaf in flatten(settled).items():
         if isinstance(leaf, Gate) and path.endswith("layers_1/mlp/gate"):
             assert np.array_equal(run[path.replace("layers_1", "layers_0-1")].value[1], leaf.value)
