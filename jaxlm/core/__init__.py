@@ -1,5 +1,6 @@
 """Trees, paths, rules, the Weight and Site sockets, losses as sums, and Method with its chain."""
 
+from jaxlm.core.catalog import Entry, entries, imported, node_class, nodes
 from jaxlm.core.context import Context
 from jaxlm.core.dropout import dropout
 from jaxlm.core.kinds import check_fields, checked
@@ -8,7 +9,6 @@ from jaxlm.core.loss import Batch, GradFn, Loss, LossFn, Tap, TaskLoss, Term, Te
 from jaxlm.core.matmul import PRODUCT, kept, matmul, matmul_transposed
 from jaxlm.core.method import Grads, Method, MethodInit, Step, Update, chain
 from jaxlm.core.model import LM, Network
-from jaxlm.core.nodes import NODES, node_class
 from jaxlm.core.parameter import Dim, Parameter, abstract, axis_names, axis_sizes, dim, initialize
 from jaxlm.core.partition import merge, partition, trainable, trained_names, widened
 from jaxlm.core.paths import (

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.core import NODES, Axes, Node, Scheme, Weight, call, checked, components, node_class
+from jaxlm.core import Axes, Node, Scheme, Weight, call, checked, components, node_class, nodes
 from jaxlm.core.paths import field_of
 from jaxlm.io.safetensors import Tensor, is_float
 
@@ -21,8 +21,8 @@ def describe_node(node: Node) -> dict[str, Any]:
       ValueError: for a class that loading would not know.
     """
     name = type(node).__name__
-    if name not in NODES:
-        raise ValueError(f"a {name} cannot be saved: without a line in jaxlm/core/nodes.py it could not be loaded")
+    if name not in nodes():
+        raise ValueError(f"a {name} cannot be saved: no table in jaxlm/methods lists it, so it could not be loaded")
     description: dict[str, Any] = {"type": name}
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
@@ -38,7 +38,7 @@ def describe_node(node: Node) -> dict[str, Any]:
 def build_node(description: Mapping[str, Any], name: str, tensors: dict[str, Tensor], file: Path) -> Node:
     """The inverse of `describe_node`; takes the node's arrays out of `tensors`.
 
-    Types are those of `core.nodes`, nothing else can be named.
+    Types are those of `core.catalog`, nothing else can be named.
 
     Args:
       name: of the node, which begins the names of its arrays.

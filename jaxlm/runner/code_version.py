@@ -3,10 +3,13 @@
 import ast
 import functools
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
+PLACE = r"[a-zA-Z_]\w*(\.\w+)*(:\w+)?"
+"""A dotted name of a module, or something in it."""
 
 
 @functools.cache
@@ -35,7 +38,7 @@ def reachable(module: str, package: Path) -> dict[str, ast.Module]:
         if name in trees or path is None:
             continue
         trees[name] = ast.parse(path.read_text(encoding="utf-8"))
-        waiting += imported_by(trees[name])
+        waiting += imported_by(trees[name], name)
         waiting += [name.rpartition(".")[0]] if "." in name else []  # a package runs its __init__ first
     return trees
 
@@ -48,14 +51,21 @@ def source_of(name: str, package: Path) -> Path | None:
     return next((path for path in candidates if first == package.name and path.is_file()), None)
 
 
-def imported_by(tree: ast.Module) -> Iterator[str]:
-    """Dotted names that a module imports; `from a import b` gives `a` and `a.b`."""
+def imported_by(tree: ast.Module, module: str) -> Iterator[str]:
+    """Dotted names that a module imports, now or on demand; `from a import b` gives `a` and `a.b`.
+
+    On demand it imports what its strings name: `"a.b"`, or `"b:function"` and `"a.b:function"` in a table of the
+    package `a` (see `core.catalog`).
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(PLACE, node.value):
+            name = node.value.partition(":")[0]
+            yield from (name, f"{module}.{name}")
 
 
 def without_strings(tree: ast.Module) -> ast.Module:

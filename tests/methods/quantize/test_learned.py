@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxlm.core.weights.learned import learned_clip, learned_step
 
 from jaxlm.core import Quantized, Scheme, components, dot, materialize
 from jaxlm.core.weights.scheme import spread
-from jaxlm.methods.quantize.learned import LSQ, PACT
+from jaxlm.methods.quantize.learned import LSQ, PACT, learned_clip, learned_step
 
 SCHEMES = [Scheme("int4"), Scheme("int3", 5), Scheme("int8", "tensor")]
 
