@@ -64,7 +64,8 @@ class LM:
     dropped: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "axes", self.network.axes() | dict(self.axes))
+        own = self.network.axes()  # not those of a config before: another head's output has the same path
+        object.__setattr__(self, "axes", {**own, **{p: names for p, names in self.axes.items() if p not in own}})
         if isinstance(self.tokenizer_source, Path):
             object.__setattr__(self, "tokenizer_source", TokenizerFiles(self.tokenizer_source))
 

@@ -1,4 +1,4 @@
-"""The model directory, in one of two layouts.
+"""The model directory, in one of three layouts.
 
 *transformers*: that library's own (config.json, model.safetensors, tokenizer files), whenever it can express the model.
 *native*: config.json says `model_type: jaxlm`, which transformers refuses plainly; arrays go by their names in the
@@ -13,13 +13,12 @@ import reprlib
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlm.core import (
     Axes,
     Node,
     Site,
-    Weight,
     arrays,
     call,
     checked,
@@ -29,14 +28,17 @@ from jaxlm.core import (
     unflatten,
     with_arrays,
 )
+from jaxlm.io.adapter import Base, Described, beyond, borrowed_tensors
 from jaxlm.io.carried import GENERATION, GENERATION_FILE, carried_of
 from jaxlm.io.hf_padding import pad_model
 from jaxlm.io.hf_tensors import from_transformers, to_transformers
+from jaxlm.io.hub import find
 from jaxlm.io.lm import LM, TokenizerFiles
 from jaxlm.io.safetensors import (
     INDEX,
     MAX_SHARD_BYTES,
     SINGLE,
+    Tensor,
     find_file,
     is_float,
     open_tensors,
@@ -53,6 +55,9 @@ from jaxlm.models.network import Network
 
 FORMAT = 1
 CONFIG, OWN = "config.json", "jaxlm.json"
+NATIVE = ("config", "weights", "axes", "carried")
+NEEDED = {"transformers": ("config",), "native": NATIVE, "adapter": (*NATIVE, "base")}
+"""Entries of jaxlm.json by layout."""
 PADDED = "transformers"
 """Subdirectory of a native directory with the same model padded with zeros, in transformers' layout."""
 TOKENIZER_FILES = (
@@ -73,8 +78,8 @@ TOKENIZER_FILES = (
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def open_model(directory: Path, head: str | None = None) -> LM:
-    """Opens a model directory of either layout: an LM with a Tensor for every array, read when it is asked for.
+def open_model(directory: Path, head: str | None = None, base: LM | None = None) -> LM:
+    """Opens a model directory of any layout: an LM with a Tensor for every array, read when it is asked for.
 
     Its head may lack parameters; `load` fits it to what is wanted.
 
@@ -82,6 +87,7 @@ def open_model(directory: Path, head: str | None = None) -> LM:
       directory: of a model.
       head: the head wanted, which allows that the stored one is another, of an unknown class even; `None` takes the
         stored one, and then every tensor must be known and there.
+      base: of an adapter, with Tensors; `None` opens the one that the adapter names.
 
     Raises:
       FileNotFoundError: no directory, config or tensors.
@@ -94,9 +100,15 @@ def open_model(directory: Path, head: str | None = None) -> LM:
     written = _written_config(described, directory / OWN) if described is not None else None
     tokenizer = directory if any(find_file(directory, name) for name in TOKENIZER_FILES) else None
     generation = read_json(path) if (path := find_file(directory, GENERATION_FILE)) else None
-    if described is not None and written is not None and described["layout"] == "native":
+    if described is not None and written is not None and described["layout"] in ("native", "adapter"):
         carried = _carried(directory / OWN, described["carried"], generation)
-        params, axes = _open_native(directory, described, written)
+        tensors = expand(open_tensors(directory), described.get("sparse", {}), directory / OWN)
+        if described["layout"] == "adapter":
+            entry = Described.of(described["base"], directory / OWN)
+            base = open_model(find(entry.location(directory))) if base is None else base
+            tensors |= borrowed_tensors(entry, base, directory / OWN)
+            tokenizer = tokenizer or base.tokenizer_source
+        params, axes = _native_params(directory, described, written, tensors)
         return LM(written, params, tokenizer, axes, carried)
     if find_file(directory, CONFIG) is None:
         adapter = ", but the adapter of one: merge it into its model (merge_and_unload of PEFT) and save that"
@@ -138,9 +150,9 @@ def _written_config(described: Mapping[str, Any], path: Path) -> ModelConfig:
     if type(described.get("format")) is not int or described["format"] != FORMAT:
         raise ValueError(f"{path} has the format {reprlib.repr(described.get('format'))}, this version reads {FORMAT}")
     layout = described.get("layout", "transformers")
-    if layout not in ("transformers", "native"):
-        raise ValueError(f"{path} has the layout {reprlib.repr(layout)}, expected transformers or native")
-    needed = ("layout", "config", *(("weights", "axes", "carried") if layout == "native" else ()))
+    if layout not in NEEDED:
+        raise ValueError(f"{path} has the layout {reprlib.repr(layout)}, expected {', '.join(NEEDED)}")
+    needed = ("layout", *NEEDED[layout])
     missing = [key for key in needed if key not in described]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged, or not written by jaxlm")
@@ -173,12 +185,11 @@ def _transformers_config(hf: Mapping[str, Any], written: ModelConfig | None, hea
     return written if all(key in hf and hf[key] == value for key, value in hf_of_written.items()) else config
 
 
-def _open_native(
-    directory: Path, described: Mapping[str, Any], config: ModelConfig
+def _native_params(
+    directory: Path, described: Mapping[str, Any], config: ModelConfig, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Axes]]:
-    """Parameters of the native layout, and the axis names of leaves that methods added."""
+    """Parameters of the native layout, whose tensors it takes, and the axis names of leaves that methods added."""
     file = directory / OWN
-    tensors = expand(open_tensors(directory), described.get("sparse", {}), file)
     spec, weights = flatten(Network(config).spec), described["weights"]
     axes = {path: tuples(names) for path, names in described["axes"].items()}
     leaves: dict[str, Any] = {}
@@ -188,10 +199,8 @@ def _open_native(
             take_tensor(tensors, path, file) if description is None else build_node(description, path, tensors, file)
         )
         if path not in spec:
-            if isinstance(leaf, Weight):
-                raise ValueError(f"{file}: the network has no parameter {path!r}")
             _check_added(path, {*spec, *leaves}, axes, file)
-            if isinstance(leaf, Site):
+            if isinstance(leaf, Node):
                 check_node(leaf, axes[path], path, file)
             elif len(leaf.shape) != len(axes[path]):
                 raise ValueError(f"{file}: {path!r} has the shape {list(leaf.shape)}, but {len(axes[path])} axis names")
@@ -232,6 +241,7 @@ def write_model(
     *,
     native: bool = False,
     padded: bool = False,
+    base: Base | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> str | None:
@@ -243,6 +253,7 @@ def write_model(
       native: use the native layout even where transformers could express the model.
       padded: where transformers cannot express its sizes, put the model padded with zeros, which it can load and whose
         logits are the same, into the subdirectory `transformers`.
+      base: write an adapter: what the model has beyond this one.
       max_shard_bytes: limit of one file of tensors.
       progress: told the bytes of each tensor once it is written.
 
@@ -262,41 +273,70 @@ def write_model(
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
-    reason = _write(staging, lm, native, max_shard_bytes, progress)
-    if padded and reason is not None:
+    contents = _adapter(lm, base, target) if base else _contents(lm, native)
+    _write(staging, lm, contents, max_shard_bytes, progress)
+    if padded and contents.reason is not None:
         config, params = pad_model(lm.config, lm.params)
         (staging / PADDED).mkdir()
-        _write(staging / PADDED, lm.replace(config=config, params=params), False, max_shard_bytes, lambda _: None)
+        lm = lm.replace(config=config, params=params)
+        _write(staging / PADDED, lm, _contents(lm, native=False), max_shard_bytes, lambda _: None)
     _replace(staging, target)
-    return reason
+    return contents.reason
 
 
-def _write(directory: Path, lm: LM, native: bool, max_shard_bytes: int, progress: Callable[[int], None]) -> str | None:
-    """The files of a model; returns why the layout is native, or `None`."""
-    reason = None
-    description: dict[str, Any] = {"format": FORMAT, "layout": "transformers", "config": lm.config.to_json()}
-    flat = flatten(lm.params)
+class Contents(NamedTuple):
+    """What a model directory holds besides the tokenizer: tensors, jaxlm.json, config.json; why it is not
+    transformers' layout, or `None`."""
+
+    tensors: Mapping[str, Tensor]
+    own: dict[str, Any]
+    config: dict[str, Any]
+    reason: str | None = None
+
+
+def _contents(lm: LM, native: bool) -> Contents:
+    """The contents of a whole model, in transformers' layout where it can be and need not be native."""
     try:
         if native:
             raise NotExpressible("asked for")
-        hf = _to_transformers_config(lm)
-        tensors = to_transformers(lm.config, flat)
+        own = {"format": FORMAT, "layout": "transformers", "config": lm.config.to_json()}
+        config = _to_transformers_config(lm)
+        return Contents(to_transformers(lm.config, flatten(lm.params)), own, config)
     except NotExpressible as error:
-        reason = str(error)
-        tensors, sparse = compress(arrays(lm.params))
-        description |= {"sparse": sparse} if sparse else {}
-        nodes = {path: describe_node(leaf) for path, leaf in flat.items() if isinstance(leaf, Node)}
-        axes = {path: names for path, names in lm.axes.items() if path in flat.keys() - flatten(lm.network.spec)}
-        carried = {key: value for key, value in lm.carried.items() if key != GENERATION}
-        description |= {"layout": "native", "weights": nodes, "axes": axes, "carried": carried}
-        hf = {"model_type": "jaxlm", "architectures": ["JaxlmModel"], "reason": reason}
-    write_tensors(directory, tensors, max_shard_bytes, progress)
-    _write_tokenizer(directory, lm.tokenizer_source, native=reason is not None)
+        return _native(lm, arrays(lm.params), str(error))
+
+
+def _native(lm: LM, tensors: Mapping[str, Tensor], reason: str) -> Contents:
+    """The contents of the native layout, with these of the model's arrays."""
+    flat, spec = flatten(lm.params), flatten(lm.network.spec)
+    stored, sparse = compress(tensors)
+    own = {
+        "format": FORMAT,
+        "layout": "native",
+        "config": lm.config.to_json(),
+        **({"sparse": sparse} if sparse else {}),
+        "weights": {path: describe_node(leaf) for path, leaf in flat.items() if isinstance(leaf, Node)},
+        "axes": {path: names for path, names in lm.axes.items() if path in flat.keys() - spec},
+        "carried": {key: value for key, value in lm.carried.items() if key != GENERATION},
+    }
+    return Contents(stored, own, {"model_type": "jaxlm", "architectures": ["JaxlmModel"], "reason": reason}, reason)
+
+
+def _adapter(lm: LM, base: Base, target: Path) -> Contents:
+    """The contents of an adapter, whose arrays are those beyond the base."""
+    tensors, entry = beyond(lm, base, target)
+    contents = _native(lm, tensors, "an adapter")
+    return contents._replace(own=contents.own | {"layout": "adapter", "base": entry})
+
+
+def _write(directory: Path, lm: LM, contents: Contents, max_shard_bytes: int, progress: Callable[[int], None]) -> None:
+    """The files of a model."""
+    write_tensors(directory, contents.tensors, max_shard_bytes, progress)
+    _write_tokenizer(directory, lm.tokenizer_source, native=contents.reason is not None)
     if GENERATION in lm.carried:
         write_text(directory / GENERATION_FILE, [json.dumps(lm.carried[GENERATION], indent=2, sort_keys=True) + "\n"])
-    write_text(directory / OWN, [json.dumps(description, indent=2) + "\n"])
-    write_text(directory / CONFIG, [json.dumps(hf, indent=2, sort_keys=True) + "\n"])
-    return reason
+    write_text(directory / OWN, [json.dumps(contents.own, indent=2) + "\n"])
+    write_text(directory / CONFIG, [json.dumps(contents.config, indent=2, sort_keys=True) + "\n"])
 
 
 def _check(lm: LM) -> None:

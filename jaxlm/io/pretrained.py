@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import Tree, abstract, arrays, flatten, initialize, lookup, unflatten, with_arrays
+from jaxlm.io.adapter import Base
 from jaxlm.io.hf_tensors import rows
+from jaxlm.io.hub import find
 from jaxlm.io.lm import LM
 from jaxlm.io.model_directory import cast, open_model, write_model
 from jaxlm.io.safetensors import MAX_SHARD_BYTES, Tensor
@@ -25,6 +27,7 @@ def load(
     regression: bool = False,
     dtype: Any = None,
     key: jax.Array | None = None,
+    base: LM | None = None,
 ) -> LM:
     """A model from a directory, ours or one of transformers, or from the Hugging Face hub.
 
@@ -40,12 +43,14 @@ def load(
       regression: a sequence head that predicts one number.
       dtype: of float parameters; `None` keeps the stored one.
       key: for fresh parameters; `jax.random.key(0)` if not given.
+      base: the model that an adapter belongs to, whose arrays are then shared; by default it is loaded from the place
+        that the adapter names.
 
     Raises:
       FileNotFoundError: nothing there, or a file is missing.
       ValueError: damaged or unsupported input; the message names the file and the tensor or the setting.
     """
-    lm = open_fitted(path, head=head, labels=labels, regression=regression)
+    lm = open_fitted(path, head=head, labels=labels, regression=regression, base=base)
     lm = lm if dtype is None else cast(lm, dtype)
     # The largest first, while there is room for a second copy.
     tensors = sorted(arrays(lm.params).items(), key=lambda item: -item[1].nbytes)
@@ -66,9 +71,16 @@ def load_abstract(
     return lm.replace(params=_with_fresh(lm.params, lm, None, abstract))
 
 
-def open_fitted(path: str | Path, *, head: str | None, labels: Sequence[str] | None, regression: bool) -> LM:
+def open_fitted(
+    path: str | Path,
+    *,
+    head: str | None,
+    labels: Sequence[str] | None,
+    regression: bool,
+    base: LM | None = None,
+) -> LM:
     """A model directory as the wanted model: Tensors without those of another head; what it lacks is in `fresh`."""
-    stored = open_model(find(path), head)
+    stored = open_model(find(path), head, base and with_tensors(base))
     config = retarget(stored.config, head, labels, regression)
     params, fresh, dropped = _fit(stored, config)
     return stored.replace(config=config, params=params, fresh=tuple(fresh), dropped=(*stored.dropped, *dropped))
@@ -81,6 +93,7 @@ def save(
     dtype: Any = None,
     native: bool = False,
     padded: bool = False,
+    base: LM | str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> str | None:
@@ -90,35 +103,26 @@ def save(
       lm: the model.
       path: directory to create, or a model directory to replace.
       dtype: of float parameters; `None` keeps theirs.
+      base: the model that `lm` was made of, or its directory or hub id: an adapter is written, which holds what `lm`
+        has beyond it. `load` finds a base by the place that was given here.
       native, padded, max_shard_bytes, progress: see `jaxlm.io.model_directory.write_model`.
 
     Returns:
       why transformers cannot read the directory, or `None` if it can.
     """
-    tensors = {name: Tensor.of(value, name) for name, value in arrays(lm.params).items()}
-    lm = lm.replace(params=with_arrays(lm.params, tensors))
+    lm = with_tensors(lm)
     lm = lm if dtype is None else cast(lm, dtype)
-    return write_model(Path(path), lm, native=native, padded=padded, max_shard_bytes=max_shard_bytes, progress=progress)
+    below = None
+    if base is not None:
+        below = Base(with_tensors(base)) if isinstance(base, LM) else Base(open_model(find(base)), base)
+    return write_model(
+        Path(path), lm, native=native, padded=padded, base=below, max_shard_bytes=max_shard_bytes, progress=progress
+    )
 
 
-def find(path: str | Path) -> Path:
-    """The directory itself, or a snapshot of a hub repository: safetensors, configs and tokenizer files only."""
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise ValueError(f"{path} is a file; a model is a directory with config.json and model.safetensors")
-    if not isinstance(path, str) or path.count("/") > 1 or path.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"there is no directory {path} (working directory {Path.cwd()})")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-    except Exception as error:  # the client raises many kinds, most of them about the network
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"{path} is no directory here, and the Hugging Face hub did not give it: {first}"
-        ) from error
+def with_tensors(lm: LM) -> LM:
+    """The model with a Tensor for every array."""
+    return lm.replace(params=with_arrays(lm.params, {n: Tensor.of(a, n) for n, a in arrays(lm.params).items()}))
 
 
 def retarget(
@@ -144,6 +148,8 @@ def retarget(
 
 def _place(tensor: Tensor) -> jax.Array:
     """The tensor on the default device; its copy here is free again before the next one is read."""
+    if isinstance(tensor.array, jax.Array):
+        return tensor.array
     return jax.device_put(tensor.read(), may_alias=False).block_until_ready()
 
 

@@ -60,12 +60,14 @@ class Tensor(NamedTuple):
       shape, dtype: what `read()` gives; nbytes: what it takes in a file.
       read: gives the numpy array, by `read(dtype)` converted to another float dtype on the way; nothing is kept.
       location: where it comes from, for messages.
+      array: what `read` copies, where that is in memory already.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[..., np.ndarray]
     location: str = "memory"
+    array: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +87,7 @@ class Tensor(NamedTuple):
                 _convert(source[start : start + BLOCK], target[start : start + BLOCK], name)
             return out
 
-        return cls(tuple(array.shape), np.dtype(array.dtype), read)
+        return cls(tuple(array.shape), np.dtype(array.dtype), read, array=array)
 
     def cast(self, dtype: Any) -> "Tensor":
         """The same in another float dtype; integers and booleans stay.
@@ -96,7 +98,8 @@ class Tensor(NamedTuple):
         dtype = np.dtype(dtype)
         if dtype == self.dtype or not is_float(self.dtype):
             return self
-        return self._replace(dtype=dtype, read=lambda wanted=None: self.read(dtype if wanted is None else wanted))
+        read = lambda wanted=None: self.read(dtype if wanted is None else wanted)  # noqa: E731
+        return self._replace(dtype=dtype, read=read, array=None)
 
 
 def _convert(values: np.ndarray, out: np.ndarray, name: str) -> None:

@@ -7,15 +7,12 @@ import platform
 import resource
 import subprocess
 from collections.abc import Iterator, Mapping
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxlm.core import Tree, arrays
 from jaxlm.core.strict_json import strict
 from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.data.sources.contents import changes, contents
@@ -138,16 +135,6 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(strict(value), indent=2, allow_nan=False) + "\n")
     part.replace(path)
-
-
-def params_sha256(params: Tree) -> str:
-    """sha256 over names, dtypes and bytes of every array, in order of name."""
-    total = sha256()
-    for name, array in sorted(arrays(params).items()):
-        host = np.ascontiguousarray(jax.device_get(array))
-        total.update(f"{name} {host.dtype} {host.shape}".encode())
-        total.update(host.tobytes())
-    return total.hexdigest()
 
 
 def peak_memory() -> dict[str, int]:

@@ -33,9 +33,10 @@ def default_config() -> ConfigDict:
     `model` holds `init` (a model directory, a hub id, or "" for a fresh model) and every hyper-parameter, `None` where
     the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`;
     `bake` folds what methods did into the model; `layout` is that of the model directory: `transformers` wherever that
-    library can express the model, `native` (zeros take no room), or `padded` (a copy with zeros for transformers beside
-    a model that it cannot express). `calibration` is the text that surgery reads where it must see inputs; `stages` and
-    `report` are read by a pipeline, `search` by a search over one.
+    library can express the model, `native` (zeros take no room), `padded` (a copy with zeros for transformers beside
+    a model that it cannot express), or `adapter` (only what the run added to `model.init`). `calibration` is
+    the text that surgery reads where it must see inputs; `stages` and `report` are read by a pipeline, `search` by a
+    search over one.
     """
     sections = {
         "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),

@@ -6,7 +6,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from jaxlm.core import lookup
 from jaxlm.core.cpu import fast_bfloat16, here
 from jaxlm.core.strict_json import strict
 from jaxlm.data.tokenizer import padding_id
+from jaxlm.io.fingerprint import params_sha256
 from jaxlm.io.lm import LM
 from jaxlm.io.pretrained import save
 from jaxlm.methods.merge.average import average
@@ -25,7 +26,6 @@ from jaxlm.parallel.batches import gather_to_host
 from jaxlm.runner.artifacts import (
     check_same_config,
     check_same_data,
-    params_sha256,
     peak_memory,
     room_on_disk,
     write_json,
@@ -39,8 +39,13 @@ from jaxlm.train.loop import train
 from jaxlm.train.metric_writer import MetricWriter
 from jaxlm.train.step import TrainState
 
-LAYOUTS = {"transformers": {}, "native": {"native": True}, "padded": {"padded": True}}
-"""How `config.layout` has a model written."""
+LAYOUTS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "transformers": lambda config: {},
+    "native": lambda config: {"native": True},
+    "padded": lambda config: {"padded": True},
+    "adapter": lambda config: {"base": config.model.init},
+}
+"""`config -> options of save` by `config.layout`."""
 
 
 def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
@@ -53,7 +58,8 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
       OSError: when the disk is full; the same command goes on once it is not.
     """
     started, workdir = time.perf_counter(), workdir.resolve()
-    layout = lookup(LAYOUTS, config.layout, "layout")
+    layout = lookup(LAYOUTS, config.layout, "layout")(config)
+    check_adapter(config)
     check_same_config(plain(config), workdir)
     data = check_same_data(config, workdir)
     if (workdir / "result.json").exists():
@@ -75,6 +81,19 @@ def run(config: Any, workdir: Path, name: str = "train") -> dict[str, Any]:
         if writer.writes:
             write_json(workdir / "result.json", result)
     return result
+
+
+def check_adapter(config: Any) -> None:
+    """Raises ValueError where a model is to be stored as an adapter, and would not be one."""
+    if config.layout != "adapter":
+        return
+    if not config.model.init:
+        raise ValueError("config.layout = 'adapter' stores what a run adds to config.model.init, which is empty")
+    if config.methods and config.bake:
+        raise ValueError(
+            "config.layout = 'adapter': baking folds what the methods add into the weights of config.model.init; "
+            "set config.bake = False"
+        )
 
 
 def with_padding_id(lm: LM) -> LM:

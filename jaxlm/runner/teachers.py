@@ -15,6 +15,7 @@ from jaxlm.core import Batch, Method, Tree, call
 from jaxlm.core.strict_json import digest
 from jaxlm.data.loader import Batches
 from jaxlm.generate.decoding import check_sampling, generate
+from jaxlm.io.fingerprint import params_sha256
 from jaxlm.io.lm import LM
 from jaxlm.io.pretrained import load
 from jaxlm.losses.soft_targets import top_answers
@@ -23,7 +24,6 @@ from jaxlm.methods.distill.teacher import CachedTeacher, DistillConfig, Teacher
 from jaxlm.methods.distill.teacher_cache import Cache, CacheSettings, Layout, write_cache
 from jaxlm.parallel.batches import gather_to_host, to_devices
 from jaxlm.runner import registry
-from jaxlm.runner.artifacts import params_sha256
 from jaxlm.runner.distillation import Teachers, distillation, has_teachers
 from jaxlm.runner.run_setup import RunSetup, apply_surgery, on_mesh, prepare_run
 from jaxlm.tasks.encode import batches_of

@@ -30,6 +30,7 @@ from jaxlm.core import (
     with_arrays,
 )
 from jaxlm.io.lm import LM
+from jaxlm.io.safetensors import open_tensors
 from jaxlm.losses.cross_entropy import cross_entropy
 from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.models import model_config
@@ -301,6 +302,25 @@ def test_pairs_compose_or_are_refused(first, second):
         assert masks and all(np.mean(mask) == 0.5 for mask in masks)
         assert {"structured", "l0"} & {first, second} or np.mean(materialize(up) == 0) >= 0.5
     assert isinstance(up, Quantized) == (first in QUANTIZING or second in QUANTIZING)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_a_method_adds_is_saved_beside_its_base(name, tmp_path):
+    """Leaves and Weights anywhere in the tree come back to the bit, and nothing of the base is stored again."""
+    base = student("gpt2")
+    _, (lm, _, _) = prepared("gpt2", (name,))
+    if arrays(lm.params).keys() == arrays(base.params).keys():
+        with pytest.raises(ValueError, match="there is no adapter to write"):
+            jaxlm.save(lm, tmp_path, base=base)
+        return
+    jaxlm.save(lm, tmp_path, base=base)
+    assert (
+        not {*arrays(base.params), *(f"{path}.base" for path in flatten(base.params))} & open_tensors(tmp_path).keys()
+    )
+    again = jaxlm.load(tmp_path, base=base)
+    assert jax.tree.structure(again.params) == jax.tree.structure(lm.params)
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), again.params, lm.params)
+    assert all(jax.tree.leaves(same)) and again.axes == lm.axes
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

@@ -7,8 +7,9 @@ import jax
 import pytest
 
 import jaxlm
+from jaxlm.io.fingerprint import params_sha256
+from jaxlm.io.safetensors import open_tensors
 from jaxlm.runner import stage
-from jaxlm.runner.artifacts import params_sha256
 from jaxlm.runner.run_setup import prepare_run
 
 
@@ -77,6 +78,27 @@ def test_layouts(trained, tmp_path):
     config.layout = "dense"
     with pytest.raises(ValueError, match=r"layout.*'dense'"):
         stage.run(config, tmp_path / "dense")
+
+
+def test_a_run_may_keep_only_what_it_added(trained, tmp_path):
+    config, workdir, _ = trained
+    config = config.copy_and_resolve_references()
+    config.model.update(init=str(workdir / "model"), **dict.fromkeys(("num_layers", "num_heads", "dropout")))
+    config.update(layout="adapter", methods=({"name": "lora", "rank": 2, "also_train": "final_norm/.*"},))
+    with pytest.raises(ValueError, match=r"baking folds what the methods add.*config.bake = False"):
+        stage.run(config, tmp_path / "run")
+    config.bake = False
+    result = stage.run(config, tmp_path / "run")
+    stored = open_tensors(tmp_path / "run" / "model")
+    updated = [f"layers_{i}/attention/{name}/kernel" for i in (0, 1) for name in ("query", "value")]
+    expected = {f"{path}.{factor}" for path in updated for factor in "ab"}
+    assert stored.keys() == expected | {"final_norm/scale", "final_norm/bias"}
+    lm = jaxlm.load(tmp_path / "run" / "model")
+    assert params_sha256(lm.params) == result["params_sha256"]
+    assert lm.tokenizer.get_vocab() == jaxlm.load(workdir / "model").tokenizer.get_vocab()
+    config.model.init = ""
+    with pytest.raises(ValueError, match=r"config.model.init, which is empty"):
+        stage.run(config, tmp_path / "fresh")
 
 
 def test_a_finished_run_returns_at_once(trained, monkeypatch):
