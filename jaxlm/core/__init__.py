@@ -30,5 +30,5 @@ from jaxlm.core.paths import (
 )
 from jaxlm.core.site import Gate, Site, Switch, visit
 from jaxlm.core.surgery import NO_DATA, Calibration, NoData, Surgery, SurgeryContext
-from jaxlm.core.weight import Axes, Component, Node, Weight, attend, components, dot, materialize, take
+from jaxlm.core.weight import Axes, Component, Node, Weight, Wrapper, attend, components, dot, materialize, take
 from jaxlm.core.weights import Factored, FakeQuant, InputScaled, Masked, Quantized, Scheme

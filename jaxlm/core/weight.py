@@ -76,6 +76,24 @@ class Weight(Node):
         return matmul_transposed(x, self.materialize(), dtype)
 
 
+class Wrapper(Weight):
+    """A Weight around another, of its shape and dtype.
+
+    Attributes:
+      base: an array, or a Weight again.
+    """
+
+    base: Float[Array, "*layers in out"] | Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.base.dtype
+
+
 def dot(
     x: Float[Array, "*batch in"],
     w: Float[Array, "in out"] | Weight,

@@ -1,14 +1,13 @@
 """Observed: a weight whose inputs are observed."""
 
-import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxlm.core import Axes, Component, Context, Weight, attend, dot, materialize, take
+from jaxlm.core import Axes, Component, Context, Wrapper, attend, dot, materialize, take
 
 
-class Observed(Weight):
+class Observed(Wrapper):
     """`W = base`; every `dot` first calls `ctx.observe(name, x)`, where the context has an observer.
 
     It exists while a layer is calibrated and is never stored.
@@ -18,16 +17,7 @@ class Observed(Weight):
       name: passed to the observer. Static.
     """
 
-    base: Float[Array, "*layers in out"] | Weight
     name: str = struct.field(pytree_node=False, default="")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
 
     def materialize(self) -> Float[Array, "*layers in out"]:
         return materialize(self.base)

@@ -22,6 +22,7 @@ from jaxlm.core import (
     Site,
     Switch,
     Weight,
+    Wrapper,
     node_class,
     nodes,
 )
@@ -85,7 +86,7 @@ def test_every_class_that_jaxlm_defines_is_enrolled():
         heirs += (heir := heirs.pop()).__subclasses__()
         defined.add(heir)
     defined = {cls for cls in defined if cls.__module__.startswith("jaxlm.")}
-    assert defined - {Node, Weight, Site, Switch} == {type(node) for node in NODES}
+    assert defined - {Node, Weight, Wrapper, Site, Switch} == {type(node) for node in NODES}
 
 
 def test_a_field_of_another_shape_or_dtype_is_noticed():

@@ -3,19 +3,18 @@
 from typing import Self
 
 import jax
-import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxlm.core.context import Context
 from jaxlm.core.matmul import matmul, matmul_transposed
-from jaxlm.core.weight import Axes, Component, Weight, materialize
+from jaxlm.core.weight import Axes, Component, Weight, Wrapper, materialize
 from jaxlm.core.weights.quantized import Quantized, check_activations, per_token
 from jaxlm.core.weights.scheme import INT8, Scale, Scheme, ZeroPoint, grid, straight_through, to_codes
 
 
-class FakeQuant(Weight):
+class FakeQuant(Wrapper):
     """`W = q(base)`: the float weight is trained, the forward pass sees its quantized values.
 
     The grid follows the weight: recomputed in every pass and not differentiated, exactly as `Quantized.of` computes it,
@@ -28,7 +27,6 @@ class FakeQuant(Weight):
       channel: dimension with a scale of its own, as in `Quantized`. Static.
     """
 
-    base: Float[Array, "*layers in out"] | Weight
     scheme: Scheme = struct.field(pytree_node=False, default=INT8)
     activations: Scheme | None = struct.field(pytree_node=False, default=None)
     channel: int = struct.field(pytree_node=False, default=-1)
@@ -58,14 +56,6 @@ class FakeQuant(Weight):
     def axis(self) -> int:
         """The dimension along which groups run: that of the inputs."""
         return -3 - self.channel
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
 
     def grid(self, dense: Float[Array, "*layers in out"]) -> tuple[Scale, ZeroPoint | None]:
         """Scale and zero point of the weight."""

@@ -1,15 +1,14 @@
 """InputScaled: a weight whose inputs are scaled first."""
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxlm.core.context import Context
-from jaxlm.core.weight import Axes, Component, Weight, attend, dot, materialize, take
+from jaxlm.core.weight import Axes, Component, Wrapper, attend, dot, materialize, take
 
 
-class InputScaled(Weight):
+class InputScaled(Wrapper):
     """`W = diag(scale) base`, run as `(x ⊙ scale) base`: the base meets the scaled inputs.
 
     SmoothQuant and AWQ divide inputs by `s` and multiply the rows of the base by it; where `1/s` cannot be folded into
@@ -17,16 +16,7 @@ class InputScaled(Weight):
     inputs quantizes the scaled ones, which is the point.
     """
 
-    base: Float[Array, "*layers in out"] | Weight
     scale: Float32[Array, "*layers in"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
 
     def materialize(self) -> Float[Array, "*layers in out"]:
         return (materialize(self.base).astype(jnp.float32) * self.scale[..., None]).astype(self.dtype)

@@ -2,14 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from jaxlm.core.weight import Axes, Component, Weight, materialize
+from jaxlm.core.weight import Axes, Component, Wrapper, materialize
 
 
-class Masked(Weight):
+class Masked(Wrapper):
     """`W = base ⊙ mask`.
 
     The gradient of a masked entry is exactly zero, or with `dense_grad` that of `W`: what the entry would learn if it
@@ -21,17 +20,8 @@ class Masked(Weight):
       dense_grad: the gradient passes where the mask is false, too. Static.
     """
 
-    base: Float[Array, "*layers in out"] | Weight
     mask: Bool[Array, "*layers in out"]
     dense_grad: bool = struct.field(pytree_node=False, default=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.mask.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
 
     def materialize(self) -> Float[Array, "*layers in out"]:
         dense = materialize(self.base)

@@ -1,7 +1,6 @@
 """LowRank: a weight plus a trained update of low rank."""
 
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -10,7 +9,7 @@ from jaxlm.core import (
     Axes,
     Component,
     Context,
-    Weight,
+    Wrapper,
     attend,
     dot,
     dropout,
@@ -21,7 +20,7 @@ from jaxlm.core import (
 )
 
 
-class LowRank(Weight):
+class LowRank(Wrapper):
     """`W = base + scale · a b`, run factored: `x W = x base + scale · (drop(x) a) b`.
 
     Source: Hu et al. 2021, LoRA, arXiv:2106.09685.
@@ -33,19 +32,10 @@ class LowRank(Weight):
       rate: dropout rate on the input of the update. Static.
     """
 
-    base: Float[Array, "*layers in out"] | Weight
     a: Float[Array, "*layers in rank"]
     b: Float[Array, "*layers rank out"]
     scale: float = struct.field(pytree_node=False, default=1.0)
     rate: float = struct.field(pytree_node=False, default=0.0)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
 
     def materialize(self) -> Float[Array, "*layers in out"]:
         update = self.scale * (self.a.astype(jnp.float32) @ self.b.astype(jnp.float32))
