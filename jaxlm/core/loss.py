@@ -65,14 +65,24 @@ class LossFn(Protocol):
 
 
 class Loss(NamedTuple):
-    """A loss and the taps that it reads."""
+    """A loss and what must be known of it before there is a batch.
+
+    A transform gives `inner._replace(fn=fn)`, with what it adds to the other fields, so that none is forgotten.
+
+    Attributes:
+      fn: the forward pass and its terms.
+      taps: activations that it reads.
+      couples: names of the terms or methods whose value at a row depends on other rows of the batch (in-batch
+        negatives, statistics of a batch). A batch in parts is another batch to them, so accumulation refuses them.
+    """
 
     fn: LossFn
     taps: frozenset[Tap] = frozenset()
+    couples: frozenset[str] = frozenset()
 
 
 class GradFn(Protocol):
-    """The gradient of a loss in the arrays that train."""
+    """The gradient of a loss in the arrays that train, and in columns of the batch that a method asks for."""
 
     def __call__(
         self,
@@ -83,7 +93,10 @@ class GradFn(Protocol):
         weights: Mapping[str, Float[Array, ""]] | None = None,
         /,
     ) -> tuple[dict[str, jax.Array], Terms]:
-        """Gradients by array name, and the terms; `weights` are those of the whole step, by default the batch's own."""
+        """Gradients by array name or column, and the terms.
+
+        `weights` are those of the whole step, by default the batch's own.
+        """
         ...
 
 

@@ -57,11 +57,24 @@ class Update(Protocol):
 class Method(NamedTuple):
     """Every field defaults to the identity, so that a method states only what it does.
 
+    The gradient has two transforms, because a step may be computed in several microbatches. `grad` stands outside their
+    accumulation: it transforms the gradient of the whole step. A-GEM, which projects it where it disagrees with that of
+    a memory, belongs there; each microbatch projected by itself would be another direction. `microbatch_grad` stands
+    inside: it sees the rows of one microbatch, `weights` being those of the whole step, and what it gives is added up.
+    FreeLB, which climbs for some steps in a perturbation of the embeddings of every row, belongs there.
+
+    An activation that the gradient is taken of is a float32 column of the batch, `[rows, …]`, that the forward pass
+    adds to it wherever the batch has the column. `microbatch_grad` adds the column to the batch before it calls the
+    gradient inside it, finds the gradient in it beside those in the parameters, from the same backward pass, and takes
+    it out before it returns.
+
     Attributes:
       init: `(key, lm) -> MethodInit`, once, before the first step.
       trainable: ArrayInfo -> True, False or None; the last method with an opinion wins.
       loss: Loss -> Loss.
-      grad: GradFn -> GradFn.
+      grad: GradFn -> GradFn, outside accumulation.
+      microbatch_grad: GradFn -> GradFn, inside accumulation.
+      grad_columns: columns of the batch in which `microbatch_grad` needs the gradient; it adds and removes them.
       mask: `(params, grads) -> grads` that clipping and the optimizer see; `update` is given them as they were before.
       update: `(Step, grads, constants, step number) -> Step`, inside the compiled step.
       eval_params: `(params, state) -> params` seen by evaluation.
@@ -73,6 +86,8 @@ class Method(NamedTuple):
     trainable: Verdict = lambda info: None
     loss: Callable[[Loss], Loss] = lambda loss: loss
     grad: Callable[[GradFn], GradFn] = lambda grad: grad
+    microbatch_grad: Callable[[GradFn], GradFn] = lambda grad: grad
+    grad_columns: frozenset[str] = frozenset()
     mask: Callable[[Tree, Grads], Grads] = lambda params, grads: grads
     update: Update = lambda step, grads, constants, number: step
     eval_params: Callable[[Tree, dict], Tree] = lambda params, state: params
@@ -86,17 +101,23 @@ def chain(methods: Sequence[tuple[str, Method]]) -> Method:
     Constants and state share one dict each, so that a method finds its own under the name it chose.
 
     Raises:
-      ValueError: (from `init`) when two methods claim the same aspect of the same leaf, or use the same name.
+      ValueError: (from `init`) when two methods claim the same aspect of the same leaf, take the gradient in the same
+        column, or use the same name.
     """
 
     def init(key, lm):
         result = MethodInit(lm)
         owners: dict[tuple[str, str], str] = {}
+        askers: dict[str, str] = {}
         for index, (name, method) in enumerate(methods):
             for claim in sorted(method.claims(result.lm.params)):
                 if claim in owners:
                     raise ValueError(f"{name} and {owners[claim]} both claim the {claim[1]} of {claim[0]}; drop one")
                 owners[claim] = name
+            for column in sorted(method.grad_columns):
+                if column in askers:
+                    raise ValueError(f"{name} and {askers[column]} both take the gradient in {column}; drop one")
+                askers[column] = name
             new = method.init(jax.random.fold_in(key, index), result.lm)
             twice = (new.constants.keys() & result.constants.keys()) | (new.state.keys() & result.state.keys())
             if twice:
@@ -116,6 +137,11 @@ def chain(methods: Sequence[tuple[str, Method]]) -> Method:
     def grad(inner):
         for _, method in methods:
             inner = method.grad(inner)
+        return inner
+
+    def microbatch_grad(inner):
+        for _, method in methods:
+            inner = method.microbatch_grad(inner)
         return inner
 
     def mask(params, grads):
@@ -141,4 +167,16 @@ def chain(methods: Sequence[tuple[str, Method]]) -> Method:
     def claims(params):
         return set[tuple[str, str]]().union(*(method.claims(params) for _, method in methods))
 
-    return Method(init, trainable, loss, grad, mask, update, eval_params, bake, claims)
+    return Method(
+        init=init,
+        trainable=trainable,
+        loss=loss,
+        grad=grad,
+        microbatch_grad=microbatch_grad,
+        grad_columns=frozenset().union(*(method.grad_columns for _, method in methods)),
+        mask=mask,
+        update=update,
+        eval_params=eval_params,
+        bake=bake,
+        claims=claims,
+    )

@@ -29,7 +29,7 @@ from jaxlm.core import (
 from jaxlm.core.partition import Verdict
 from jaxlm.parallel import num_shards, pad_vocab, shardings
 from jaxlm.runner.run_setup import RunSetup
-from jaxlm.train.gradient import accumulate, gradient
+from jaxlm.train.gradient import step_gradient
 from jaxlm.train.optimizer import decays, optimizer
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState, create_state, dropout_key, make_step
@@ -86,7 +86,7 @@ def sharded_step(setup: RunSetup, method: Method, start: MethodInit, steps: int)
     trained = trained_names(infos, verdicts)
 
     loss = method.loss(base(taps))
-    grad = method.grad(accumulate(gradient(loss, trained), loss, training.grad_accum))
+    grad = step_gradient(method, loss, trained, training.grad_accum)
     tx = optimizer(training, steps, {name: info for name, info in infos.items() if name in trained})
 
     def create(key: jax.Array, params: Tree, method_state: dict) -> TrainState:

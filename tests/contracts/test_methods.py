@@ -37,7 +37,7 @@ from jaxlm.models import model_config
 from jaxlm.nn.stack import canonical_view
 from jaxlm.runner import registry
 from jaxlm.runner.distillation import distillation
-from jaxlm.train.gradient import accumulate, gradient
+from jaxlm.train.gradient import step_gradient
 from jaxlm.train.optimizer import optimizer
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState, create_state, dropout_key, make_step
@@ -123,7 +123,7 @@ def train(family: str, names: tuple[str, ...], arguments=ARGUMENTS, microbatches
     infos = describe(view)
     names = trained_names(infos, [method.trainable])
     loss = method.loss(base(method.loss(base(frozenset())).taps))
-    grad = method.grad(accumulate(gradient(loss, names), loss, microbatches))
+    grad = step_gradient(method, loss, names, microbatches)
     settings = TrainSettings(steps=10, learning_rate=0.02, schedule="constant", weight_decay=0.1)
     tx = optimizer(settings, 10, {name: infos[name] for name in names})
     step = quick(make_step(grad, tx, method, names, ctx=Context(), largest_norm=1.0))
@@ -218,6 +218,12 @@ def test_zero_strength_trains_like_nothing():
     for path, leaf in flatten(canonical_view(plain().states[-1].params)).items():
         if not path.endswith("key/bias"):
             assert np.allclose(flatten(lm.params)[path], leaf, rtol=0, atol=1e-6), path
+
+
+@every_run
+def test_a_loss_that_couples_rows_says_so_through_every_transform(name):
+    inner = Loss(lambda *_: ({}, {}), couples=frozenset({"negatives"}))
+    assert trained(name).method.loss(inner).couples == {"negatives"}
 
 
 def test_lora_begins_as_the_identity():

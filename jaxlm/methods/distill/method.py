@@ -108,7 +108,7 @@ def distill(
                 terms |= {prefix + name: term for name, term in scaled(by_teacher[i], share_of[i]).items()}
             return terms, outputs
 
-        return Loss(fn, inner.taps.union(*(pairing.taps(side=0) for pairing in pairings)))
+        return inner._replace(fn=fn, taps=inner.taps.union(*(pairing.taps(side=0) for pairing in pairings)))
 
     def grad(inner: GradFn) -> GradFn:
         if on_policy is None:

@@ -127,7 +127,7 @@ def l0(
             one = jnp.ones(())
             return {**terms, "l0": Term(penalty, one), "l0_left": Term(left, one, 0.0)}, outputs
 
-        return Loss(fn, inner.taps)
+        return inner._replace(fn=fn)
 
     def update(step: Step, grads: dict, constants: dict, number: Int[Array, ""]) -> Step:
         target = 1 - (1 - final) * jnp.clip((number - begin) / (end - begin), 0.0, 1.0)
