@@ -22,6 +22,7 @@ from jaxlm.core.paths import (
     describe,
     first_match,
     flatten,
+    is_stacked,
     map_leaves,
     matches,
     sizes,

@@ -105,6 +105,17 @@ def canonical_path(run_path: str) -> str:
     return re.sub(SEGMENT, r"layers_\1", run_path)
 
 
+def is_stacked(run_path: str) -> bool:
+    """Whether a leaf or array of the run view is a stack of several layers, along a leading dimension.
+
+    Its number of dimensions would not tell: a convolution has three, and so has a matrix an expert.
+
+    >>> is_stacked("decoder/layers_0-11/mlp/up/kernel.base"), is_stacked("layers_0/mlp/experts/kernel")
+    (True, False)
+    """
+    return any(re.fullmatch(SEGMENT, key) for key in run_path.split("/"))
+
+
 def with_arrays(tree: Tree, values: Mapping[str, Any]) -> dict[str, Any]:
     """`tree` with every array replaced by `values[name]`; the names must agree."""
     names = arrays(tree).keys()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.core import SEGMENT, Tree, Weight, components, flatten
+from jaxlm.core import Tree, Weight, components, flatten, is_stacked
 from jaxlm.core.paths import field_of
 from jaxlm.io.safetensors import packed_shape
 
@@ -153,7 +153,7 @@ def bytes_on_disk(directory: str | Path) -> int:
 
 def _leaves(params: Tree) -> dict[str, Any]:
     leaves = flatten(params)
-    stacked = next((path for path in leaves if any(re.fullmatch(SEGMENT, key) for key in path.split("/"))), None)
+    stacked = next(filter(is_stacked, leaves), None)
     if stacked is not None:
         raise ValueError(
             f"costs are counted on the canonical view, but {stacked} is a stack of layers: unstack it first"

@@ -5,7 +5,6 @@ It needs a separate environment (`make plan-env`), started with `JAX_PLATFORMS=c
 """
 
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlm.core import SEGMENT, lookup
+from jaxlm.core import is_stacked, lookup
 from jaxlm.parallel.hlo import Collective, Result, collectives, traffic
 from jaxlm.parallel.mesh import make_mesh
 
@@ -111,7 +110,7 @@ def stacked_arguments(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled
     stacks = {}
     for (path, info), sharding in zip(infos, shardings, strict=True):
         name = "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path[1:])
-        if re.search(rf"(^|/){SEGMENT}/", name):
+        if is_stacked(name):
             stacks[name] = Stack(info.dtype, info.shape, sharding.shard_shape(info.shape))
     return stacks
 

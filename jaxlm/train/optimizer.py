@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.core import SEGMENT, ArrayInfo, check_rules, first_match, lookup
+from jaxlm.core import ArrayInfo, check_rules, first_match, is_stacked, lookup
 from jaxlm.train.settings import TrainSettings
 
 
@@ -59,7 +59,7 @@ def over_layers(inner: optax.GradientTransformation) -> optax.GradientTransforma
     """Applies a transformation whose mathematics spans a whole array to every layer of a stacked one apart."""
 
     def by_layer(function, name, *trees):
-        return (jax.vmap(function) if re.search(SEGMENT, name) else function)(*trees)
+        return (jax.vmap(function) if is_stacked(name) else function)(*trees)
 
     def init(params):
         return {name: by_layer(inner.init, name, p) for name, p in params.items()}

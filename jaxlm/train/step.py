@@ -1,6 +1,5 @@
 """One update: loss, gradients, gradient transforms, masks, clipping, optimizer, methods."""
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jaxlm.core import SEGMENT, Context, GradFn, Method, Step, Tree, merge, partition
+from jaxlm.core import Context, GradFn, Method, Step, Tree, is_stacked, merge, partition
 from jaxlm.train.optimizer import moments, with_moments
 
 
@@ -76,8 +75,8 @@ def _squares(name: str, gradient: jax.Array) -> jax.Array:
 
     A product of the gradient with itself, because a CPU would write down all squares before it adds them.
     """
-    stacked = re.search(SEGMENT, name) is not None
-    layers, rest = tuple(range(stacked)), tuple(range(stacked, gradient.ndim))
+    leading = 1 if is_stacked(name) else 0
+    layers, rest = tuple(range(leading)), tuple(range(leading, gradient.ndim))
     dimensions = ((rest, rest), (layers, layers))
     return jax.lax.dot_general(gradient, gradient, dimensions, precision="highest", preferred_element_type=jnp.float32)
 

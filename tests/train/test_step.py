@@ -130,3 +130,25 @@ def test_methods_see_updated_params_moments_and_the_number_of_the_step():
         assert state.params["b"]["bias"].tolist() == [number] and seen == [True]
         for part in moments(state.optimizer, NAMES):
             assert not np.asarray(part["b/bias"]).any() and np.asarray(part["a/kernel"]).all()
+
+
+def test_layers_are_stacked_by_name_not_by_dimensions():
+    """Three dimensions are a stack of matrices in `layers_0-1`, and the experts' own in one layer."""
+    params = {
+        "layers_0-1": {"up": {"kernel": jnp.ones((2, 3, 4))}},
+        "layers_2": {"experts": {"kernel": jnp.ones((2, 3, 4))}},
+    }
+    names = frozenset({"layers_0-1/up/kernel", "layers_2/experts/kernel"})
+
+    def fn(params, constants, batch, ctx):
+        both = params["layers_0-1"]["up"]["kernel"], params["layers_2"]["experts"]["kernel"]
+        return {"bowl": Term(sum(jnp.sum(w**2 * batch["factor"][:, None, None]) for w in both), jnp.float32(1))}, {}
+
+    tx = optimizer(TrainSettings(steps=9, learning_rate=0.1, optimizer="adafactor"), 9, describe(params))
+    step = make_step(gradient(Loss(fn), names), tx, Method(), names, ctx=Context(), largest_norm=1.0)
+    state = create_state(dropout_key(0), params, {}, tx, names)
+    _, log = jax.jit(step)(state, {}, {"factor": jnp.array([1.0, jnp.nan])})
+    assert {name: finite.tolist() for name, finite in log["finite"].items()} == {
+        "layers_0-1/up/kernel": [True, False],
+        "layers_2/experts/kernel": False,
+    }

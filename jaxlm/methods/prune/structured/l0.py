@@ -26,6 +26,7 @@ from jaxlm.core import (
     Tree,
     components,
     flatten,
+    is_stacked,
     nearest,
     unflatten,
 )
@@ -177,8 +178,8 @@ def open_shares(params: Tree) -> dict[str, Float[Array, ""]]:
     for path, _, switch in switches(params):
         if isinstance(switch, HardConcrete):
             probability = switch.probability()
-            stacked = re.search(r"layers_\d+-\d+", path) is not None
-            shares[path] = jnp.mean(probability, axis=tuple(range(stacked, probability.ndim)))
+            leading = 1 if is_stacked(path) else 0
+            shares[path] = jnp.mean(probability, axis=tuple(range(leading, probability.ndim)))
     return unstacked(shares)
 
 
@@ -216,21 +217,20 @@ def expected_size(params: Tree, axes: Mapping[str, Axes]) -> ExpectedSize:
             continue
         names = [name for entry in axes[path] for name in (entry if isinstance(entry, tuple) else (entry,))]
         layer = re.match(r"((?:.*/)?layers_\d+)/", path)
-        module = re.match(r"((?:.*/)?layers_\d+/(?:(?:cross_)?attention|mlp))/", path)
+        module = re.match(r"((?:.*/)?layers_\d+/((?:cross_)?attention|mlp))/", path)
         candidates = ["hidden" for name in names if name in STREAM]
         candidates += [f"{layer[1]}/gate"] if layer else []
-        candidates += [f"{module[1]}/gate"] if module and _carries(flat.get(f"{module[1]}/gate"), names) else []
+        if module and f"{module[1]}/gate" in gates and _carries(module[2], flat[f"{module[1]}/gate"], names):
+            candidates += [f"{module[1]}/gate"]
         shrinks_with = tuple(sorted(gate for gate in candidates if gate in gates))
         if shrinks_with:
             sizes[shrinks_with] = sizes.get(shrinks_with, 0) + math.prod(leaf.shape)
     return ExpectedSize(tuple(sizes.items()))
 
 
-def _carries(gate: Any, names: Sequence[Any]) -> bool:
-    """Whether an array with these axis names shrinks with a gate of its module."""
-    if gate is None:
-        return False
-    if gate.score.ndim == 1:
+def _carries(module: str, gate: HardConcrete, names: Sequence[Any]) -> bool:
+    """Whether an array with these axis names shrinks with the gate of its module, `mlp` or an attention."""
+    if module == "mlp":
         return "ffn" in names
     return ("q_per_kv" if gate.score.shape[-2] > 1 else "kv_heads") in names
 

@@ -26,6 +26,7 @@ from jaxlm.core import (
     Tree,
     canonical_path,
     flatten,
+    is_stacked,
     lookup,
     materialize,
     total,
@@ -112,7 +113,7 @@ def stream_scores(params: Tree, axes: Mapping[str, Axes]) -> Float[Array, "hidde
         if isinstance(leaf, Site) or len(names) < 2 or not set(STREAM) & set(names):
             continue
         dense = materialize(leaf)
-        stream = dense.ndim - len(names) + next(i for i, name in enumerate(names) if name in STREAM)
+        stream = is_stacked(path) + next(i for i, name in enumerate(names) if name in STREAM)
         squares = squares + jnp.sum(jnp.square(dense), axis=[d for d in range(dense.ndim) if d != stream])
     return jnp.sqrt(jnp.asarray(squares))
 
@@ -137,8 +138,7 @@ def magnitude_of(params: Tree, axes: Mapping[str, Axes]) -> dict[str, Float[Arra
             score = partial(head_scores, count=groups * queries, inputs=inputs)
         else:
             continue
-        stacked = re.search(SEGMENT, path) is not None
-        scores[path] = (jax.vmap(score) if stacked else score)(module).reshape(entries(path, gate.value))
+        scores[path] = (jax.vmap(score) if is_stacked(path) else score)(module).reshape(entries(path, gate.value))
     return scores
 
 
@@ -209,7 +209,7 @@ def activation_of(lm: LM, context: SurgeryContext) -> dict[str, Float32[Array, "
             metered = flatten(run)
             for path, value in values.items():
                 valid = tokens[side_of(path, config)]
-                lead = value.shape[:1] if re.search(SEGMENT, path) else ()
+                lead = value.shape[:1] if is_stacked(path) else ()
                 metered[path] = Meter(value, jnp.broadcast_to(valid, (*lead, *valid.shape)))
             outputs = lm.network.forward(unflatten(metered), batch, taps=taps)
             stream = jnp.zeros(())

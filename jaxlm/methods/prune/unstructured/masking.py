@@ -28,6 +28,7 @@ from jaxlm.core import (
     Tree,
     first_match,
     flatten,
+    is_stacked,
     lookup,
     map_leaves,
     matches,
@@ -112,10 +113,14 @@ class Plan:
     def shares(self, path: str) -> float | Float32[np.ndarray, "layers"]:
         """`share` of a leaf of either view: for stacked layers one a layer."""
         by_path = [self.share(layer_path) for layer_path in layer_paths(path)]
-        return np.array(by_path, np.float32) if re.search(SEGMENT, path) else by_path[0]
+        return np.array(by_path, np.float32) if is_stacked(path) else by_path[0]
 
     def check(self, params: Tree) -> None:
-        """Raises ValueError where targets or rules name nothing, or the pattern does not fit."""
+        """Raises ValueError where targets or rules name nothing, a target is no matrix, or the pattern does not fit.
+
+        Args:
+          params: canonical view.
+        """
         flat = {path: leaf for path, leaf in flatten(params).items() if self.chosen(path)}
         if not flat:
             raise ValueError(f"{self.who}: targets {self.targets!r} match no parameter")
@@ -124,6 +129,11 @@ class Plan:
                 raise ValueError(f"{self.who}: the sparsity rule {pattern!r} matches no target")
         for path, leaf in flat.items():
             self.share(path)
+            if len(leaf.shape) != 2:
+                raise ValueError(
+                    f"{self.who}: {path} is no matrix but has the shape {tuple(leaf.shape)}, and masks are chosen in "
+                    "matrices; leave it out of targets"
+                )
             check_shape(leaf.shape, self.pattern, f"{self.who}: {path}")
 
     def masks(
@@ -146,7 +156,7 @@ class Plan:
             return keep_together(scores, present_share(self.single_share), self.pattern)
         mask_of = partial(keep, pattern=self.pattern, per=self.per)
         return {
-            name: by_layer(mask_of, scores[name].ndim)(scores[name], present_share(self.shares(candidate.path)))
+            name: by_layer(mask_of, candidate.path)(scores[name], present_share(self.shares(candidate.path)))
             for name, candidate in candidates.items()
         }
 
@@ -163,9 +173,9 @@ def layer_paths(path: str) -> list[str]:
     return [re.sub(SEGMENT, f"layers_{i}", path) for i in range(int(segment[1]), int(segment[2]) + 1)]
 
 
-def by_layer(function: Callable, ndim: int) -> Callable:
-    """`function` of matrices and shares, over the layers of stacked ones."""
-    return jax.vmap(function) if ndim == 3 else function
+def by_layer(function: Callable, path: str) -> Callable:
+    """`function` of matrices and shares, over the layers of a leaf that is a stack of several."""
+    return jax.vmap(function) if is_stacked(path) else function
 
 
 class Candidate(NamedTuple):

@@ -86,7 +86,7 @@ def regrow(
 
         def exchanged(path: str, leaf: Masked, gradient: jax.Array) -> jax.Array:
             share = cubic(number, plan.shares(path), begin, end if gradual else begin)
-            return by_layer(in_matrix, leaf.mask.ndim)(leaf.mask, leaf.base, gradient, share)
+            return by_layer(in_matrix, path)(leaf.mask, leaf.base, gradient, share)
 
         return {name: exchanged(c.path, c.leaf, c.gradient) for name, c in candidates.items()}
 

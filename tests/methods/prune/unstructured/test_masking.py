@@ -238,6 +238,20 @@ def test_what_is_masked_already_stays_masked(run):
     assert [(~mask).sum() for mask in masks(run, followed.states[-1])] == [48, 48]
 
 
+@pytest.mark.parametrize("case", ["magnitude", "taylor", "movement", "regrow"])
+def test_a_leaf_with_dimensions_of_its_own_is_no_stack_of_matrices(run, case):
+    """A matrix an expert, say: three dimensions, in one layer."""
+    up, experts = {"kernel": jnp.ones((8, 8))}, {"kernel": jnp.ones((2, 8, 8))}
+    lm = run.lm_of({"layers_0": {"mlp": {"up": up, "experts": experts}}})
+    message = (
+        rf"{case}: layers_0/mlp/experts/kernel is no matrix but has the shape \(2, 8, 8\).*leave it out of targets"
+    )
+    with pytest.raises(ValueError, match=message):
+        method_of(case).init(jax.random.key(0), lm)
+    leaves = method_of(case, targets=r".*/up/kernel").init(jax.random.key(0), lm).lm.params["layers_0"]["mlp"]
+    assert isinstance(leaves["up"]["kernel"], Masked) and leaves["experts"]["kernel"] is experts["kernel"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
