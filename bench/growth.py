@@ -46,7 +46,7 @@ def take(layers: int, length: int, tokens: int, width: int, steps: int) -> Taken
     config.model.max_positions = length
     config.train.update(batch_size=tokens // length)
     jax.clear_caches()
-    dry = dry_run(config, make_mesh({}, jax.devices()[:1]))
+    dry = dry_run(config, make_mesh(devices=jax.devices()[:1]))
     plan = dry.step
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), plan.params)
     state = jax.jit(plan.create, out_shardings=plan.placement)(dropout_key(0), params, {})

@@ -39,11 +39,12 @@ def main() -> None:
 
     from jaxlm.core import arrays, describe
     from jaxlm.parallel import make_mesh
+    from jaxlm.runner.config import mesh_shape
     from jaxlm.runner.dry_run import dry_run
     from jaxlm.train.optimizer import decays
 
     config = CONFIG.value
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(mesh_shape(config))
     dry = dry_run(config, mesh)
     values, shardings = arrays(dry.step.params), arrays(dry.step.placement.params)
     table = Table("array", "shape", "axes", "sharding", "role", "trains", "decays", box=None, header_style="bold")

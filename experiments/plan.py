@@ -27,10 +27,11 @@ flags.mark_flags_as_required(["config", "topology"])
 
 def main() -> None:
     from jaxlm.parallel.plan import plan
+    from jaxlm.runner.config import mesh_shape
     from jaxlm.runner.dry_run import lower_step
 
     try:
-        step_plan = plan(lambda mesh: lower_step(CONFIG.value, mesh), TOPOLOGY.value, CONFIG.value.mesh)
+        step_plan = plan(lambda mesh: lower_step(CONFIG.value, mesh), TOPOLOGY.value, mesh_shape(CONFIG.value))
     except (RuntimeError, ValueError) as error:
         sys.exit(f"plan: {error}")
     print(step_plan)

@@ -1,4 +1,4 @@
-"""The mesh: three named axes over all devices, and the initialization of a multi-host run."""
+"""The mesh: named axes over all devices, and the initialization of a multi-host run."""
 
 import math
 import os
@@ -9,10 +9,9 @@ from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from jaxlm.core import nearest
-
-MESH_AXES = ("data", "fsdp", "tensor")
-"""Slowest to fastest: neighbours in `tensor` exchange activations in every layer, so they are closest together."""
+DEFAULT_MESH = {"data": -1, "fsdp": 1, "tensor": 1}
+"""Axes and sizes of a run that sets none. Slowest to fastest: neighbours in `tensor` exchange activations in every
+layer, so they are closest together."""
 
 
 def initialize() -> int:
@@ -60,39 +59,36 @@ def _may_be_compute_engine(environment: Mapping[str, str]) -> bool:
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor` over all devices.
+    """A mesh over all devices.
 
     Args:
-      shape: size of each axis; axes left out have size 1, and one may be -1: the remaining devices. `None` puts all
-        devices on `data`.
+      shape: size of each axis by its name, slowest to fastest; one may be -1: the remaining devices. `None` is
+        `DEFAULT_MESH`.
       devices: by default every device of the run. Their order follows the interconnect if it is known.
 
     Raises:
-      ValueError: for an unknown axis, a size that is not positive, more than one -1, or a product that is not the
-        number of devices.
+      ValueError: for a size that is not positive, more than one -1, or a product that is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = mesh_sizes({"data": -1} if shape is None else shape, len(devices))
-    auto = (AxisType.Auto,) * len(MESH_AXES)
+    sizes = mesh_sizes(DEFAULT_MESH if shape is None else shape, len(devices))
+    names, auto = tuple(sizes), (AxisType.Auto,) * len(sizes)
     try:
-        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+        return jax.make_mesh(tuple(sizes.values()), names, axis_types=auto, devices=devices)
     except NotImplementedError:  # a TPU torus whose dimensions must be split to give these sizes
         grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-        return Mesh(grid, MESH_AXES, axis_types=auto)
+        return Mesh(grid, names, axis_types=auto)
 
 
 def mesh_sizes(shape: Mapping[str, int], devices: int) -> dict[str, int]:
     """Size of every mesh axis, -1 replaced by the remaining devices.
 
     >>> mesh_sizes({"fsdp": -1, "tensor": 2}, devices=8)
-    {'data': 1, 'fsdp': 4, 'tensor': 2}
+    {'fsdp': 4, 'tensor': 2}
     """
     for name, size in shape.items():
-        if name not in MESH_AXES:
-            raise ValueError(f"unknown mesh axis {name!r}; {nearest(name, MESH_AXES)}")
         if size < 1 and size != -1:
             raise ValueError(f"mesh axis {name} has size {size}; use a positive number, or -1 for all other devices")
-    sizes = {name: shape.get(name, 1) for name in MESH_AXES}
+    sizes = dict(shape)
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise ValueError(f"mesh axes {' and '.join(open_axes)} are both -1; at most one can be filled in")

@@ -41,19 +41,23 @@ Rules = Mapping[str, MeshAxes]
 
 
 def make_rules(overrides: Mapping[str, Any], axes: Mapping[str, Axes], mesh: Mesh) -> dict[str, MeshAxes]:
-    """The default rules, overridden: `{axis name: a mesh axis, a tuple of mesh axes, or None (replicate)}`.
+    """The default rules as far as the mesh has their axes, overridden: `{axis name: mesh axes}`.
 
     Args:
-      overrides: by axis name; each replaces the default.
+      overrides: `{axis name: a mesh axis, a tuple of mesh axes, or None (replicate)}`; each replaces the default.
       axes: axis names by path of the parameters.
       mesh: the mesh whose axes the rules name.
 
     Raises:
-      ValueError: for an axis name that no parameter and no activation has, or a mesh axis that does not exist.
+      ValueError: for an axis name that no parameter and no activation has, a mesh axis that does not exist, or one of
+        several devices that no rule names: they would all compute the same.
     """
     parameter_names = {name for dims in axes.values() for axis in dims for name in _names(axis)}
     valid = parameter_names | ACTIVATION_RULES.keys() | {"layers"}
-    rules: dict[str, MeshAxes] = PARAMETER_RULES | ACTIVATION_RULES
+    defaults = {name: _as_tuple(mesh_axes) for name, mesh_axes in (PARAMETER_RULES | ACTIVATION_RULES).items()}
+    rules: dict[str, MeshAxes] = {
+        name: tuple(axis for axis in mesh_axes if axis in mesh.shape) or None for name, mesh_axes in defaults.items()
+    }
     for name, override in overrides.items():
         if name not in valid:
             raise ValueError(f"a sharding rule names the axis {name!r}, which nothing has; {nearest(name, valid)}")
@@ -67,6 +71,14 @@ def make_rules(overrides: Mapping[str, Any], axes: Mapping[str, Axes], mesh: Mes
                     f"{nearest(str(axis), mesh.shape)}"
                 )
         rules[name] = mesh_axes or None
+    named = {axis for mesh_axes in rules.values() for axis in _as_tuple(mesh_axes)}
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in named:
+            known = named.union(*defaults.values())
+            raise ValueError(
+                f"the mesh axis {axis!r} has {size} devices and no sharding rule names it, so that they would compute "
+                f"the same; map an axis name to it in config.sharding, or name another ({nearest(axis, known)})"
+            )
     return rules
 
 

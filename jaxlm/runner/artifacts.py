@@ -17,8 +17,8 @@ from jaxlm.core.strict_json import strict
 from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.data.sources.contents import changes, contents
 
-PLACEMENT = ("mesh", "sharding")
-"""Sections that say where a run takes place and not what it is: it may go on on another mesh."""
+PLACEMENT = ("mesh_axes", "mesh", "sharding")
+"""Fields that say where a run takes place and not what it is: it may go on on another mesh."""
 
 
 def check_same_config(config: dict[str, Any], workdir: Path) -> None:

@@ -12,6 +12,7 @@ from jaxlm.core import nearest
 from jaxlm.data.settings import CalibrationSettings, DataSettings
 from jaxlm.evaluate.settings import ReportSettings, SearchSettings
 from jaxlm.models.config import ModelConfig
+from jaxlm.parallel import DEFAULT_MESH
 from jaxlm.train.settings import TrainSettings
 
 NOT_SET_BY_HAND = {"head", "labels", "regression", "next_sentence"}
@@ -34,16 +35,17 @@ def default_config() -> ConfigDict:
     the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`;
     `bake` folds what methods did into the model; `layout` is that of the model directory: `transformers` wherever that
     library can express the model, `native` (zeros take no room), `padded` (a copy with zeros for transformers beside
-    a model that it cannot express), or `adapter` (only what the run added to `model.init`). `calibration` is
-    the text that surgery reads where it must see inputs; `stages` and `report` are read by a pipeline, `search` by a
-    search over one.
+    a model that it cannot express), or `adapter` (only what the run added to `model.init`). `mesh_axes` names the axes
+    of the mesh, slowest to fastest, `mesh` holds their sizes, and `sharding` maps axis names of the model to them.
+    `calibration` is the text that surgery reads where it must see inputs; `stages` and `report` are read by a pipeline,
+    `search` by a search over one.
     """
     sections = {
         "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),
         "data": _defaults(DataSettings),
         "train": _defaults(TrainSettings),
         "calibration": _defaults(CalibrationSettings),
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "mesh": DEFAULT_MESH,
         "sharding": {},
         "report": _defaults(ReportSettings),
         "search": _defaults(SearchSettings),
@@ -57,14 +59,33 @@ def default_config() -> ConfigDict:
             "losses": (),
             "bake": True,
             "layout": "transformers",
+            "mesh_axes": tuple(DEFAULT_MESH),
             "stages": (),
         }
     )
     for name, section in sections.items():
         config[name] = Config(section)
     config.lock()
+    config.mesh.unlock()  # its keys are the names in mesh_axes
     config.sharding.unlock()  # its keys are the axis names of the model
     return config
+
+
+def mesh_shape(config: ConfigDict) -> dict[str, int]:
+    """Sizes of the mesh axes of a config, slowest to fastest; an axis without a size has 1.
+
+    The sizes alone would not tell the order: a ConfigDict sorts its keys.
+
+    Raises:
+      ValueError: for the size of an axis that `config.mesh_axes` does not name, and one that it names twice.
+    """
+    names = tuple(config.mesh_axes)
+    for name in config.mesh:
+        if name not in names:
+            raise ValueError(f"config.mesh: unknown mesh axis {name!r}; {nearest(name, names)} (config.mesh_axes)")
+    if len(set(names)) < len(names):
+        raise ValueError(f"config.mesh_axes names an axis twice: {', '.join(names)}")
+    return {name: config.mesh.get(name, 1) for name in names}
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -91,7 +112,7 @@ def overlay(config: ConfigDict, values: Mapping[str, Any], section: str) -> None
       ValueError: for a field that the config does not have, naming the nearest.
     """
     for key, value in values.items():
-        if key not in config and not section.endswith(".sharding"):  # the one section whose keys are free: axis names
+        if key not in config and not section.endswith((".mesh", ".sharding")):  # keys are names of axes
             raise ValueError(f"{section} has no field {key!r}; {nearest(key, config.keys())}")
         if isinstance(value, Mapping) and key in config and isinstance(config[key], ConfigDict):
             overlay(config[key], value, f"{section}.{key}")

@@ -50,7 +50,7 @@ def stage_config(config: ConfigDict, entry: Mapping[str, Any], done: Mapping[str
 def fingerprint(config: ConfigDict, done: Mapping[str, Path], code: str) -> str:
     """sha256 of a stage's inputs: its config, the code, its data, and the parameters of the models that it reads.
 
-    Where it runs (`config.mesh`, `config.sharding`) is no input: a stage that is done is done.
+    Where it runs (`PLACEMENT`) is no input: a stage that is done is done.
     """
     values = {name: value for name, value in plain(config).items() if name not in PLACEMENT}
     read = [values["model"]["init"], *teachers_in(values["losses"])]

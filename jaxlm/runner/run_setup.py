@@ -25,7 +25,7 @@ from jaxlm.parallel import make_mesh, make_rules, num_shards, pad_vocab, place, 
 from jaxlm.parallel.batches import to_devices
 from jaxlm.runner import registry
 from jaxlm.runner.calibration_data import read_calibration
-from jaxlm.runner.config import plain, set_fields
+from jaxlm.runner.config import mesh_shape, plain, set_fields
 from jaxlm.runner.labels import class_names
 from jaxlm.tasks import TASKS, Prepared, Task
 from jaxlm.tasks.encode import check_fit, check_types, prepare_splits
@@ -85,7 +85,7 @@ def prepare_run(
     labels = () if task.labels is no_labels else class_names(config, task, data, info)
     lm = starting_model(config, task, data, labels, info)
     check_fit(lm.config, lm.tokenizer, data)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(mesh_shape(config))
     named = tuple(split for split in splits if getattr(data, split))
     prepared = prepare_splits(named, config.task, lm.tokenizer, lm.config.labels, data, info)
     check_types(lm.config, prepared)

@@ -6,22 +6,28 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
-from jaxlm.parallel import make_mesh, mesh_sizes
+from jaxlm.parallel import DEFAULT_MESH, make_mesh, mesh_sizes
 from jaxlm.parallel.mesh import _in_cluster
 
 
 def test_sizes_are_filled_in():
     assert mesh_sizes({"data": 1, "fsdp": -1, "tensor": 2}, 8) == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert mesh_sizes({"tensor": 8}, 8) == {"data": 1, "fsdp": 1, "tensor": 8}
-    assert mesh_sizes({}, 1) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert mesh_sizes({"tensor": 8}, 8) == {"tensor": 8}
+    assert mesh_sizes(DEFAULT_MESH, 1) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert list(mesh_sizes({"stage": 2, "data": -1, "expert": 2}, 8).items()) == [
+        ("stage", 2),
+        ("data", 2),
+        ("expert", 2),
+    ]
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"tensors": 2}, "did you mean 'tensor'"),
+        ({"tensors": 2}, "tensors=2 does not fit 8 devices"),
         ({"data": 0}, "size 0"),
         ({"data": -2}, "size -2"),
         ({"data": -1, "fsdp": -1}, "data and fsdp are both -1"),
@@ -41,6 +47,14 @@ def test_mesh_is_automatic_and_covers_all_devices():
     assert set(mesh.devices.flat) == set(jax.devices())
     assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert make_mesh({}, jax.devices()[:1]).size == 1
+
+
+def test_axes_are_any_names_in_their_order():
+    """The first is the slowest: its neighbours are farthest apart."""
+    mesh = make_mesh({"stage": 2, "data": 2, "expert": 2})
+    assert mesh.axis_names == ("stage", "data", "expert")
+    default = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert np.array_equal(mesh.devices, default.devices)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +80,7 @@ import jax, numpy as np
 from jaxlm.parallel import initialize, make_mesh
 from jaxlm.parallel.batches import to_devices
 number = initialize()
-mesh = make_mesh({"data": -1, "tensor": 2})
+mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 2})
 _, batch = to_devices(mesh, {"batch": ("data", "fsdp")})({"input_ids": np.full((4, 3), number + 1, np.float32)})
 ids = batch["input_ids"]
 total = jax.jit(lambda x: x.sum())(ids)

@@ -93,6 +93,7 @@ CASES = {
     "llama": (LLAMA, False, {"fsdp": 2, "tensor": 4}),  # fewer key/value heads than tensor parts
     "ragged": (RAGGED, False, {"fsdp": 4, "tensor": 2}),
     "weights": (LLAMA, True, {"data": 2, "fsdp": 2, "tensor": 2}),
+    "a fourth axis": (LLAMA, False, {"fsdp": 2, "expert": 2, "tensor": 2}),
 }
 
 
@@ -114,7 +115,7 @@ def test_sharded_forward_and_gradients_equal_those_of_one_device(case):
     params = with_weights(params) if weights else params
     params = pad_vocab(params, axis_names(spec), 4)
     params = run_view(params, lambda path: None)
-    rules = make_rules({}, axis_names(spec), mesh)
+    rules = make_rules({"ffn": "expert"} if "expert" in shape else {}, axis_names(spec), mesh)
     sharded = shard_tree(params, shardings(params, axis_names(spec), mesh, rules, axis_sizes(spec)))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (8, 12)).astype(np.int32)
 
@@ -190,7 +191,7 @@ def test_what_does_not_divide_is_logged_once(mesh, monkeypatch):
 
 
 def test_one_device_costs_nothing():
-    mesh = make_mesh({}, jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     assert place(mesh, RULES) is unsharded
     assert num_shards("vocab", mesh, RULES) == 1
     assert spec_of(("vocab", "embed"), (61, 7), RULES, mesh) == P()
@@ -207,6 +208,20 @@ def test_rules_are_checked(mesh):
         make_rules({"ffn": ("fsdp", "fsdp")}, axes, mesh)
     with pytest.raises(ValueError, match="'buckets', which nothing has"):
         make_rules({"buckets": "fsdp"}, axes, mesh)
+
+
+def test_rules_name_the_axes_of_the_mesh():
+    axes = axis_names(model_spec(GPT))
+    two = make_rules({}, axes, make_mesh({"fsdp": 4, "tensor": 2}))
+    assert (two["batch"], two["embed"], two["ffn"], two["length"]) == (("fsdp",), ("fsdp",), ("tensor",), None)
+    four = make_mesh({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
+    rules = make_rules({"ffn": "expert"}, axes, four)
+    assert spec_of(("embed", "ffn"), (16, 64), rules, four) == P("fsdp", "expert")
+    with pytest.raises(ValueError, match=r"mesh axis 'expert' has 2 devices and no sharding rule names it"):
+        make_rules({}, axes, four)
+    with pytest.raises(ValueError, match=r"'tensr' has 8 devices.*compute the same.*did you mean 'tensor'"):
+        make_rules({}, axes, make_mesh({"data": 1, "tensr": 8}))
+    assert make_rules({}, axes, make_mesh({"data": 8, "tensr": 1}))["ffn"] is None
 
 
 def test_trees_are_checked(mesh):

@@ -8,13 +8,16 @@ import pytest
 
 import jaxlm
 from jaxlm.core import arrays
+from jaxlm.parallel import DEFAULT_MESH
 from jaxlm.runner import stage
+from jaxlm.runner.config import default_config, mesh_shape, overlay, plain
 from jaxlm.runner.run_setup import prepare_run
 from jaxlm.runner.trainer import build_trainer
 from jaxlm.train.checkpointing import Progress
 from jaxlm.train.metric_writer import MetricWriter, read_lines
 
 FSDP_TENSOR = {"data": 1, "fsdp": 2, "tensor": 4}
+FOUR_AXES = {"data": 1, "fsdp": 1, "expert": 2, "tensor": 4}
 
 
 def losses(workdir) -> dict:
@@ -23,12 +26,14 @@ def losses(workdir) -> dict:
 
 @pytest.fixture
 def on(recipe, devices):
-    """`on(mesh, workdir, **train)`: runs on a mesh, one device without; the directory."""
+    """`on(mesh, workdir, **train)`: runs on a mesh, one device without; the directory. `expert` cuts feed-forwards."""
 
     def run(mesh, workdir, **train):
         config = recipe(**train)
         if mesh:
+            config.mesh_axes = tuple(mesh)
             config.mesh.update(mesh)
+            config.sharding.update({"ffn": "expert"} if "expert" in mesh else {})
         devices(8 if mesh else 1)
         stage.run(config, workdir)
         return workdir
@@ -36,11 +41,12 @@ def on(recipe, devices):
     return run
 
 
-def test_losses_and_gradients_equal_those_of_one_device(on, tmp_path):
+@pytest.mark.parametrize("mesh", [FSDP_TENSOR, FOUR_AXES], ids=["three axes", "four axes"])
+def test_losses_and_gradients_equal_those_of_one_device(on, mesh, tmp_path):
     # Plain gradient descent at rate 1: parameters differ after two steps by what their gradients differ.
     descent = {"optimizer": "sgd", "b1": 0.0, "clip": 0.0, "learning_rate": 1.0, "schedule": "constant", "steps": 2}
     options = descent | {"log_every": 1, "eval_every": 1, "grad_accum": 2}
-    one, many = (on(m, tmp_path / name, **options) for m, name in ((None, "one"), (FSDP_TENSOR, "many")))
+    one, many = (on(m, tmp_path / name, **options) for m, name in ((None, "one"), (mesh, "many")))
     assert losses(many) == pytest.approx(losses(one), abs=1e-5)
     before, after = (arrays(jaxlm.load(workdir / "model").params) for workdir in (one, many))
     vocabulary = json.loads((many / "model/config.json").read_text())["vocab_size"]
@@ -77,3 +83,36 @@ def test_checkpoints_hold_no_padding(on, recipe, tmp_path, devices):
     jax.tree.map(np.testing.assert_array_equal, again, state)
     assert jax.tree.map(lambda a: a.sharding, again) == jax.tree.map(lambda a: a.sharding, state)
     run.stores.close()
+
+
+def test_the_order_of_the_axes_is_that_of_the_config(recipe):
+    """Not of the keys of a ConfigDict, which are sorted; it survives the way through plain values."""
+    config = recipe()
+    assert mesh_shape(config) == DEFAULT_MESH and list(mesh_shape(config)) == list(DEFAULT_MESH)
+    config.mesh_axes = ("stage", "data", "fsdp", "tensor", "expert")
+    config.mesh.update(expert=2, tensor=2)
+    expected = {"stage": 1, "data": -1, "fsdp": 1, "tensor": 2, "expert": 2}
+    again = default_config()
+    overlay(again, json.loads(json.dumps(plain(config))), "config")
+    for one in (config, again):
+        assert list(mesh_shape(one).items()) == list(expected.items())
+
+
+def test_mesh_axes_are_checked(recipe):
+    config = recipe()
+    config.mesh.tensr = 2
+    with pytest.raises(ValueError, match="unknown mesh axis 'tensr'; did you mean 'tensor'"):
+        prepare_run(config)
+    config = recipe()
+    config.mesh_axes = ("data", "fsdp", "tensor", "data")
+    with pytest.raises(ValueError, match=r"config\.mesh_axes names an axis twice: data, fsdp, tensor, data"):
+        mesh_shape(config)
+
+
+def test_an_axis_that_no_rule_names_is_refused(recipe, devices):
+    devices(8)
+    config = recipe()
+    config.mesh_axes = ("data", "fsdp", "tensor", "expert")
+    config.mesh.update(data=4, expert=2)
+    with pytest.raises(ValueError, match="'expert' has 2 devices and no sharding rule names it"):
+        prepare_run(config)
