@@ -17,7 +17,7 @@ from typing import NamedTuple
 from step import timed
 from turns import machine
 
-from jaxlm.runner.cli import large_pages
+from jaxlm.commands.program import large_pages
 
 
 class Taken(NamedTuple):

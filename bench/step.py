@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from turns import KINDS, SIDES, Comparison, in_turn, kind, machine, peak_bytes, program, resident_bytes, table
 
-from jaxlm.runner.cli import large_pages
+from jaxlm.commands.program import large_pages
 
 LAYERS, WIDTH, HEADS, FFN, VOCAB = 6, 384, 12, 1536, 30522
 

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "evaluate": {"core", "parallel", "models", "generate", "io", "data", "tasks"},
     "report": {"core", "evaluate", "tasks"},
 }
-TOP = {"runner", "__init__"}  # jaxlm/runner and jaxlm/__init__.py join everything and are imported by nothing below
+TOP = {"runner", "commands", "__init__", "__main__"}
+"""They join everything and are imported by nothing below."""
 FORBIDDEN_IMPORTS = ("jax.experimental.pjit", "pickle", "cPickle", "cloudpickle", "dill")
 SOURCES = [
     path.relative_to(ROOT)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxlm.core import lookup, nearest
+from jaxlm.core.extras import require
 from jaxlm.data.settings import DataSettings
 from jaxlm.evaluate.benchmark import Candidate, Trial, compare_models
 from jaxlm.evaluate.comparison import ModelResult, compare
@@ -154,6 +155,7 @@ def run(config: ConfigDict, workdir: Path) -> list[ModelResult]:
       the rows of `workdir/report.html`: the reference, and the models of the trials; `workdir/search.json` says what
       was tried, what is on the front and which is at its knee.
     """
+    require("optuna", "search")
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend

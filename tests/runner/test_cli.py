@@ -57,7 +57,7 @@ def wait_for(process: subprocess.Popen, workdir: Path, step: int) -> None:
 def test_a_program_begins_before_anything_slow_is_imported():
     """It may start itself again, for large memory pages."""
     slow = "[name for name in ('jax', 'numpy', 'absl', 'flax') if name in sys.modules]"
-    command = [sys.executable, "-c", f"import sys, jaxlm.runner.cli; print({slow})"]
+    command = [sys.executable, "-c", f"import sys, jaxlm.commands.program; print({slow})"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -48,6 +48,9 @@ def files(location: str) -> list[str]:
 
 def _builder(name: str) -> Any:
     """A reader of a data set on disk, which needs no code of the data set."""
+    from jaxlm.core.extras import require
+
+    require("tensorflow_datasets", "tfds")
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 

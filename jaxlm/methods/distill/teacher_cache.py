@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxlm.core.extras import require
 from jaxlm.data.loader import Batches
 from jaxlm.data.packing import Batch, counted
 
@@ -116,6 +117,7 @@ class Cache:
     """
 
     def __init__(self, directory: Path):
+        require("array_record", "teacher-cache")
         self.directory = directory
         if not (directory / "cache.json").exists():
             raise FileNotFoundError(
@@ -222,6 +224,7 @@ def write_cache(
     record = layout.record
     writer = None
     if writes:
+        require("array_record", "teacher-cache")
         from array_record.python.array_record_module import ArrayRecordWriter
 
         shutil.rmtree(unfinished, ignore_errors=True)

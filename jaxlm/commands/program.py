@@ -1,30 +1,35 @@
-"""How every program under experiments/ begins: in large memory pages, with its flags read; help is no error.
+"""How every program begins: in large memory pages, with its flags read; help is no error.
 
 Nothing slow is imported before a function needs it: `large_pages` starts the program a second time.
 """
 
 import gc
+import importlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HELP = {"-h", "-help", "--help", "-helpfull", "--helpfull", "-helpshort", "--helpshort", "-helpxml", "--helpxml", "-?"}
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Reads the flags and calls `main`; what is left over on the command line is a usage error.
+def run(name: str) -> None:
+    """Runs `main()` of a module of `jaxlm.commands` with the flags of its `define_flags()`.
 
-    absl ends with 1 after it has printed a help page; shells and build tools take that for a failure, so it is 0 here.
+    Flags are absl's, and so global: only those of the program that runs are defined. What is left over on the command
+    line is a usage error. absl ends with 1 after it has printed a help page; shells and build tools take that for a
+    failure, so it is 0 here.
     """
     large_pages()
     from absl import app
 
-    def call(arguments: list[str]) -> Any:
+    program = importlib.import_module(f"jaxlm.commands.{name}")
+    define_flags(program)
+
+    def call(arguments: list[str]) -> None:
         if arguments[1:]:
             raise app.UsageError(f"unexpected {arguments[1:]}; options are written --config.a.b=value")
-        return main()
+        program.main()
 
     try:
         app.run(call)
@@ -32,6 +37,29 @@ def run(main: Callable[[], Any]) -> None:
         if HELP & set(sys.argv[1:]):
             sys.exit(0)
         raise end
+
+
+def define_flags(program: Any) -> None:
+    """Defines a program's flags, and lets `--help` show them below its docstring.
+
+    absl shows the docstring of the module that was started, and the flags that were defined there.
+    """
+    from absl.flags import FLAGS
+
+    others = set(FLAGS)
+    program.define_flags()
+    for flag in set(FLAGS) - others:
+        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[flag])
+    sys.modules["__main__"].__doc__ = program.__doc__
+
+
+def define_config(text: str = "The recipe, a Python file with get_config().") -> None:
+    """The flag that names a recipe; its fields are flags too: `--config.train.steps=10`."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, text)
+    flags.mark_flag_as_required("config")
 
 
 def large_pages() -> None:
