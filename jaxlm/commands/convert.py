@@ -32,7 +32,7 @@ def define_flags() -> None:
 
 def main() -> None:
     try:
-        print(convert(FLAGS["from"].value, Path(FLAGS.to)))
+        print(convert(getattr(FLAGS, "from"), Path(FLAGS.to)))
     except (ValueError, OSError) as error:
         sys.exit(f"convert: {error}")
 
@@ -60,7 +60,7 @@ def convert(source: str, target: Path) -> str:
             lm,
             native=FLAGS.native,
             padded=FLAGS.padded,
-            max_shard_bytes=FLAGS["max-shard-bytes"].value,
+            max_shard_bytes=getattr(FLAGS, "max-shard-bytes"),
             progress=lambda nbytes: progress.advance(bar, nbytes),
         )
     layout = "transformers' layout" if reason is None else f"jaxlm's own layout ({reason})"

@@ -3,9 +3,9 @@
     jaxlm plan --config=configs/pretrain/gpt.py:1b --topology=v5e:4x4 \\
         --config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.tensor=2 --config.train.batch_size=64
 
-No TPU is needed: the compiler is the one that runs on the machines, `pip install "jax[tpu]"` (in a clone `make plan-env`
-builds an environment with it). Prints gigabytes a chip against the chip's memory and the collectives by kind, and names
-every parameter stack that is gathered whole. Exits with 1 when the step does not fit, or gathers a stack.
+No TPU is needed: the compiler is the one that runs on the machines; `pip install "jax[tpu]"` brings it (in a clone,
+`make plan-env` does). Prints gigabytes a chip against the chip's memory and the collectives by kind, and names every
+parameter stack that is gathered whole. Exits with 1 when the step does not fit, or gathers a stack.
 """
 
 import os

