@@ -57,7 +57,7 @@ def imported_by(tree: ast.Module, module: str) -> Iterator[str]:
     On demand it imports what its strings name: `"a.b"`, or `"b:function"` and `"a.b:function"` in a table of the
     package `a` (see `core.catalog`).
     """
-    for node in ast.walk(tree):
+    for node in running(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -66,6 +66,20 @@ def imported_by(tree: ast.Module, module: str) -> Iterator[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(PLACE, node.value):
             name = node.value.partition(":")[0]
             yield from (name, f"{module}.{name}")
+
+
+def running(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all below it, but for what only type checkers read.
+
+    >>> [n.names[0].name for n in running(ast.parse("import a\\nif TYPE_CHECKING: import b")) if hasattr(n, "names")]
+    ['a']
+    """
+    yield node
+    children = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        children = iter(node.orelse)
+    for child in children:
+        yield from running(child)
 
 
 def without_strings(tree: ast.Module) -> ast.Module:

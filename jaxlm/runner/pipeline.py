@@ -88,9 +88,7 @@ def check_stages(config: ConfigDict) -> None:
     if not config.stages:
         raise ValueError("config.stages is empty; experiments/train.py runs a config without stages")
     lookup(TASKS, config.task, "task")
-    settings = ReportSettings(**config.report)
-    if not config.data[settings.split]:
-        raise ValueError(f"config.data.{settings.split} is empty; the report measures on it (config.report.split)")
+    report_settings(config)
     names: list[str] = []
     for number, entry in enumerate(plain(config.stages)):
         for field in ("name", "description"):
@@ -185,11 +183,19 @@ def measured_rows(
     return rows
 
 
+def report_settings(config: ConfigDict) -> ReportSettings:
+    """How a config's report measures; raises ValueError where there is nothing to measure on."""
+    settings = ReportSettings(**config.report)
+    if not config.data[settings.split]:
+        raise ValueError(f"config.data.{settings.split} is empty; the report measures on it (config.report.split)")
+    return settings
+
+
 def write_report(
     config: ConfigDict, workdir: Path, candidates: Sequence[Candidate], console: Console
 ) -> list[ModelResult]:
     """Measures models beside each other as `config.report` says, and writes the report."""
-    settings = ReportSettings(**config.report)
+    settings = report_settings(config)
     trial = Trial(config.task, DataSettings(**config.data), settings)
     rows = compare_models(candidates, trial, console.print)
     how = protocol(trial, rows, load(candidates[0].directory), config.seed)

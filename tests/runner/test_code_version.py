@@ -65,6 +65,13 @@ def scale(x):
     assert hash_of({"report.py": "raise SystemExit"}) == hash_of(), "a stage does not import the report"
 
 
+def test_what_only_type_checkers_import_is_not_code(hash_of):
+    named = {"__init__.py": "if TYPE_CHECKING:\n    from made import report"}
+    assert hash_of(named | {"report.py": "raise SystemExit"}) == hash_of(named)
+    imported = {"__init__.py": "if TYPE_CHECKING:\n    pass\nelse:\n    from made import report"}
+    assert hash_of(imported | {"report.py": "raise SystemExit"}) != hash_of(imported)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
