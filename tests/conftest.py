@@ -5,6 +5,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+from fast_to_compile import QUICK
+
 # Under fixtures/: the check of array annotations, before anything of jaxlm is imported; and made-up measurements.
 pytest_plugins = ["typechecked", "made_up_results"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,8 +20,8 @@ os.environ.setdefault("PJRT_NPROC", "32")
 # Tests compile much and compute little: code that is compiled fast is worth more here than fast code, and splitting a
 # program of this size for several compiling threads costs more than it gains. Flags from outside come last and win: an
 # older instruction set, `XLA_FLAGS=--xla_cpu_max_isa=AVX2`, say.
-FAST_TO_COMPILE = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+FAST_TO_COMPILE = " ".join(
+    f"--{option}={str(value).lower()}" for option, value in {**QUICK, "xla_cpu_parallel_codegen_split_count": 1}.items()
 )
 if FAST_TO_COMPILE not in os.environ.get("XLA_FLAGS", ""):  # programs that tests start have them already
     os.environ["XLA_FLAGS"] = f"{FAST_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}".strip()

@@ -1,4 +1,4 @@
-"""What pyproject.toml promises: ranges that the lock lies in, extras by name, every recipe and every file in its place."""
+"""What pyproject.toml promises: ranges that the lock lies in, extras that errors name, every recipe in its place."""
 
 import ast
 import re
@@ -24,7 +24,10 @@ def locked(file: str) -> dict[str, Requirement]:
 
 def ranges() -> dict[str, Requirement]:
     """The project's requirements by name, extras included."""
-    every = [*map(Requirement, PROJECT["dependencies"]), *(requirement for extra in EXTRAS.values() for requirement in extra)]
+    every = [
+        *map(Requirement, PROJECT["dependencies"]),
+        *(requirement for extra in EXTRAS.values() for requirement in extra),
+    ]
     return {canonicalize_name(requirement.name): requirement for requirement in every}
 
 

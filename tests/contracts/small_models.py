@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from fast_to_compile import QUICK
 
 from jaxlm.core import Tree, map_leaves
 from jaxlm.io.lm import LM
@@ -14,8 +15,6 @@ from jaxlm.methods.distill.teacher import DistillConfig, Teacher
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.network import Network
 
-# Compilation takes most of the time here, so it does not optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from fast_to_compile import QUICK
 
 from jaxlm.core import Context, Loss, Method, Term, describe, dot, trained_names
 from jaxlm.io.lm import LM
@@ -15,8 +16,6 @@ from jaxlm.train.optimizer import moments, optimizer
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import create_state, dropout_key, make_step
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 UP = "layers_0-1/mlp/up/kernel"
 CONFIG = model_config("llama", vocab_size=8, hidden_size=8, num_layers=2, ffn_size=8, num_heads=1)
 """The network whose `up` kernels the two matrices are."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_to_compile import QUICK
 
 from jaxlm.core import Context, Loss, Quantized, Term, describe, dot, dropout, trained_names
 from jaxlm.losses.cross_entropy import IGNORED, cross_entropy
@@ -11,8 +12,6 @@ from jaxlm.losses.soft_targets import response
 from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.train.gradient import accumulate, gradient
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 ROWS, LENGTH, WIDTH, CLASSES = 12, 5, 6, 7
 
 

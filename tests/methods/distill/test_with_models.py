@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_to_compile import QUICK
 
 from jaxlm.core import Context, Loss, arrays
 from jaxlm.io.lm import LM
@@ -16,8 +17,6 @@ from jaxlm.models import model_config
 from jaxlm.models.network import Network
 from jaxlm.train.gradient import accumulate, gradient
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 SIZES = {"vocab_size": 19, "num_layers": 2, "hidden_size": 16, "ffn_size": 12}
 STUDENTS = {
     "bert": model_config("bert", **SIZES, num_heads=4, max_positions=8),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_to_compile import QUICK
 
 import jaxlm
 from jaxlm.core import Calibration, Factored, InputScaled, SurgeryContext, flatten, map_leaves, materialize, unflatten
@@ -44,8 +45,6 @@ def test_ranks():
     assert most * 64 < 24 * 40 <= (most + 1) * 64
 
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 DENSE = LM.initialize(
     model_config("llama", vocab_size=17, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2), jax.random.key(0)
 )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_to_compile import QUICK
 
 from jaxlm.core import (
     Calibration,
@@ -25,8 +26,6 @@ from jaxlm.methods.quantize.awq import awq, awq_scale, output_error, power_scale
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 IN, OUT = 40, 12
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(300, IN)) * np.exp(1.5 * RNG.normal(size=IN))

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from fast_to_compile import QUICK
 
 import jaxlm
 from jaxlm.core import (
@@ -144,8 +145,6 @@ def test_degenerate_inputs(name):
 
 # In a model -----------------------------------------------------------------------------------------------------------
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 DENSE = LM.initialize(
     model_config("llama", vocab_size=19, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2), jax.random.key(0)
 )

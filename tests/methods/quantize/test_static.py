@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_to_compile import QUICK
 
 from jaxlm.core import Calibration, Factored, InputScaled, Quantized, Scheme, SurgeryContext, flatten, materialize
 from jaxlm.io.lm import LM
@@ -17,8 +18,6 @@ from jaxlm.models import model_config
 from jaxlm.nn.dense import norm
 
 RNG = np.random.default_rng(0)
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 DENSE = LM.initialize(
     model_config("gpt2", vocab_size=19, hidden_size=16, num_layers=1, num_heads=4, max_positions=8), jax.random.key(0)
 )

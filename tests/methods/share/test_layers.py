@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_to_compile import QUICK
 
 import jaxlm
 from jaxlm.core import Context, Masked, Tap, arrays, flatten, map_leaves, unflatten
@@ -19,8 +20,6 @@ from jaxlm.methods.share.layers import share, unshare
 from jaxlm.models import model_config
 from jaxlm.nn.stack import canonical_view, runs
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 SIZES = {"vocab_size": 17, "hidden_size": 8, "num_layers": 4, "num_heads": 2, "ffn_size": 12}
 FAMILIES = {"gpt2": {"max_positions": 8}, "qwen2": {"num_kv_heads": 1, "window": 2, "window_from": 3}}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_to_compile import QUICK
 
 import jaxlm
 from jaxlm.core import Calibration, Gate, SurgeryContext, Term, flatten, map_leaves, unflatten
@@ -18,8 +19,6 @@ from jaxlm.methods.prune.structured.shrink import shrink
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
 
-# Compiling takes most of the time here, so it is told not to optimize.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "ffn_size": 12, "num_heads": 4}
 MODELS = {
     "MHA": ("gpt2", {"num_layers": 3, "max_positions": 8}),
