@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -81,7 +82,15 @@ def test_every_recipe_is_installed():
         assert patterns == [f"{folder.removeprefix('share/jaxlm/')}/*.py"]
 
 
-def test_versions_of_python_are_said_once():
-    minors = {line.rpartition(".")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)}
-    assert PROJECT["requires-python"] == f">=3.{min(map(int, minors))}"
-    assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py3{min(map(int, minors))}"
+def test_the_same_versions_of_python_everywhere():
+    minors = sorted(int(minor) for line in PROJECT["classifiers"] for minor in re.findall(r":: 3\.(\d+)$", line))
+    assert PROJECT["requires-python"] == f">=3.{minors[0]}"
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py3{minors[0]}"
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in minors]
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text("utf-8")

@@ -44,7 +44,7 @@ COSTS = {"size": "minimize", "flops": "minimize", "speed": "maximize", "latency"
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What `experiments/search.py` varies, and what for.
+    """What `jaxlm search` varies, and what for.
 
     Attributes:
       vary: the strengths, `{"stage": name, "field": place, "low": a, "high": b}` each, with `"log": True` for a

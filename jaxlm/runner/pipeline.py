@@ -86,7 +86,7 @@ def run_stage(config: ConfigDict, workdir: Path, name: str, inputs: str, console
 def check_stages(config: ConfigDict) -> None:
     """Raises ValueError for a pipeline that could not be run and reported to its end, before anything runs."""
     if not config.stages:
-        raise ValueError("config.stages is empty; experiments/train.py runs a config without stages")
+        raise ValueError("config.stages is empty; jaxlm train runs a config without stages")
     lookup(TASKS, config.task, "task")
     report_settings(config)
     names: list[str] = []
