@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 from jaxlm.core.lookup import lookup
 from jaxlm.core.weight import Node
 
-FOLDERS = (
-    "jaxlm.methods",
-    "jaxlm.methods.distill",
-    "jaxlm.methods.factorize",
-    "jaxlm.methods.peft",
-    "jaxlm.methods.prune",
-    "jaxlm.methods.quantize",
-    "jaxlm.methods.share",
+TABLES = (
+    "jaxlm.methods:SURGERY",
+    "jaxlm.methods.distill:LOSSES",
+    "jaxlm.methods.factorize:SURGERY",
+    "jaxlm.methods.peft:METHODS",
+    "jaxlm.methods.prune:METHODS",
+    "jaxlm.methods.prune:SURGERY",
+    "jaxlm.methods.quantize:METHODS",
+    "jaxlm.methods.quantize:SURGERY",
+    "jaxlm.methods.share:SURGERY",
 )
-"""Packages with tables."""
+"""Every table, `"folder:table"`."""
 
 NODES: Mapping[str, str] = {
     "Factored": "jaxlm.core.weights.factored:Factored",
@@ -57,8 +59,8 @@ def entries(table: str) -> dict[str, Entry]:
       ValueError: for a name that two folders have.
     """
     joined: dict[str, Entry] = {}
-    for folder in FOLDERS:
-        added = getattr(importlib.import_module(folder), table, {})
+    for place in (place for place in TABLES if place.endswith(f":{table}")):
+        folder, added = place.partition(":")[0], imported(place)
         if twice := joined.keys() & added.keys():
             raise ValueError(f"{table} of {folder}: {', '.join(sorted(twice))} is the name of something else already")
         for name, entry in added.items():

@@ -40,13 +40,13 @@ def beyond(lm: LM, base: Base, target: Path) -> tuple[dict[str, Tensor], dict[st
         if held is not None:
             cast = tensor.dtype != theirs[held].dtype
             borrowed[name] = [held, NAMES[tensor.dtype]] if cast else [held]
-    own = {name: tensor for name, tensor in ours.items() if name not in borrowed}
-    if not own and ours.keys() == theirs.keys():
+    beyond_base = {name: tensor for name, tensor in ours.items() if name not in borrowed}
+    if not beyond_base and ours.keys() == theirs.keys():
         raise ValueError(f"{target}: every parameter is the base's; there is no adapter to write")
     path = base.path
     if path is not None and Path(path).expanduser().is_dir():
         path = os.path.relpath(Path(path).expanduser().resolve(), target)
-    return own, {
+    return beyond_base, {
         "path": "" if path is None else str(path),
         "sha256": params_sha256(base.lm.params),
         "arrays": borrowed,
@@ -121,11 +121,11 @@ def borrowed_tensors(described: Described, base: LM, file: Path) -> dict[str, Te
     Raises:
       ValueError: for another base, or an entry that cannot be.
     """
-    found = params_sha256(base.params)
-    if found != described.sha256:
+    actual = params_sha256(base.params)
+    if actual != described.sha256:
         raise ValueError(
             f"{file}: the adapter belongs to a model whose parameters have the sha256 {described.sha256[:12]}…, its "
-            f"base has {found[:12]}…: it is another model, or the same in another dtype"
+            f"base has {actual[:12]}…: it is another model, or the same in another dtype"
         )
     theirs, tensors = arrays(base.params), dict[str, Tensor]()
     for name, entry in described.arrays.items():

@@ -64,8 +64,9 @@ class LM:
     dropped: tuple[str, ...] = ()
 
     def __post_init__(self):
-        own = self.network.axes()  # not those of a config before: another head's output has the same path
-        object.__setattr__(self, "axes", {**own, **{p: names for p, names in self.axes.items() if p not in own}})
+        network = self.network.axes()  # not those of a config before: another head's output has the same path
+        added = {path: names for path, names in self.axes.items() if path not in network}
+        object.__setattr__(self, "axes", network | added)
         if isinstance(self.tokenizer_source, Path):
             object.__setattr__(self, "tokenizer_source", TokenizerFiles(self.tokenizer_source))
 

@@ -289,7 +289,7 @@ class Contents(NamedTuple):
     transformers' layout, or `None`."""
 
     tensors: Mapping[str, Tensor]
-    own: dict[str, Any]
+    described: dict[str, Any]
     config: dict[str, Any]
     reason: str | None = None
 
@@ -299,9 +299,9 @@ def _contents(lm: LM, native: bool) -> Contents:
     try:
         if native:
             raise NotExpressible("asked for")
-        own = {"format": FORMAT, "layout": "transformers", "config": lm.config.to_json()}
+        described = {"format": FORMAT, "layout": "transformers", "config": lm.config.to_json()}
         config = _to_transformers_config(lm)
-        return Contents(to_transformers(lm.config, flatten(lm.params)), own, config)
+        return Contents(to_transformers(lm.config, flatten(lm.params)), described, config)
     except NotExpressible as error:
         return _native(lm, arrays(lm.params), str(error))
 
@@ -310,7 +310,7 @@ def _native(lm: LM, tensors: Mapping[str, Tensor], reason: str) -> Contents:
     """The contents of the native layout, with these of the model's arrays."""
     flat, spec = flatten(lm.params), flatten(lm.network.spec)
     stored, sparse = compress(tensors)
-    own = {
+    described = {
         "format": FORMAT,
         "layout": "native",
         "config": lm.config.to_json(),
@@ -319,14 +319,16 @@ def _native(lm: LM, tensors: Mapping[str, Tensor], reason: str) -> Contents:
         "axes": {path: names for path, names in lm.axes.items() if path in flat.keys() - spec},
         "carried": {key: value for key, value in lm.carried.items() if key != GENERATION},
     }
-    return Contents(stored, own, {"model_type": "jaxlm", "architectures": ["JaxlmModel"], "reason": reason}, reason)
+    return Contents(
+        stored, described, {"model_type": "jaxlm", "architectures": ["JaxlmModel"], "reason": reason}, reason
+    )
 
 
 def _adapter(lm: LM, base: Base, target: Path) -> Contents:
     """The contents of an adapter, whose arrays are those beyond the base."""
     tensors, entry = beyond(lm, base, target)
     contents = _native(lm, tensors, "an adapter")
-    return contents._replace(own=contents.own | {"layout": "adapter", "base": entry})
+    return contents._replace(described=contents.described | {"layout": "adapter", "base": entry})
 
 
 def _write(directory: Path, lm: LM, contents: Contents, max_shard_bytes: int, progress: Callable[[int], None]) -> None:
@@ -335,7 +337,7 @@ def _write(directory: Path, lm: LM, contents: Contents, max_shard_bytes: int, pr
     _write_tokenizer(directory, lm.tokenizer_source, native=contents.reason is not None)
     if GENERATION in lm.carried:
         write_text(directory / GENERATION_FILE, [json.dumps(lm.carried[GENERATION], indent=2, sort_keys=True) + "\n"])
-    write_text(directory / OWN, [json.dumps(contents.own, indent=2) + "\n"])
+    write_text(directory / OWN, [json.dumps(contents.described, indent=2) + "\n"])
     write_text(directory / CONFIG, [json.dumps(contents.config, indent=2, sort_keys=True) + "\n"])
 
 

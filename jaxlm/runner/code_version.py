@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PLACE = r"[a-zA-Z_]\w*(\.\w+)*(:\w+)?"
-"""A dotted name of a module, or something in it."""
+PLACE = r"[a-zA-Z_]\w*(\.\w+)*:\w+"
+"""Something in a module."""
 
 
 @functools.cache
@@ -54,8 +54,8 @@ def source_of(name: str, package: Path) -> Path | None:
 def imported_by(tree: ast.Module, module: str) -> Iterator[str]:
     """Dotted names that a module imports, now or on demand; `from a import b` gives `a` and `a.b`.
 
-    On demand it imports what its strings name: `"a.b"`, or `"b:function"` and `"a.b:function"` in a table of the
-    package `a` (see `core.catalog`).
+    On demand it imports what its strings name: `"a.b:function"`, and `"b:function"` in a table of the package `a` (see
+    `core.catalog`).
     """
     for node in running(tree):
         if isinstance(node, ast.Import):
