@@ -30,6 +30,7 @@ from jaxlm.evaluate.timing import Timing, interleaved, machine, versions
 from jaxlm.generate.decoding import generate
 from jaxlm.io.lm import LM
 from jaxlm.io.pretrained import load
+from jaxlm.models.heads import HEADS
 from jaxlm.models.network import Network
 from jaxlm.parallel.batches import token_count
 from jaxlm.tasks import TASKS, Prepared, Task
@@ -288,7 +289,8 @@ def flops(lm: LM, lengths: tuple[int, ...]) -> int:
     """Floating-point operations a token of a forward pass over rows of these lengths."""
     config, params = lm.config, lm.network.unshared(lm.params)  # a shared layer computes as often as it is used
     head_dim = config.layers()[0].head_dim
-    tied = config.tie_embeddings and config.head in ("causal", "masked", "seq2seq")
+    head = HEADS[config.head]
+    tied = config.tie_embeddings and head.vocabulary
     if config.encoder_decoder:
         heads = (config.num_heads, config.decoder_num_heads, config.cross_num_heads)
         return flops_per_token_of_pairs(
@@ -301,7 +303,7 @@ def flops(lm: LM, lengths: tuple[int, ...]) -> int:
         head_dim=head_dim,
         causal=config.causal,
         tied_head=tied,
-        once=r"head/.*" if config.head == "sequence" else "",
+        once="" if head.per_token else r"head/.*",
     )
 
 
@@ -312,7 +314,7 @@ def write_sample(runnable: RunnableModel, trial: Trial) -> tuple[str | None, flo
     is not shown.
     """
     lm, tokenizer, text = runnable.lm, runnable.lm.tokenizer, trial.settings.prompt
-    if not text or lm.config.head not in ("causal", "seq2seq"):
+    if not text or not HEADS[lm.config.head].generates:
         return None, None
     prompt = prompt_ids(tokenizer, text, lm.config.encoder_decoder)
     room = lm.config.max_positions or 2 * (len(prompt) + NEW_TOKENS)

@@ -13,10 +13,8 @@ from jaxlm.io.safetensors import Tensor, is_float
 from jaxlm.models import FAMILIES
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import Family, Row, architecture_of
+from jaxlm.models.heads import HEADS
 from jaxlm.models.network import Network
-
-BARE = ("none", "pooled")
-"""Heads of the classes that transformers saves without the prefix of the base."""
 
 
 class Found(NamedTuple):
@@ -35,14 +33,16 @@ class Found(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def rows(config: ModelConfig) -> tuple[Row, ...]:
-    """The rows of a model, numbers filled in, in the order of the family's table.
+    """The rows of a model, numbers filled in, in the order of the family's table; none of a head that it does not name.
 
     Raises:
       KeyError: when the table misses a parameter of the network: a mistake in the family.
     """
-    spec = flatten(Network(config).spec)
+    family, spec = FAMILIES[config.family], flatten(Network(config).spec)
+    if config.head not in family.heads:
+        spec = {path: parameter for path, parameter in spec.items() if not path.startswith("head/")}
     numbered: list[Row] = []
-    for row in FAMILIES[config.family].names(config):
+    for row in family.names(config):
         numbers = range(max(config.num_layers, config.num_decoder_layers)) if "{i}" in row.hf else range(1)
         numbered += [row for row in map(row.at, numbers) if all(path in spec for path in row.paths)]
     covered = [path for row in numbered if not row.copy for path in row.paths]
@@ -55,7 +55,7 @@ def rows(config: ModelConfig) -> tuple[Row, ...]:
 def to_transformers(config: ModelConfig, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as transformers names and lays them out."""
     family = FAMILIES[config.family]
-    bare = family.architectures[architecture_of(family, config)]["head"] in BARE
+    bare = HEADS[family.architectures[architecture_of(family, config)]["head"]].bare
     tensors = {}
     for row in rows(config):
         name = row.hf.removeprefix(f"{family.base}.") if bare else row.hf
@@ -102,7 +102,7 @@ def from_transformers(config: ModelConfig, stored: Mapping[str, Tensor], where: 
                 raise ValueError(f"{where} lacks the tensor {row.hf!r}, expected with the shape {list(expected)}")
         elif tensor.shape != expected:
             if strict or not head:
-                classes = config.head in ("sequence", "token") and row.paths[0].startswith("head/output/")
+                classes = HEADS[config.head].labelled and row.paths[0].startswith("head/output/")
                 hint = f": id2label of config.json names {config.num_labels} classes" if classes else ""
                 raise ValueError(
                     f"{tensor.location}: tensor {row.hf!r} has the shape {list(tensor.shape)}, "

@@ -16,6 +16,7 @@ from jaxlm.generate.decoding import generate, pad_after_strings
 from jaxlm.io.carried import for_tokenizer
 from jaxlm.io.safetensors import read_json
 from jaxlm.models.config import ModelConfig
+from jaxlm.models.heads import HEADS
 from jaxlm.models.network import Network
 from jaxlm.models.transformer import forward
 
@@ -164,7 +165,7 @@ class LM:
           ValueError: for a row without any token, a `stop` that is no id of the vocabulary, or strings without a
             tokenizer to decode with.
         """
-        if self.config.head not in ("causal", "seq2seq"):
+        if not HEADS[self.config.head].generates:
             raise ValueError(
                 f"a model with the head {self.config.head!r} does not generate; it needs a causal or seq2seq one"
             )

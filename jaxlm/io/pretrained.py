@@ -14,8 +14,9 @@ from jaxlm.io.hub import find
 from jaxlm.io.lm import LM
 from jaxlm.io.model_directory import cast, open_model, write_model
 from jaxlm.io.safetensors import MAX_SHARD_BYTES, Tensor
-from jaxlm.models import FAMILIES
+from jaxlm.models import FAMILIES, heads_of
 from jaxlm.models.config import ModelConfig
+from jaxlm.models.heads import HEADS
 from jaxlm.models.network import Network
 
 
@@ -131,18 +132,17 @@ def retarget(
     """The config of the same body with another head or other labels."""
     family = FAMILIES[config.family]
     if head is not None and head != config.head:
-        heads = {fields["head"]: None for fields in family.architectures.values()} | {"none": None}
-        lookup(heads, head, f"head of {config.family}")
+        lookup(heads_of(family), head, f"head of {config.family}")
         pooling = {name: family.defaults[name] for name in ("pooling", "pooler") if name in family.defaults}
         config = config.replace(head=head, next_sentence=False, labels=(), regression=False, **pooling)
     if labels is not None or regression:
-        if config.head not in ("sequence", "token"):
-            raise ValueError(f"labels and regression are for a sequence or token head, this one is {config.head!r}")
+        if not HEADS[config.head].labelled:
+            heads = " or ".join(name for name, head in HEADS.items() if head.labelled)
+            raise ValueError(f"labels and regression are for a {heads} head, this one is {config.head!r}")
         config = config.replace(labels=() if labels is None else tuple(labels), regression=regression)
-    if config.head in ("sequence", "token") and not config.num_labels:
-        raise ValueError(
-            f"a {config.head} head needs labels=[...]" + (" or regression=True" * (config.head == "sequence"))
-        )
+    if HEADS[config.head].labelled and not config.num_labels:
+        or_number = " or regression=True" * (not HEADS[config.head].per_token)
+        raise ValueError(f"a {config.head} head needs labels=[...]{or_number}")
     return config
 
 

@@ -7,10 +7,22 @@ from jaxlm.models.bert import BERT, ROBERTA
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.family import Family
 from jaxlm.models.gpt2 import GPT2
+from jaxlm.models.heads import HEADS, Head
 from jaxlm.models.llama import LLAMA, MISTRAL, QWEN2
 from jaxlm.models.t5 import T5
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (GPT2, BERT, ROBERTA, LLAMA, MISTRAL, QWEN2, T5)}
+
+
+def heads_of(family: Family) -> dict[str, Head]:
+    """The heads that a model of a family can be given: those of its classes in transformers, and those of no class.
+
+    >>> list(heads_of(T5))
+    ['seq2seq', 'none']
+    """
+    theirs = {fields["head"] for other in FAMILIES.values() for fields in other.architectures.values()}
+    ours = {fields["head"] for fields in family.architectures.values()} | {"none"}
+    return {name: head for name, head in HEADS.items() if name in ours or name not in theirs}
 
 
 def model_config(family: str, **fields: Any) -> ModelConfig:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.family import Family, Keys, Row, linear, norm, read, refuse, table, write
+from jaxlm.models.family import Family, Keys, Row, linear, named, norm, read, refuse, table, write
 
 KEYS: Keys = {
     "vocab_size": ("vocab_size", 30522),
@@ -103,22 +103,34 @@ def _masked_head(config: ModelConfig, hf: str, transform: str, normalization: st
     return [*rows, *linear(f"{hf}.decoder", "head/output"), Row(f"{hf}.bias", ("head/output/bias",), copy=True)]
 
 
-def names(config: ModelConfig) -> list[Row]:
-    rows = [*_body("bert"), *linear("bert.pooler.dense", "head/pooler")]
-    if config.head == "masked":
-        rows += _masked_head(config, "cls.predictions", "transform.dense", "transform.LayerNorm")
-        return [*rows, *linear("cls.seq_relationship", "head/next_sentence")]
-    return [*rows, *linear("classifier", "head/output")]
+def body(config: ModelConfig) -> list[Row]:
+    return _body("bert")
 
 
-def roberta_names(config: ModelConfig) -> list[Row]:
+def masked(config: ModelConfig) -> list[Row]:
+    """Masked language modelling, and where a config has it the prediction of the next sentence."""
+    return [
+        *linear("bert.pooler.dense", "head/pooler"),
+        *_masked_head(config, "cls.predictions", "transform.dense", "transform.LayerNorm"),
+        *linear("cls.seq_relationship", "head/next_sentence"),
+    ]
+
+
+def sequence(config: ModelConfig) -> list[Row]:
+    return [*linear("bert.pooler.dense", "head/pooler"), *linear("classifier", "head/output")]
+
+
+def roberta_body(config: ModelConfig) -> list[Row]:
+    return _body("roberta")
+
+
+def roberta_masked(config: ModelConfig) -> list[Row]:
+    return _masked_head(config, "lm_head", "dense", "layer_norm")
+
+
+def roberta_sequence(config: ModelConfig) -> list[Row]:
     """The sequence classifier has its own tanh layer instead of BERT's pooler."""
-    rows = _body("roberta")
-    if config.head == "masked":
-        return rows + _masked_head(config, "lm_head", "dense", "layer_norm")
-    if config.head == "sequence":
-        return [*rows, *linear("classifier.dense", "head/pooler"), *linear("classifier.out_proj", "head/output")]
-    return [*rows, *linear("roberta.pooler.dense", "head/pooler"), *linear("classifier", "head/output")]
+    return [*linear("classifier.dense", "head/pooler"), *linear("classifier.out_proj", "head/output")]
 
 
 BERT = Family(
@@ -134,7 +146,13 @@ BERT = Family(
     base="bert",
     from_hf=from_hf,
     to_hf=to_hf,
-    names=names,
+    body=body,
+    heads={
+        "masked": masked,
+        "sequence": sequence,
+        "token": named("classifier", "head/output"),
+        "pooled": named("bert.pooler.dense", "head/pooler"),
+    },
     aliases={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -153,7 +171,13 @@ ROBERTA = Family(
     base="roberta",
     from_hf=roberta_from_hf,
     to_hf=roberta_to_hf,
-    names=roberta_names,
+    body=roberta_body,
+    heads={
+        "masked": roberta_masked,
+        "sequence": roberta_sequence,
+        "token": named("classifier", "head/output"),
+        "pooled": named("roberta.pooler.dense", "head/pooler"),
+    },
     aliases={
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
         "lm_head.decoder.bias": "lm_head.bias",

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlm.core import checked, nearest
+from jaxlm.models.heads import HEADS
 from jaxlm.nn.dense import ACTIVATIONS
 from jaxlm.nn.layer import NORMS, Layer, Rotary
 
-HEADS = ("causal", "masked", "sequence", "token", "seq2seq", "pooled", "none")
 Sizes = Any
 """One size, or one per layer; always a tuple once the config exists."""
 MAX_LAYERS, MAX_SIZE = 1_000, 1 << 24

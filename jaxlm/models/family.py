@@ -2,13 +2,14 @@
 
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from jaxlm.core import checked, lookup, nearest
 from jaxlm.models.config import MAX_SIZE, ModelConfig, check_field
+from jaxlm.models.heads import HEAD_FIELDS, HEADS, Head
 
 
 class NotExpressible(ValueError):
@@ -63,6 +64,14 @@ class Row(NamedTuple):
         return whole[::-1] if self.transpose else whole
 
 
+class Rows(Protocol):
+    """The tensors of a part of a network as a transformers checkpoint names them."""
+
+    def __call__(self, config: ModelConfig, /) -> Sequence[Row]:
+        """Rows of all tensors that a config may have; the reader skips a row whose arrays the config lacks."""
+        ...
+
+
 class Family(NamedTuple):
     """A model family.
 
@@ -73,7 +82,8 @@ class Family(NamedTuple):
       base: prefix of the tensors below the head in transformers, "" for none.
       from_hf: transformers' config.json -> fields of ModelConfig, without those of the architecture.
       to_hf: the inverse; raises NotExpressible.
-      names: rows of all tensors that a config may have; the reader skips a row whose arrays the config lacks.
+      body: rows of the tensors below the head.
+      heads: rows of the tensors of each head that transformers' classes of the family have.
       aliases: names under which transformers stores a tensor a second time -> its first name.
       ignored: regex of tensors that are not parameters (position ids and masks of old releases).
       derived: fields of a new ModelConfig that are computed from others when they are not set.
@@ -86,14 +96,29 @@ class Family(NamedTuple):
     base: str
     from_hf: Callable[[Mapping[str, Any]], dict[str, Any]]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
-    names: Callable[[ModelConfig], list[Row]]
+    body: Rows
+    heads: Mapping[str, Rows]
     aliases: Mapping[str, str] = {}
     ignored: str = r".*position_ids"
     derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {}
     special_tokens: Mapping[str, str] = {"pad_token_id": "pad_token_id"}
 
+    def names(self, config: ModelConfig) -> list[Row]:
+        """Rows of all tensors that a config may have; of the body alone for a head that transformers has not."""
+        return [*self.body(config), *self.heads.get(config.head, no_rows)(config)]
+
 
 # Rows ---------------------------------------------------------------------------------------------------------------
+
+
+def no_rows(config: ModelConfig) -> Sequence[Row]:
+    """Of a head without tensors."""
+    return ()
+
+
+def named(hf: str, path: str) -> Rows:
+    """Of a head that is one torch Linear called `hf`."""
+    return lambda config: tuple(linear(hf, path))
 
 
 def linear(hf: str, path: str) -> Iterator[Row]:
@@ -177,20 +202,21 @@ def refuse(hf: Mapping[str, Any], family: str, **supported: Any) -> None:
 
 
 def read_labels(hf: Mapping[str, Any], head: str) -> dict[str, Any]:
-    """`labels` and `regression` of a sequence or token head; a single label means regression, as in transformers.
+    """`labels` and `regression` of a labelled head; a single label of a row means regression, as in transformers.
 
     Names that are numbers are read as they are written. `label2id` is not read, since transformers does not compute
     with it, and in many public files it contradicts `id2label`.
     """
-    if head not in ("sequence", "token"):
+    chosen: Head = lookup(HEADS, head, "head")
+    if not chosen.labelled:
         return {}
-    names = _class_names(hf)
-    if head == "sequence" and hf.get("problem_type") == "multi_label_classification":
+    names, per_row = _class_names(hf), not chosen.per_token
+    if per_row and hf.get("problem_type") == "multi_label_classification":
         raise ValueError(
             "problem_type 'multi_label_classification': several labels for one text are not supported; "
             'load(..., head="none") takes the body of the model without this head'
         )
-    if head == "sequence" and (hf.get("problem_type") == "regression" or len(names) == 1):
+    if per_row and (hf.get("problem_type") == "regression" or len(names) == 1):
         if len(names) != 1:
             raise ValueError(f"regression with {len(names)} outputs is not supported (only 1)")
         return {"regression": True}
@@ -227,7 +253,7 @@ def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def write_labels(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_labels`."""
-    if config.head not in ("sequence", "token"):
+    if not HEADS[config.head].labelled:
         return {}
     names = ("LABEL_0",) if config.regression else config.labels
     return {
@@ -259,7 +285,7 @@ def config_from_hf(family: Family, hf: Mapping[str, Any], head: str | None = Non
         raise ValueError(f"{what}; {hint} (load(..., head=...) takes the body of any {family.name})")
     else:
         fields = {"head": head}
-    if head not in (None, fields["head"]) and fields["head"] in ("sequence", "token"):
+    if head not in (None, fields["head"]) and HEADS[fields["head"]].labelled:
         # The stored head is dropped, so its class names and problem type need not be supported.
         labels: dict[str, Any] = {"labels": tuple(f"LABEL_{i}" for i in range(len(_class_names(hf))))}
     else:
@@ -298,23 +324,15 @@ def architecture_of(family: Family, config: ModelConfig) -> str:
     for name, fields in family.architectures.items():
         if all(getattr(config, field) == value for field, value in fields.items()):
             return name
-    raise NotExpressible(f"transformers has no {family.name} with the head {config.head!r}")
+    heads = ", ".join(dict.fromkeys(fields["head"] for fields in family.architectures.values()))
+    raise NotExpressible(f"transformers has no {family.name} with the head {config.head!r}; its heads are {heads}")
 
 
 def _function_fields(config: ModelConfig) -> dict[str, Any]:
     """The fields that determine the function the network computes at inference, without those its head ignores."""
     fields = dict(vars(config))
     unused = {"dropout", "attention_dropout", "head_dropout", "init_std"}
-    if config.head not in ("sequence", "token"):
-        unused |= {"labels", "regression"}
-    if config.head not in ("sequence", "pooled") and not config.next_sentence:
-        unused |= {"pooling"}
-    if config.head != "sequence":
-        unused |= {"pooler"}
-    if config.head != "masked":
-        unused |= {"next_sentence"}
-    if config.head not in ("causal", "masked", "seq2seq"):
-        unused |= {"tie_embeddings", "scale_head"}
+    unused |= set(HEAD_FIELDS) - set(HEADS[config.head].fields(config))
     if config.window is None:
         unused |= {"window_from"}
     if not config.relative_buckets:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.family import Family, Keys, Row, linear, norm, read, refuse, table, write
+from jaxlm.models.family import Family, Keys, Row, named, norm, read, refuse, table, write
 
 KEYS: Keys = {
     "vocab_size": ("vocab_size", 50257),
@@ -38,7 +38,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     return write(config, KEYS) | {"embd_pdrop": config.dropout}
 
 
-def names(config: ModelConfig) -> list[Row]:
+def body(config: ModelConfig) -> list[Row]:
     """GPT-2's Conv1D stores kernels as `[in, out]`, and query, key and value in one tensor."""
     hf, layer = "transformer.h.{i}", "layers_{i}"
 
@@ -58,7 +58,6 @@ def names(config: ModelConfig) -> list[Row]:
         *conv("mlp.c_fc", "mlp/up"),
         *conv("mlp.c_proj", "mlp/down"),
         *norm("transformer.ln_f", "final_norm"),
-        *linear({"sequence": "score", "token": "classifier"}.get(config.head, "lm_head"), "head/output"),
     ]
 
 
@@ -80,7 +79,12 @@ GPT2 = Family(
     base="transformer",
     from_hf=from_hf,
     to_hf=to_hf,
-    names=names,
+    body=body,
+    heads={
+        "causal": named("lm_head", "head/output"),
+        "sequence": named("score", "head/output"),
+        "token": named("classifier", "head/output"),
+    },
     aliases={"lm_head.weight": "transformer.wte.weight"},
     ignored=r"(.*\.)?attn\.(bias|masked_bias)",
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxlm.core import checked, nearest
 from jaxlm.models.config import ModelConfig, check_field
-from jaxlm.models.family import Family, Keys, NotExpressible, Row, linear, norm, read, refuse, table, write
+from jaxlm.models.family import Family, Keys, NotExpressible, Row, linear, named, norm, read, refuse, table, write
 from jaxlm.nn.layer import Rotary
 
 KEYS: Keys = {
@@ -200,7 +200,7 @@ def _layer_types(layers: int, first: int) -> list[str]:
     return ["full_attention"] * first + ["sliding_attention"] * (layers - first)
 
 
-def names(config: ModelConfig) -> list[Row]:
+def body(config: ModelConfig) -> list[Row]:
     hf, layer = "model.layers.{i}", "layers_{i}"
     return [
         table("model.embed_tokens", "embed/tokens"),
@@ -214,7 +214,6 @@ def names(config: ModelConfig) -> list[Row]:
         *linear(f"{hf}.mlp.up_proj", f"{layer}/mlp/up"),
         *linear(f"{hf}.mlp.down_proj", f"{layer}/mlp/down"),
         *norm("model.norm", "final_norm"),
-        *linear("score" if config.head in ("sequence", "token") else "lm_head", "head/output"),
     ]
 
 
@@ -236,7 +235,12 @@ def _family(name: str, classes: str, read_config, write_config, **defaults: Any)
         base="model",
         from_hf=read_config,
         to_hf=write_config,
-        names=names,
+        body=body,
+        heads={
+            "causal": named("lm_head", "head/output"),
+            "sequence": named("score", "head/output"),
+            "token": named("score", "head/output"),
+        },
         aliases={"lm_head.weight": "model.embed_tokens.weight"},
         ignored=r".*rotary_emb\.inv_freq",
         derived={"ffn_size": _gated_ffn},

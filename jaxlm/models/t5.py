@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxlm.core import checked, lookup
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.family import ACTIVATIONS, Family, Keys, NotExpressible, Row, linear, norm, read, table, write
+from jaxlm.models.family import ACTIVATIONS, Family, Keys, NotExpressible, Row, linear, named, norm, read, table, write
 
 KEYS: Keys = {
     "vocab_size": ("vocab_size", 32128),
@@ -62,7 +62,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def names(config: ModelConfig) -> list[Row]:
+def body(config: ModelConfig) -> list[Row]:
     def attention(hf: str, path: str) -> Iterator[Row]:
         for letter, name in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output")):
             yield from linear(f"{hf}.{letter}", f"{path}/{name}")
@@ -88,7 +88,6 @@ def names(config: ModelConfig) -> list[Row]:
         table("shared", "embed/tokens"),
         *stack("encoder", "encoder/" if config.encoder_decoder else ""),
         *(stack("decoder", "decoder/") if config.encoder_decoder else ()),
-        *linear("lm_head", "head/output"),
     ]
 
 
@@ -120,7 +119,8 @@ T5 = Family(
     base="",
     from_hf=from_hf,
     to_hf=to_hf,
-    names=names,
+    body=body,
+    heads={"seq2seq": named("lm_head", "head/output")},
     aliases={
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",

@@ -22,6 +22,7 @@ from jaxlm.losses.soft_targets import top_answers
 from jaxlm.methods.distill.on_policy import on_policy
 from jaxlm.methods.distill.teacher import CachedTeacher, DistillConfig, Teacher
 from jaxlm.methods.distill.teacher_cache import Cache, CacheSettings, Layout, write_cache
+from jaxlm.models.heads import HEADS
 from jaxlm.parallel.batches import gather_to_host, to_devices
 from jaxlm.runner import registry
 from jaxlm.runner.distillation import Teachers, distillation, has_teachers
@@ -225,7 +226,7 @@ def student_sampling(
       prompt, share: see `methods.distill.on_policy.on_policy`; temperature, top_k, top_p: `generate.decoding.sample`.
     """
     config, ends, dtype = setup.lm.config, setup.lm.end_ids, setup.dtype
-    if config.head not in ("causal", "seq2seq"):
+    if not HEADS[config.head].generates:
         raise ValueError(f"on_policy: a model with the head {config.head!r} writes no text; leave on_policy out")
     check_sampling(temperature, top_k, top_p)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": ends, "dtype": dtype}
