@@ -1,5 +1,6 @@
 """Trees, paths, rules, the Weight and Site sockets, losses as sums, and Method with its chain."""
 
+from jaxlm.core.batch import MODEL_INPUTS, text_rows
 from jaxlm.core.catalog import Entry, entries, imported, node_class, nodes
 from jaxlm.core.context import Context
 from jaxlm.core.dropout import dropout

@@ -25,7 +25,7 @@ class Calibration:
     def facts(self) -> dict[str, Any]:
         """What a report says of it: the source, its rows and their tokens."""
         masks = [batch[name] for batch in self.batches for name in ("attention_mask", "segment_ids") if name in batch]
-        rows = sum(int(np.count_nonzero(mask.any(axis=1))) for mask in masks)
+        rows = sum(int(np.count_nonzero(mask.reshape(len(mask), -1).any(axis=1))) for mask in masks)
         return {"source": self.source, "samples": rows, "tokens": sum(int(np.count_nonzero(mask)) for mask in masks)}
 
 

@@ -60,7 +60,7 @@ def with_decoder_start(batches: Batches, start_id: int | None) -> Batches:
 
     def start(batch: Batch, step: int) -> Batch:
         ids = batch["decoder_input_ids"].copy()
-        ids[:, 0] = start_id
+        ids[..., 0] = start_id
         return batch | {"decoder_input_ids": ids}
 
     return batches.map(start)
@@ -140,26 +140,33 @@ def _buckets(examples: Examples, lengths: Sequence[int]) -> _Buckets:
 def assemble(examples: Examples, rows: np.ndarray, length: int, target: int | None, pad_id: int) -> Batch:
     """Right-padded rows; row -1 is filler: ``labels`` IGNORED (NaN for float labels), attention on one padding token.
 
+    Ragged columns are int32 [B, width], of examples that are groups of texts [B, group, width]; an empty text attends
+    to one padding token as filler does.
+
     Args:
       rows: int [B], numbers of examples.
       length: of the input columns; target: of the decoder columns.
     """
     batch: Batch = {}
+    texts, shape = rows, rows.shape
+    if examples.group > 1:
+        shape = (len(rows), examples.group)
+        texts = np.where(rows[:, None] >= 0, rows[:, None] * examples.group + np.arange(examples.group), -1).ravel()
     for name, column in examples.columns.items():
         decoder = examples.on_decoder(name)
         fill = pad_id if name.endswith("input_ids") else IGNORED if name.endswith("labels") else -(name == "row")
         if isinstance(column, Ragged):
             width = target if decoder else length
             assert width is not None
-            batch[name] = column.padded(rows, width, fill)
+            batch[name] = column.padded(texts, width, fill).reshape(*shape, width)
             if name.endswith("input_ids"):
-                sizes = np.where(rows >= 0, column.spans_of(rows)[1], 0)
-                mask = "decoder_attention_mask" if decoder else "attention_mask"
-                batch[mask] = (np.arange(width) < np.maximum(sizes, 1)[:, None]).astype(np.int32)
+                sizes = np.where(texts >= 0, column.spans_of(texts)[1], 0)
+                mask = (np.arange(width) < np.maximum(sizes, 1)[:, None]).astype(np.int32)
+                batch["decoder_attention_mask" if decoder else "attention_mask"] = mask.reshape(*shape, width)
         else:
             filler = np.nan if np.issubdtype(column.dtype, np.floating) else fill
-            shape = (len(rows), *(1,) * (column.ndim - 1))
-            batch[name] = np.where((rows >= 0).reshape(shape), column[rows], np.asarray(filler, column.dtype))
+            real = (rows >= 0).reshape(len(rows), *(1,) * (column.ndim - 1))
+            batch[name] = np.where(real, column[rows], np.asarray(filler, column.dtype))
     return batch
 
 
@@ -227,7 +234,8 @@ def in_order(examples: Examples, batch_size: int, *, lengths: Sequence[int], pad
     Adds ``row`` int32 [B], the number of the example in ``examples``, -1 for filler rows.
     """
     order = np.argsort(examples.lengths, kind="stable")
-    numbered = Examples({**examples.columns, "row": np.arange(len(examples), dtype=np.int32)})
+    row = np.arange(len(examples), dtype=np.int32)
+    numbered = dataclasses.replace(examples, columns={**examples.columns, "row": row})
     steps = steps_per_epoch(len(examples), batch_size)
     rows = _in_batches(order, batch_size)
     make = _padded(numbered, lengths, pad_id, batch_size, lambda epoch: rows, steps)
@@ -303,6 +311,8 @@ def packed_examples(
         raise ValueError(
             f"only columns with one value per token can be packed, not {sorted(examples.columns - columns.keys())}"
         )
+    if examples.group > 1:
+        raise ValueError(f"groups of {examples.group} texts cannot be packed; set config.data.pack = False")
     # The packing of lengths, which is the same in every epoch: numbers in it are ranks by length.
     sizes = examples.lengths
     fill = {"input_ids": pad_id, "labels": IGNORED}

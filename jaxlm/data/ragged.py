@@ -103,14 +103,22 @@ class Examples:
 
     ``input_ids`` is required. Ragged columns have its lengths, row by row; with a column ``decoder_input_ids``, the
     columns ``labels`` and ``decoder_*`` have the lengths of that one instead.
+
+    Attributes:
+      group: texts of an example, which stay together: sequences ``i * group`` to ``(i + 1) * group - 1`` of a Ragged
+        are those of example ``i``. Arrays have one entry an example.
     """
 
     columns: Mapping[str, Ragged | np.ndarray]
+    group: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.columns.get("input_ids"), Ragged):
             raise ValueError(f"Examples need a ragged column 'input_ids', not only {sorted(self.columns)}")
-        sizes = {name: len(column) for name, column in self.columns.items()}
+        texts = {name: len(column) for name, column in self.columns.items() if isinstance(column, Ragged)}
+        sizes = {name: len(column) // (self.group if name in texts else 1) for name, column in self.columns.items()}
+        if broken := [name for name, count in texts.items() if count % self.group]:
+            raise ValueError(f"{texts[broken[0]]} texts in column {broken[0]!r} are no groups of {self.group}")
         if len(set(sizes.values())) > 1:
             raise ValueError(f"columns differ in their number of rows: {sizes}")
         for name, column in self.columns.items():
@@ -131,22 +139,28 @@ class Examples:
         return "decoder_input_ids" in self.columns and (name.startswith("decoder_") or name == "labels")
 
     def __len__(self) -> int:
-        return len(self.columns["input_ids"])
+        return len(self.columns["input_ids"]) // self.group
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of input tokens of every example, int64 [n]."""
-        return self._ragged("input_ids").lengths
+        """Number of input tokens of every example, of the longest text of its group: int64 [n]."""
+        return self._longest("input_ids")
 
     @property
     def decoder_lengths(self) -> np.ndarray | None:
         """Number of decoder tokens of every example, or None without decoder columns."""
-        return self._ragged("decoder_input_ids").lengths if "decoder_input_ids" in self.columns else None
+        return self._longest("decoder_input_ids") if "decoder_input_ids" in self.columns else None
+
+    def _longest(self, name: str) -> np.ndarray:
+        lengths = self._ragged(name).lengths
+        return lengths if self.group == 1 else lengths.reshape(-1, self.group).max(axis=1)
 
     def then(self, other: "Examples") -> "Examples":
         """These examples followed by those of another; raises ValueError if their columns differ."""
         if self.columns.keys() != other.columns.keys():
             raise ValueError(f"one has the columns {sorted(self.columns)}, the other {sorted(other.columns)}")
+        if self.group != other.group:
+            raise ValueError(f"one has groups of {self.group} texts, the other of {other.group}")
         columns: dict[str, Ragged | np.ndarray] = {}
         for name, column in self.columns.items():
             following = other.columns[name]
@@ -156,11 +170,11 @@ class Examples:
                 columns[name] = np.concatenate([column, following])
             else:
                 raise ValueError(f"the column {name!r} has one value per row in one, one per token in the other")
-        return Examples(columns)
+        return Examples(columns, self.group)
 
     def fingerprint(self) -> str:
         """sha256 of names, dtypes and contents: equal for equal data, in memory or mapped from a file."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"" if self.group == 1 else f"groups of {self.group};".encode())
         for name in sorted(self.columns):
             column = self.columns[name]
             for array in (column.offsets, column.values) if isinstance(column, Ragged) else (column,):

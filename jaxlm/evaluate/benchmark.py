@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core import Context, Tree
+from jaxlm.core import MODEL_INPUTS, Context, Tree
 from jaxlm.data.loader import Batches
 from jaxlm.data.settings import DataSettings
 from jaxlm.evaluate.comparison import ModelResult
@@ -22,7 +22,7 @@ from jaxlm.evaluate.cost import (
     flops_per_token_of_pairs,
     parameters,
 )
-from jaxlm.evaluate.evaluator import MODEL_INPUTS, example_columns, predict, read_batch
+from jaxlm.evaluate.evaluator import example_columns, predict, read_batch
 from jaxlm.evaluate.layer_stats import layer_statistics
 from jaxlm.evaluate.per_example import PerExampleResults
 from jaxlm.evaluate.settings import ReportSettings
@@ -275,7 +275,7 @@ def _tokens(batch: Mapping[str, np.ndarray]) -> int:
 
 
 def _lengths(batch: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-    return tuple(batch[name].shape[1] for name in ("input_ids", "decoder_input_ids") if name in batch)
+    return tuple(batch[name].shape[-1] for name in ("input_ids", "decoder_input_ids") if name in batch)
 
 
 def _peak(compiled: Any) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.core import Context, Tree
+from jaxlm.core import MODEL_INPUTS, Context, Tree
 from jaxlm.data.loader import Batches
 from jaxlm.data.settings import DataSettings
 from jaxlm.models.network import Network
@@ -20,17 +20,6 @@ from jaxlm.tasks import BatchPredictions, EvalSpec, Prepared, Task
 from jaxlm.tasks.encode import batches_of
 from jaxlm.tasks.metrics import Columns
 from jaxlm.tasks.task import Read
-
-MODEL_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "segment_ids",
-    "positions",
-    "decoder_input_ids",
-    "decoder_attention_mask",
-)
-"""What a forward pass reads of a batch; an evaluation keeps the other columns of it."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Network:
         dtype: Any = jnp.float32,
     ) -> Stream:
         """The input of the first layer of a stack; `source` is the finished encoder that a decoder reads."""
-        check_length(self.config, batch["input_ids"].shape[1])
+        check_length(self.config, batch["input_ids"].shape[-1])
         ctx = with_stream_gate(params, ctx)
         return embed_inputs(self.config, params, batch, side, source=source, ctx=ctx, dtype=dtype)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
-from jaxlm.core import Context, Parameter, Tap, dim, dropout, initialize
+from jaxlm.core import Context, Parameter, Tap, dim, dropout, initialize, text_rows
 from jaxlm.models import heads
 from jaxlm.models.config import ModelConfig
 from jaxlm.nn.attention import Tokens
@@ -73,7 +73,8 @@ def forward(
       params: canonical or run view; the site `hidden` at the root gates the residual stream of all layers.
       batch: `input_ids` int `[batch, length]`, and optionally `attention_mask` (1 = token) or `segment_ids` (0 =
         padding) with `positions`, `token_type_ids`, and for an encoder-decoder `decoder_input_ids` and
-        `decoder_attention_mask`.
+        `decoder_attention_mask`. Of groups of texts, `[rows, group, length]`, the outputs are those of the texts,
+        `batch = rows · group` of them (see `text_rows`).
       ctx: dropout key and placement.
       taps: activations returned in `outputs["taps"]`; those of an encoder have the prefix `encoder_` in their site.
       cache: of `empty_cache`; `input_ids` (`decoder_input_ids`) are then the tokens that follow those in the cache.
@@ -85,7 +86,7 @@ def forward(
     Returns:
       `logits` float32 (see `apply_head`), `last_hidden`, `taps`, and `cache` if one was passed.
     """
-    check_length(config, batch["input_ids"].shape[1] if "input_ids" in batch and cache is None else 0)
+    check_length(config, batch["input_ids"].shape[-1] if "input_ids" in batch and cache is None else 0)
     ctx = with_stream_gate(params, ctx)
     run = _encoder_decoder if config.encoder_decoder else _single_stack
     x, segments, outputs = run(
@@ -143,7 +144,7 @@ def embed_inputs(
       side: `""` for a single stack, `encoder/` or `decoder/`.
       source: the finished stream of the encoder, which a decoder reads.
     """
-    prefix = "decoder_" if side == "decoder/" else ""
+    batch, prefix = text_rows(batch), "decoder_" if side == "decoder/" else ""
     ids = batch[f"{prefix}input_ids"]
     tokens, start, keys = _tokens(ids, batch, cache, prefix)
     if config.position_offset and config.pad_token_id is not None and cache is None and "positions" not in batch:

@@ -1,6 +1,7 @@
 """`config.calibration`: the text that compression reads, and the promise that no model is evaluated on it."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -75,10 +76,11 @@ def calibration_location(source: str, data: DataSettings) -> str:
 
 
 def fillers(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Rows that only fill a batch: one token of padding that attends to itself, and nothing to predict."""
-    tokens = sum(np.count_nonzero(batch[name], axis=1) for name in MASKS[:2] if name in batch)
+    """Rows that only fill a batch: a token of padding a text that attends to itself, and nothing to predict."""
+    rows, *group, _ = batch["input_ids"].shape
+    tokens = sum(np.count_nonzero(batch[name].reshape(rows, -1), axis=1) for name in MASKS[:2] if name in batch)
     labels = counted(batch["labels"]).reshape(len(batch["labels"]), -1)
-    return (tokens <= 1) & ~labels.any(axis=1)
+    return (tokens <= math.prod(group)) & ~labels.any(axis=1)
 
 
 def only(batch: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -167,11 +167,13 @@ def init_on_shapes(method: Method, key: jax.Array, lm: LM) -> MethodInit:
 
 
 def batch_shapes(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
-    """The longest batch that a task makes: `[rows, length]`, or `[rows]` for what stands once a row."""
+    """The longest batch that a task makes: `[rows, (group,) length]`, or `[rows]` for what stands once a row."""
     rows, length = setup.training.batch_size, setup.data.max_length
+    texts = (rows, setup.task.group) if setup.task.group > 1 else (rows,)
 
     def shape(column: Column) -> jax.ShapeDtypeStruct:
-        dims, names = ((rows, length), ("batch", None)) if column.per_token else ((rows,), ("batch",))
+        dims = (*texts, length) if column.per_token else (rows,)
+        names = ("batch", *(None,) * (len(dims) - 1))
         sharding = jax.sharding.NamedSharding(setup.mesh, spec_of(names, dims, setup.rules, setup.mesh))
         return jax.ShapeDtypeStruct(dims, column.dtype, sharding=sharding)
 

@@ -168,6 +168,11 @@ class CachingTeacherPool(TeacherPool):
     def cached(self, directory: str | None, settings: CacheSettings, temperature: float) -> CachedTeacher:
         """The cache of a teacher's answers, written if there is none; its columns join the batches."""
         path, setup = Path(settings.directory), self.setup
+        if setup.task.group > 1:
+            raise ValueError(
+                f"config.losses: cache: answers are kept by text, and a row of the task {setup.config['task']!r} has "
+                f"{setup.task.group} of them; leave cache out"
+            )
         lm = self.model(directory) if directory else None
         made_of = fingerprint(setup, lm)
         if lm is not None and not (path / "cache.json").exists():

@@ -31,6 +31,8 @@ def prepare(
     if key not in _prepared:
         source = settings.source(split)
         prepared = task.prepare(source, tokenizer, labels, settings)
+        if prepared.examples.group != task.group:
+            raise ValueError(f"the task {name!r} has groups of {task.group}, its examples of {prepared.examples.group}")
         report_bad_rows(source, split, info)
         for notice in prepared.notices if split == "train" else ():
             info(f"{split}: {notice}")

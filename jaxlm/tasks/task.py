@@ -46,7 +46,8 @@ class Prepared(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One array of a batch: a number a token (`[rows, length]`), or one a row; and its dtype."""
+    """One array of a batch: a number a token (`[rows, length]`, of groups `[rows, group, length]`), or one a row; and
+    its dtype."""
 
     per_token: bool = True
     dtype: Any = np.int32
@@ -185,6 +186,13 @@ def no_labels(source: Source) -> tuple[str, ...]:
 class Task(NamedTuple):
     """One kind of training.
 
+    A row of a batch is what must stay together: a text, or a group of texts (a pair, a triple, a question with its
+    1 + k answers). Groups are an axis of their own, `input_ids [rows, group, length]`, so that batches, accumulation
+    and sharding cut between groups only. The network reads texts: the arrays of `outputs` are `[rows · group, …]`, the
+    texts of a group one after the other, and a loss takes `outputs["pooled"].reshape(-1, group, width)`. `labels` are
+    the row's (which of its texts is the right one, say); those of filler are ignored, and tell that it is filler. A
+    group with fewer texts than others is filled up with empty ones.
+
     Attributes:
       structure: fields of the model's config that the task decides: its `head`, and what that needs.
       prepare: encodes a split.
@@ -195,6 +203,9 @@ class Task(NamedTuple):
       labels: names of the classes, learned from training data.
       unlabelled: encodes data without labels; `None` for tasks that give no text or word a label.
       sentinels: `<extra_id_…>` tokens that a tokenizer trained for the task has.
+      group: texts of a row; `prepare` gives Examples of such groups.
+      couples_rows: what a row adds to the loss depends on the other rows of its batch (negatives that are other rows'
+        positives), so that a batch cannot be computed in parts: `config.train.grad_accum` is refused.
     """
 
     structure: Mapping[str, Any]
@@ -206,6 +217,8 @@ class Task(NamedTuple):
     labels: ClassNames = no_labels
     unlabelled: EncodeUnlabelled | None = None
     sentinels: int = 0
+    group: int = 1
+    couples_rows: bool = False
 
 
 # -- fields of records ------------------------------------------------------------------------------------------------

@@ -274,3 +274,64 @@ def test_generator_keys():
 def test_map_gives_the_step():
     batches = kinds_of()["packed"].map(lambda batch, step: batch | {"step": np.array(step)})
     assert batches(11)["step"] == 11 and announced(batches)[0]["step"][0] == ()
+
+
+# Groups of texts ------------------------------------------------------------------------------------------------------
+
+
+def groups(n=29, size=3, seed=0, **columns):
+    """Every token of text t of example i is 10 i + t + 1; some texts are empty."""
+    lengths = np.random.default_rng(seed).integers(0, 41, (n, size))
+    ids = Ragged.of([np.full(k, 10 * i + t + 1) for i, row in enumerate(lengths) for t, k in enumerate(row)])
+    return Examples({"input_ids": ids, "token_type_ids": ids, "labels": np.arange(n, dtype=np.int32), **columns}, size)
+
+
+@pytest.mark.parametrize("kind", ["bucketed", "bucketed_drop", "in_order"])
+def test_a_group_is_a_row(kind):
+    data, seen = groups(gold=np.arange(58.0).reshape(29, 2)), []
+    if kind == "in_order":
+        batches = in_order(data, 8, lengths=LENGTHS, pad_id=0)
+    else:
+        batches = bucketed(data, 8, 0, lengths=LENGTHS, remainder="drop" if kind == "bucketed_drop" else "pad")
+    assert batches.steps_per_epoch == (3 if kind == "bucketed_drop" else 4)
+    signatures = announced(batches)
+    for step in range(batches.steps_per_epoch):
+        batch = batches(step)
+        assert signature(batch) in signatures
+        width = batch["input_ids"].shape[-1]
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (8, 3, width)
+        np.testing.assert_array_equal(batch["token_type_ids"], batch["input_ids"])
+        longest = max(data.lengths[i] for i in batch["labels"] if i >= 0)
+        assert width == min(edge for edge in LENGTHS if edge >= longest)
+        for row, i in enumerate(batch["labels"]):
+            for text in range(3):
+                tokens = data.columns["input_ids"][3 * i + text] if i >= 0 else np.empty(0)
+                expected = np.zeros(width)
+                expected[: len(tokens)] = tokens
+                np.testing.assert_array_equal(batch["input_ids"][row, text], expected)
+                assert batch["attention_mask"][row, text].sum() == max(len(tokens), 1)
+            assert i == IGNORED or batch["gold"][row].tolist() == [2 * i, 2 * i + 1]
+        seen += [i for i in batch["labels"] if i >= 0]
+    assert len(seen) == len(set(seen)) == (24 if kind == "bucketed_drop" else 29)
+
+
+def test_groups_of_one_are_texts():
+    texts = examples(labels=np.arange(103, dtype=np.int32))
+    one = bucketed(Examples(texts.columns, group=1), 8, 0, lengths=LENGTHS)
+    many = bucketed(texts, 8, 0, lengths=LENGTHS)
+    assert all((one(step)[name] == many(step)[name]).all() for step in range(13) for name in many(step))
+
+
+def test_a_decoder_reads_groups_too():
+    target = Ragged.of([[1, 2], [3], [4, 5, 6], [7]])
+    data = Examples({"input_ids": Ragged.of([[1], [2], [3], [4]]), "decoder_input_ids": target, "labels": target}, 2)
+    assert data.decoder_lengths.tolist() == [2, 3]
+    batch = with_decoder_start(in_order(data, 2, lengths=(8,)), 9)(0)
+    assert batch["decoder_input_ids"].shape == batch["decoder_attention_mask"].shape == batch["labels"].shape
+    assert batch["decoder_input_ids"][..., :3].tolist() == [[[9, 2, 0], [9, 0, 0]], [[9, 5, 6], [9, 0, 0]]]
+
+
+def test_groups_are_not_packed():
+    data = Examples({"input_ids": groups().columns["input_ids"]}, 3)
+    with pytest.raises(ValueError, match="groups of 3 texts cannot be packed"):
+        packed_examples(data, 4, 0, length=48)

@@ -61,11 +61,25 @@ def test_examples():
         ({"labels": Ragged.of([[1]])}, "input_ids"),
         ({"input_ids": Ragged.of([[1]]), "labels": np.zeros(2)}, "number of rows"),
         ({"input_ids": Ragged.of([[1], [2]]), "labels": Ragged.of([[1], [2, 3]])}, "row 1: column 'labels' has 2"),
+        ({"input_ids": Ragged.of([[1], [2]]), "labels": np.zeros(2), "group": 2}, "number of rows"),
+        ({"input_ids": Ragged.of([[1], [2], [3]]), "group": 2}, "3 texts in column 'input_ids' are no groups of 2"),
     ],
 )
 def test_examples_errors(columns, message):
+    group = columns.pop("group", 1)
     with pytest.raises(ValueError, match=message):
-        Examples(columns)
+        Examples(columns, group)
+
+
+def test_examples_that_are_groups():
+    pairs = Examples({"input_ids": Ragged.of([[1, 2], [3], [], [4, 5, 6]]), "y": np.zeros(2)}, group=2)
+    assert len(pairs) == 2 and pairs.lengths.tolist() == [2, 3]
+    both = pairs.then(pairs)
+    assert len(both) == 4 and both.lengths.tolist() == [2, 3, 2, 3]
+    flat = Examples({"input_ids": pairs.columns["input_ids"]})
+    assert Examples(flat.columns, 2).fingerprint() != flat.fingerprint()
+    with pytest.raises(ValueError, match="one has groups of 1 texts, the other of 2"):
+        flat.then(Examples(flat.columns, 2))
 
 
 def test_fingerprint_sees_every_difference():

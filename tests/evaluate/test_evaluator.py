@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core import Context
+from jaxlm.core import MODEL_INPUTS, Context
 from jaxlm.data.settings import DataSettings
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.evaluate.benchmark import Answers, RunnableModel, Trial, evaluate_held_out
-from jaxlm.evaluate.evaluator import MODEL_INPUTS, evaluator, predict, read_batch
+from jaxlm.evaluate.evaluator import evaluator, predict, read_batch
 from jaxlm.evaluate.settings import ReportSettings
 from jaxlm.io.lm import LM
 from jaxlm.models import model_config

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.core import Batch, Tap, Terms, nearest
+from jaxlm.core import Batch, Tap, Terms, nearest, text_rows
 from jaxlm.losses.attention import attention_distance
 from jaxlm.losses.cross_entropy import IGNORED
 from jaxlm.losses.hidden import hidden_distance
@@ -27,13 +27,14 @@ def answered(batch: Batch) -> Bool[Array, "batch *length"]:
     That is where a label counts; a column `distill_mask` says it of unlabelled data and of what the student wrote.
     """
     if "distill_mask" in batch:
-        return batch["distill_mask"].astype(bool)
+        return text_rows(batch)["distill_mask"].astype(bool)
     labels = batch["labels"]
     return labels != IGNORED if labels.dtype.kind == "i" else ~jnp.isnan(labels)
 
 
 def segments_of(batch: Batch) -> Int[Array, "batch length"]:
     """Segments of the tokens: 0 for padding, and in rows that have nothing to learn (filler)."""
+    batch = text_rows(batch)
     mask = batch.get("segment_ids", batch.get("attention_mask"))
     segments = jnp.ones(batch["input_ids"].shape, jnp.int32) if mask is None else jnp.asarray(mask)
     counts = answered(batch).reshape(segments.shape[0], -1).any(axis=1)

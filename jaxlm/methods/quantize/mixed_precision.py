@@ -20,6 +20,7 @@ from jaxlm.core import (
     Weight,
     flatten,
     materialize,
+    text_rows,
     unflatten,
 )
 from jaxlm.methods.quantize.formats import (
@@ -258,7 +259,7 @@ def _outputs(network: Network, batches: Sequence[Mapping[str, np.ndarray]]) -> C
     def rows(params: Tree, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         outputs = np.asarray(run(params, {name: a for name, a in batch.items() if not name.endswith("labels")}))
         if outputs.ndim == 3:
-            side = "decoder_" if "decoder_input_ids" in batch else ""
+            batch, side = text_rows(batch), "decoder_" if "decoder_input_ids" in batch else ""
             mask = batch.get(f"{side}segment_ids", batch.get(f"{side}attention_mask", np.ones(outputs.shape[:2])))
             return outputs[np.asarray(mask) > 0]
         return outputs

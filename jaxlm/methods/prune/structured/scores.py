@@ -29,6 +29,7 @@ from jaxlm.core import (
     is_stacked,
     lookup,
     materialize,
+    text_rows,
     total,
     unflatten,
 )
@@ -186,6 +187,7 @@ _metered.defvjp(_metered_forward, _metered_backward)
 
 def valid_tokens(batch: Mapping[str, Shaped[Array, "..."]], side: str = "") -> Float32[Array, "batch length"]:
     """1 at tokens that count, 0 at others; `side` is `decoder_` for those of a decoder."""
+    batch = text_rows(batch)
     ids = batch[f"{side}input_ids"]
     mask = batch.get(f"{side}segment_ids", batch.get(f"{side}attention_mask"))
     return jnp.ones(ids.shape) if mask is None else (jnp.asarray(mask) > 0).astype(jnp.float32)
