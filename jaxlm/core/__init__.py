@@ -1,6 +1,6 @@
 """Trees, paths, rules, the Weight and Site sockets, losses as sums, and Method with its chain."""
 
-from jaxlm.core.batch import MODEL_INPUTS, text_rows
+from jaxlm.core.batch import MODEL_INPUTS, row_columns, text_rows
 from jaxlm.core.catalog import Entry, entries, imported, node_class, nodes
 from jaxlm.core.context import Context
 from jaxlm.core.dropout import dropout
@@ -30,7 +30,7 @@ from jaxlm.core.paths import (
     unflatten,
     with_arrays,
 )
-from jaxlm.core.site import Gate, Site, Switch, visit
+from jaxlm.core.site import Gate, Prefix, Site, Switch, Tokens, visit
 from jaxlm.core.surgery import NO_DATA, Calibration, NoData, Surgery, SurgeryContext
 from jaxlm.core.weight import Axes, Component, Node, Weight, Wrapper, attend, components, dot, materialize, take
 from jaxlm.core.weights import Factored, FakeQuant, InputScaled, Masked, Quantized, Scheme

@@ -14,7 +14,9 @@ MODEL_INPUTS = (
 )
 """What a forward pass reads of a batch; an evaluation keeps the other columns of it."""
 OF_TEXTS = (*MODEL_INPUTS, "distill_mask")
-"""Columns that say something of every text of a group."""
+"""Columns that say something of every text of a group; so do those whose names begin with ROWS."""
+ROWS = "rows/"
+"""What the names of the columns of a batch begin with that become `Context.rows`."""
 
 
 def text_rows(batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -33,5 +35,15 @@ def text_rows(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     ids = batch.get("input_ids", batch.get("decoder_input_ids"))
     if ids is None or ids.ndim < 3:
         return batch
-    texts = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in OF_TEXTS if name in batch}
-    return {**batch, **texts}
+    of_texts = [name for name in batch if name in OF_TEXTS or name.startswith(ROWS)]
+    return {**batch, **{name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in of_texts}}
+
+
+def row_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a batch that every pass over its rows is given, also each step of decoding.
+
+    >>> import numpy as np
+    >>> row_columns({"input_ids": np.ones((2, 5)), "rows/adapter": np.array([0, 1])})
+    {'rows/adapter': array([0, 1])}
+    """
+    return {name: array for name, array in batch.items() if name.startswith(ROWS)}

@@ -1,11 +1,13 @@
 """What a forward pass reads besides parameters and data."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key, Shaped
+
+from jaxlm.core.batch import ROWS, row_columns
 
 
 def unsharded(x: Shaped[Array, "*shape"], names: tuple[str | None, ...]) -> Shaped[Array, "*shape"]:
@@ -14,7 +16,7 @@ def unsharded(x: Shaped[Array, "*shape"], names: tuple[str | None, ...]) -> Shap
 
 
 class Context(struct.PyTreeNode):
-    """Randomness and placement of one forward pass.
+    """Randomness, placement and the rows of one forward pass.
 
     Attributes:
       key: typed PRNG key for everything stochastic (dropout); `None` means a deterministic pass.
@@ -23,12 +25,17 @@ class Context(struct.PyTreeNode):
         once a pass, which every norm, writer of the stream and head reads.
       observe: `(name, inputs)`, called by every `Observed` weight with what it is multiplied by, while a layer outside
         a scan is traced; its inputs are tracers, which whoever traces must return. Static.
+      rows: what a Weight or a Site may know of the rows of the batch, by name: arrays `[rows, ...]`, the column
+        `rows/adapter` as `adapter`. Every pass over the rows has the same ones, each step of decoding too; of a column
+        about the tokens of a row, `[rows, length, ...]`, an entry is found by the token's index in the row
+        (`Tokens.order`), and a token beyond its length has none.
     """
 
     key: Key[Array, ""] | None = None
     place: Callable[[Array, tuple[str | None, ...]], Array] = struct.field(pytree_node=False, default=unsharded)
     hidden: Float[Array, "hidden"] | None = None
     observe: Callable[[str, Array], None] | None = struct.field(pytree_node=False, default=None)
+    rows: Mapping[str, Shaped[Array, "rows ..."]] = struct.field(default_factory=dict)
 
     def at(self, name: str | int | Int[Array, ""]) -> "Context":
         """The context of a named (or numbered) part, with a key of its own."""
@@ -36,6 +43,10 @@ class Context(struct.PyTreeNode):
             return self
         data = zlib.crc32(name.encode()) if isinstance(name, str) else name
         return self.replace(key=jax.random.fold_in(self.key, data))
+
+    def with_rows(self, batch: Mapping[str, Array]) -> "Context":
+        """The context of a pass over the rows of a batch."""
+        return self.replace(rows={name.removeprefix(ROWS): array for name, array in row_columns(batch).items()})
 
     def gated(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
         """The residual stream with its closed dimensions at zero."""

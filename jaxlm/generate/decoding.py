@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core import row_columns
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.heads import last_token
 from jaxlm.models.transformer import check_length, empty_cache, forward
@@ -100,7 +101,7 @@ def generate(
     The prompt runs once and fills the cache; each further token is one cached step. Prompts of unequal length are
     padded on either side (`attention_mask` 0): every row continues after its last real token. A packed row
     (`segment_ids`) continues its last document. An encoder-decoder reads `input_ids` and begins with
-    `config.decoder_start_token_id`.
+    `config.decoder_start_token_id`. Columns `rows/…` go with the prompt and with every step.
 
     Args:
       stop: an id, several (in a list, a tuple or an array), or `None`.
@@ -118,7 +119,7 @@ def generate(
 @partial(jax.jit, static_argnames=("config", "new_tokens", "temperature", "top_k", "top_p", "stop", "dtype"))
 def _generate(config, params, batch, key, new_tokens, temperature, top_k, top_p, stop, dtype) -> jax.Array:
     prompt_outputs = _prefill(config, params, batch, new_tokens, dtype)
-    rows = batch["input_ids"].shape[0]
+    rows, columns = batch["input_ids"].shape[0], row_columns(batch)
     stop_tokens = jnp.array(stop, jnp.int32)
 
     def choose(logits, previous, done, key):
@@ -128,7 +129,7 @@ def _generate(config, params, batch, key, new_tokens, temperature, top_k, top_p,
     def step(carry, key):
         token, done, cache = carry
         name = "decoder_input_ids" if config.encoder_decoder else "input_ids"
-        out = forward(config, params, {name: token[:, None]}, cache=cache, dtype=dtype)
+        out = forward(config, params, {name: token[:, None], **columns}, cache=cache, dtype=dtype)
         token, done = choose(out["logits"], token, done, key)
         return (token, done, out["cache"]), token
 
@@ -155,4 +156,4 @@ def _prefill(config, params, batch, new_tokens, dtype) -> dict[str, Any]:
     in_last_segment = (segments == jnp.take_along_axis(segments, last[:, None], axis=1)) & (segments > 0)
     prompt = {name: array for name, array in batch.items() if name in ("input_ids", "token_type_ids")}
     prompt["attention_mask"] = in_last_segment.astype(jnp.int32)
-    return forward(config, params, prompt, cache=cache, head_at=last, dtype=dtype)
+    return forward(config, params, prompt | row_columns(batch), cache=cache, head_at=last, dtype=dtype)

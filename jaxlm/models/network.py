@@ -10,7 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import Axes, Context, Tap, Tree, abstract, axis_names, axis_sizes, flatten, initialize, unflatten
+from jaxlm.core import (
+    Axes,
+    Context,
+    Tap,
+    Tree,
+    abstract,
+    axis_names,
+    axis_sizes,
+    flatten,
+    initialize,
+    text_rows,
+    unflatten,
+)
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.heads import apply_head
 from jaxlm.models.transformer import (
@@ -93,14 +105,14 @@ class Network:
         dtype: Any = jnp.float32,
     ) -> Stream:
         """The input of the first layer of a stack; `source` is the finished encoder that a decoder reads."""
-        check_length(self.config, batch["input_ids"].shape[-1])
-        ctx = with_stream_gate(params, ctx)
+        batch = text_rows(batch)
+        check_length(self.config, batch["input_ids"].shape[1])
+        ctx = with_stream_gate(params, ctx).with_rows(batch)
         return embed_inputs(self.config, params, batch, side, source=source, ctx=ctx, dtype=dtype)
 
     def block(self, layer: Layer, params: Tree, stream: Stream, *, ctx: Context = Context()) -> Stream:
         """The stream after one layer of the structure `layer`; `params` is the subtree of that layer."""
-        ctx = ctx.replace(hidden=stream.hidden)
-        return stream._replace(x=block(params, stream.x, layer, stream.inputs, None, ctx).x)
+        return stream._replace(x=block(params, stream.x, layer, stream.inputs, None, stream.context(ctx)).x)
 
     def valid(self, stream: Stream, product: str) -> jax.Array:
         """Which inputs of a product of a layer (`attention/query`) are real tokens: bool `[batch, length]`."""
@@ -111,12 +123,11 @@ class Network:
 
     def finish(self, params: Tree, stream: Stream, side: str = "") -> Stream:
         """The output of a stack after its last layer."""
-        return stream._replace(x=finalize(self.config, params, stream.x, Context(hidden=stream.hidden), side))
+        return stream._replace(x=finalize(self.config, params, stream.x, stream.context(Context()), side))
 
     def head(self, params: Tree, stream: Stream, *, ctx: Context = Context()) -> dict[str, jax.Array]:
         """Outputs of the head on the finished stream, `logits` among them; see `apply_head`."""
-        ctx = ctx.replace(hidden=stream.hidden)
-        return apply_head(self.config, params, stream.x, stream.inputs.queries.segments, ctx)
+        return apply_head(self.config, params, stream.x, stream.inputs.queries.segments, stream.context(ctx))
 
     def run_view(
         self, params: Tree, verdict: Callable[[str], Hashable] = lambda layer: None, breaks: Collection[int] = ()

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
-from jaxlm.core import Context, Parameter, Tap, dim, dropout, initialize, text_rows
+from jaxlm.core import Context, Parameter, Tap, Tokens, dim, dropout, initialize, text_rows, visit
 from jaxlm.models import heads
 from jaxlm.models.config import ModelConfig
-from jaxlm.nn.attention import Tokens
 from jaxlm.nn.block import BlockInputs, block_spec
+from jaxlm.nn.cache import DenseCache, write_rows
 from jaxlm.nn.dense import embed, embedding_spec, norm, norm_spec, residual_std
 from jaxlm.nn.layer import Layer
 from jaxlm.nn.position import relative_bucket
@@ -73,8 +73,8 @@ def forward(
       params: canonical or run view; the site `hidden` at the root gates the residual stream of all layers.
       batch: `input_ids` int `[batch, length]`, and optionally `attention_mask` (1 = token) or `segment_ids` (0 =
         padding) with `positions`, `token_type_ids`, and for an encoder-decoder `decoder_input_ids` and
-        `decoder_attention_mask`. Of groups of texts, `[rows, group, length]`, the outputs are those of the texts,
-        `batch = rows · group` of them (see `text_rows`).
+        `decoder_attention_mask`; columns `rows/…` are what Weights and Sites read in `ctx.rows`. Of groups of texts,
+        `[rows, group, length]`, the outputs are those of the texts, `batch = rows · group` of them (see `text_rows`).
       ctx: dropout key and placement.
       taps: activations returned in `outputs["taps"]`; those of an encoder have the prefix `encoder_` in their site.
       cache: of `empty_cache`; `input_ids` (`decoder_input_ids`) are then the tokens that follow those in the cache.
@@ -86,8 +86,9 @@ def forward(
     Returns:
       `logits` float32 (see `apply_head`), `last_hidden`, `taps`, and `cache` if one was passed.
     """
-    check_length(config, batch["input_ids"].shape[-1] if "input_ids" in batch and cache is None else 0)
-    ctx = with_stream_gate(params, ctx)
+    batch = text_rows(batch)
+    check_length(config, batch["input_ids"].shape[1] if "input_ids" in batch and cache is None else 0)
+    ctx = with_stream_gate(params, ctx).with_rows(batch)
     run = _encoder_decoder if config.encoder_decoder else _single_stack
     x, segments, outputs = run(
         config, params, batch, ctx=ctx, taps=frozenset(taps), cache=cache, remat=remat, dtype=dtype
@@ -120,11 +121,17 @@ class Stream(NamedTuple):
       x: residual stream `[batch, length, hidden]`.
       inputs: the other inputs of every layer.
       hidden: gate of the residual stream `[hidden]`, or `None`.
+      rows: of the batch, as in `Context`.
     """
 
     x: jax.Array
     inputs: BlockInputs
     hidden: jax.Array | None = None
+    rows: Mapping[str, jax.Array] = {}
+
+    def context(self, ctx: Context) -> Context:
+        """`ctx` with what the pass that this stream belongs to has in it."""
+        return ctx.replace(hidden=self.hidden, rows=self.rows)
 
 
 def embed_inputs(
@@ -151,12 +158,14 @@ def embed_inputs(
         # RoBERTa counts positions over real tokens; padding has position -1.
         real = jnp.asarray(ids) != config.pad_token_id
         tokens = tokens._replace(positions=jnp.cumsum(real, axis=1) * real - 1)
-    x = _embed(config, params["embed"], ids, tokens, None if side else batch.get("token_type_ids"), ctx, dtype)
-    bias = _bias(config, stack_params(params, side), tokens, keys, config.causal if not side else bool(prefix))
+    types = None if side else batch.get("token_type_ids")
+    side_params = stack_params(params, side)
+    x = _embed(config, params["embed"], side_params, ids, tokens, types, ctx, dtype)
+    bias = _bias(config, side_params, tokens, keys, config.causal if not side else bool(prefix))
     inputs = BlockInputs(tokens, keys, bias, start=start)
     if source is not None:
         inputs = inputs._replace(source=source.x, source_tokens=source.inputs.queries)
-    return Stream(x, inputs, ctx.hidden)
+    return Stream(x, inputs, ctx.hidden, ctx.rows)
 
 
 def finalize(config: ModelConfig, params: Mapping[str, Any], x: jax.Array, ctx: Context, side: str = "") -> jax.Array:
@@ -173,7 +182,7 @@ def stack_params(params: Mapping[str, Any], side: str) -> Mapping[str, Any]:
 
 def _single_stack(config, params, batch, *, ctx, taps, cache, remat, dtype):
     """An encoder-only or decoder-only model: its output, the segments of its tokens, and taps and cache."""
-    x, inputs, _ = embed_inputs(config, params, batch, cache=cache, ctx=ctx, dtype=dtype)
+    x, inputs, *_ = embed_inputs(config, params, batch, cache=cache, ctx=ctx, dtype=dtype)
     layer_cache = None if cache is None else cache["layers"]
     x, tapped, layer_cache = stack(
         params, x, config.layers(), inputs, config.layer_map, cache=layer_cache, ctx=ctx, taps=taps, remat=remat
@@ -189,10 +198,15 @@ def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
     """An encoder-decoder; once the cache holds the encoder's keys and values, the decoder alone."""
     if "input_ids" in batch:
         source, source_tokens, encoder_taps = _encoder(config, params, batch, ctx, taps, remat, dtype)
+        if cache is not None and cache["source_segments"].shape != source_tokens.segments.shape:
+            raise ValueError(
+                f"an encoder input of shape {source_tokens.segments.shape} for a cache of "
+                f"{cache['source_segments'].shape}; make it with empty_cache(…, source=length of the input)"
+            )
     else:
         source, source_tokens, encoder_taps = None, _tokens_in_order(cache["source_segments"]), {}
     decoder_ctx = ctx.at("decoder")
-    x, inputs, _ = embed_inputs(config, params, batch, "decoder/", cache=cache, ctx=decoder_ctx, dtype=dtype)
+    x, inputs, *_ = embed_inputs(config, params, batch, "decoder/", cache=cache, ctx=decoder_ctx, dtype=dtype)
     inputs = inputs._replace(source=source, source_tokens=source_tokens)
     layer_cache = None if cache is None else cache["layers"]
     x, tapped, layer_cache = stack(
@@ -221,7 +235,7 @@ def _encoder_decoder(config, params, batch, *, ctx, taps, cache, remat, dtype):
 def _encoder(config, params, batch, ctx, taps, remat, dtype) -> tuple[jax.Array, Tokens, dict[Tap, jax.Array]]:
     """The encoder of an encoder-decoder: its output `[batch, length, hidden]`, its tokens, and its taps."""
     encoder_ctx = ctx.at("encoder")
-    x, inputs, _ = embed_inputs(config, params, batch, "encoder/", ctx=encoder_ctx, dtype=dtype)
+    x, inputs, *_ = embed_inputs(config, params, batch, "encoder/", ctx=encoder_ctx, dtype=dtype)
     sites = {Tap(t.site.removeprefix("encoder_"), t.depth) for t in taps if t.site.startswith("encoder_")}
     x, tapped, _ = stack(
         params["encoder"], x, config.layers(), inputs, config.layer_map, ctx=encoder_ctx, taps=sites, remat=remat
@@ -236,7 +250,9 @@ def _tokens_in_order(segments: jax.Array) -> Tokens:
     return Tokens(segments, order, jnp.broadcast_to(order, segments.shape))
 
 
-def _tokens(ids: jax.Array, batch: Mapping[str, Any], cache: Any, prefix: str) -> tuple[Tokens, Any, Tokens]:
+def _tokens(
+    ids: jax.Array, batch: Mapping[str, Any], cache: Any, prefix: str
+) -> tuple[Tokens, jax.Array | None, Tokens]:
     """The input tokens, their first index in the cache, and the tokens they may attend to (the cached ones too)."""
     segments = batch.get(f"{prefix}segment_ids", batch.get(f"{prefix}attention_mask"))
     segments = jnp.ones_like(ids) if segments is None else jnp.asarray(segments)
@@ -245,18 +261,20 @@ def _tokens(ids: jax.Array, batch: Mapping[str, Any], cache: Any, prefix: str) -
         positions = batch.get(f"{prefix}positions")
         if positions is not None:
             tokens = tokens._replace(positions=jnp.asarray(positions))
-        return tokens, 0, tokens
+        return tokens, None, tokens
     start = cache["length"]
-    cached = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments.astype(jnp.int32), start, axis=1)
+    order = start[:, None] + jnp.arange(ids.shape[1])
+    cached = write_rows(cache["segments"], segments, start)
     # A prompt may be padded on either side: a token's position is the number of real tokens before it in its row.
     counts = jnp.cumsum(cached > 0, axis=1) - 1
-    positions = jax.lax.dynamic_slice_in_dim(counts, start, ids.shape[1], axis=1)
-    tokens = Tokens(segments, start + jnp.arange(ids.shape[1]), jnp.maximum(positions, 0))
+    positions = jnp.take_along_axis(counts, order, axis=1, mode="clip")
+    tokens = Tokens(segments, order, jnp.maximum(positions, 0))
     return tokens, start, Tokens(cached, jnp.arange(cached.shape[1]), jnp.maximum(counts, 0))
 
 
-def _embed(config, params, ids, tokens: Tokens, types, ctx: Context, dtype) -> jax.Array:
+def _embed(config, params, stack_params, ids, tokens: Tokens, types, ctx: Context, dtype) -> jax.Array:
     x = embed(params["tokens"], ids, ctx.at("tokens"))
+    x = visit(stack_params, "after_embed", x, ctx, tokens)
     if config.max_positions:
         x = x + embed(params["positions"], tokens.positions + config.position_offset, ctx.at("positions"))
     if config.type_vocab_size:
@@ -268,34 +286,40 @@ def _embed(config, params, ids, tokens: Tokens, types, ctx: Context, dtype) -> j
 
 
 def _bias(config: ModelConfig, params, queries: Tokens, keys: Tokens, causal: bool) -> jax.Array | None:
-    """T5's relative position bias `[1, heads, queries, keys]`, float32, shared by all layers of a stack."""
+    """T5's relative position bias `[1 or batch, heads, queries, keys]`, float32, shared by all layers of a stack."""
     if not config.relative_buckets:
         return None
-    distance = keys.order[None, :] - queries.order[:, None]
+    distance = keys.order[..., None, :] - queries.order[..., :, None]
     bucket = relative_bucket(distance, causal, config.relative_buckets, config.relative_max_distance)
     values = embed(params["relative_positions"], bucket, Context())
-    return jnp.moveaxis(values, -1, 0)[None].astype(jnp.float32)
+    bias = jnp.moveaxis(values, -1, -3)
+    return (bias if bias.ndim == 4 else bias[None]).astype(jnp.float32)
 
 
 def empty_cache(
     config: ModelConfig, params: Mapping[str, Any], batch: int, length: int, dtype: Any = jnp.float32, source: int = 0
 ) -> dict[str, Any]:
-    """A cache for `length` tokens of `batch` rows (and `source` encoder positions), by the runs of the parameters."""
+    """A cache for `length` tokens of `batch` rows (and `source` encoder positions), by the runs of the parameters.
+
+    Every row has a length of its own, int32 `[batch]`: its next tokens are written behind those that it has.
+    """
     stacked = stack_params(params, "decoder/" if config.encoder_decoder else "")
     layers = config.decoder_layers() if config.encoder_decoder else config.layers()
     layer_map = config.decoder_layer_map if config.encoder_decoder else config.layer_map
-
-    def zeros(lead, kv_heads, positions, head_dim):
-        return {n: jnp.zeros((*lead, batch, positions, kv_heads, head_dim), dtype) for n in ("key", "value")}
-
     layer_cache = {}
     for run in runs(stacked, layers, layer_map):
         layer = layers[run.first]
-        lead = () if run.length is None else (run.length,)
-        layer_cache[run.name] = {"attention": zeros(lead, layer.kv_heads, length, layer.head_dim)}
+        caches = {"attention": DenseCache.empty(batch, length, layer.kv_heads, layer.head_dim, dtype)}
         if layer.cross_heads:
-            layer_cache[run.name]["cross_attention"] = zeros(lead, layer.cross_heads, source, layer.head_dim)
-    cache = {"layers": layer_cache, "segments": jnp.zeros((batch, length), jnp.int32), "length": jnp.int32(0)}
+            caches["cross_attention"] = DenseCache.empty(batch, source, layer.cross_heads, layer.head_dim, dtype)
+        if run.length is not None:
+            caches = jax.tree.map(lambda a, lead=run.length: jnp.broadcast_to(a, (lead, *a.shape)), caches)
+        layer_cache[run.name] = caches
+    cache = {
+        "layers": layer_cache,
+        "segments": jnp.zeros((batch, length), jnp.int32),
+        "length": jnp.zeros(batch, jnp.int32),
+    }
     return cache | {"source_segments": jnp.zeros((batch, source), jnp.int32)} if config.encoder_decoder else cache
 
 

@@ -4,27 +4,14 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jaxlm.core import Context, dim, visit
+from jaxlm.core import Context, Prefix, Tokens, dim, visit
+from jaxlm.nn.cache import Cache
 from jaxlm.nn.dense import dense, dense_spec
 from jaxlm.nn.dot_product import dot_product_attention, scores
 from jaxlm.nn.layer import Layer
 from jaxlm.nn.position import rotate
-
-
-class Tokens(NamedTuple):
-    """Segments and positions of the queries, or of the keys, of an attention.
-
-    Attributes:
-      segments: int `[batch, length]`; 0 is padding, and a token attends to its own segment only.
-      order: int `[length]` or `[batch, length]`, index in the row: what the causal mask compares.
-      positions: int `[batch, length]`, position in the document: what rotary embeddings read and sliding windows
-        compare. Padding inside a prompt is not counted.
-    """
-
-    segments: jax.Array
-    order: jax.Array
-    positions: jax.Array
 
 
 def attention_spec(layer: Layer, residual_std: float, cross: bool = False) -> dict[str, Any]:
@@ -65,7 +52,7 @@ class AttentionOutput(NamedTuple):
 
     output: jax.Array
     taps: dict[str, jax.Array]
-    cache: dict[str, jax.Array] | None
+    cache: Cache | None
 
 
 def attention(
@@ -79,23 +66,26 @@ def attention(
     bias: jax.Array | None = None,
     cross: bool = False,
     source: jax.Array | None = None,
-    cache: Mapping[str, jax.Array] | None = None,
-    start: jax.Array | int = 0,
+    cache: Cache | None = None,
+    start: jax.Array | None = None,
     taps: Collection[str] = (),
 ) -> AttentionOutput:
     """`softmax(q kᵀ · s + bias) v`, projected back; softmax in float32.
 
     Args:
-      params: `query`, `key`, `value`, `output`, and optionally the site `gate` over KV heads.
+      params: `query`, `key`, `value`, `output`, and optionally the sites `gate` (over KV heads), `kv_prefix` and
+        `attention_scores`.
       x: `[batch, queries, hidden]`.
       layer: structure; with `cross` its heads are `cross_heads` and nothing is causal.
       queries, keys: segments and positions of the tokens on both sides.
-      bias: `[1, heads, queries, keys]`, added to the scores (relative positions).
+      bias: `[1 or batch, heads, queries, keys]`, added to the scores (relative positions).
       cross: a cross-attention, which reads `source`.
       source: encoder output `[batch, keys, hidden]` of a cross-attention; `None` when the cache holds its keys and
         values.
-      cache: `key` and `value` `[batch, keys, kv_heads, head_dim]` of a decoder; the new ones are written at `start`.
-      taps: sites of the activations to return; the others are not kept.
+      cache: keys and values of a decoder so far, or of the encoder; `keys` are all tokens that it may hold.
+      start: int `[batch]`, index in the row of the first token of `x`: where its keys are written.
+      taps: sites of the activations to return; the others are not kept. Scores and probabilities are those of the
+        tokens, so that the probabilities beside a prefix add up to less than 1.
     """
     # Projections, rotary positions and the cache.
     kv_heads, q_per_kv = (layer.cross_heads, 1) if cross else (layer.kv_heads, layer.q_per_kv)
@@ -106,27 +96,51 @@ def attention(
     kv_inputs = source if cross else x
     if kv_inputs is None:
         assert cache is not None, "a cross-attention without source reads its cache"
-        k, v = cache["key"], cache["value"]
     else:
         k = project(params["key"], kv_inputs, (kv_heads, layer.head_dim), ctx.at("key"))
         v = project(params["value"], kv_inputs, (kv_heads, layer.head_dim), ctx.at("value"))
         activations |= {"key": k, "value": v}
         k = k if rotary is None else rotate(k, queries.positions, rotary)
-        if cache is not None and not cross:
-            k = jax.lax.dynamic_update_slice_in_dim(cache["key"], k.astype(cache["key"].dtype), start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache["value"], v.astype(cache["value"].dtype), start, axis=1)
-    new_cache = None if cache is None else {"key": k, "value": v}
+        if cache is not None:
+            cache = cache.write(k, v, jnp.zeros(x.shape[0], jnp.int32) if cross or start is None else start)
+    if cache is not None:
+        k, v, valid = cache.read()
+        keys = cache.tokens(keys)
+        keys = keys._replace(segments=jnp.where(valid, keys.segments, 0))
     # Attention of every query head on the keys and values of its group.
     q, k, v = (ctx.place(t, ("batch", None, "kv_heads") + (None,) * (t.ndim - 3)) for t in (q, k, v))
     if layer.scale_scores:
         q = q * layer.head_dim**-0.5
+    if "attention_scores" in params:
+        added = params["attention_scores"](queries, keys, ctx.at("attention_scores"))
+        bias = added if bias is None else bias + added
+        shape = (kv_heads * q_per_kv, q.shape[1], k.shape[1])
+        bias = jnp.broadcast_to(bias, (bias.shape[0] if bias.ndim == 4 else 1, *shape))
     if bias is not None:
         bias = bias.reshape(bias.shape[0], kv_heads, q_per_kv, *bias.shape[2:])
     mask = attention_mask(layer, queries, keys, causal=layer.causal and not cross)
+    num_keys = k.shape[1]
+    if "kv_prefix" in params:
+        k, v, bias, mask = _with_prefix(params["kv_prefix"](ctx.at("kv_prefix")), k, v, bias, mask, ctx)
     heads = dot_product_attention(layer.attention_dropout, q, k, v, bias, mask, ctx.at("probabilities").key)
     output = dense(params["output"], visit(params, "gate", heads, ctx).reshape(*x.shape[:-1], -1), ctx.at("output"))
     # The scores, which attention itself does not keep, are computed a second time for a tap.
     if not activations.keys() >= set(taps):
-        activations["scores"] = scores(q, k, bias, mask).reshape(x.shape[0], -1, *mask.shape[1:])
-        activations["attention"] = jax.nn.softmax(activations["scores"], axis=-1).astype(x.dtype)
-    return AttentionOutput(output, {site: activations[site] for site in taps}, new_cache)
+        all_scores = scores(q, k, bias, mask).reshape(x.shape[0], -1, *mask.shape[1:])
+        activations["scores"] = all_scores[..., -num_keys:]
+        activations["attention"] = jax.nn.softmax(all_scores, axis=-1).astype(x.dtype)[..., -num_keys:]
+    return AttentionOutput(output, {site: activations[site] for site in taps}, cache)
+
+
+def _with_prefix(prefix: Prefix, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: jax.Array, ctx: Context):
+    """Keys, values, bias and mask with those of a prefix before them: no bias, and never masked."""
+
+    def joined(before: jax.Array, after: jax.Array) -> jax.Array:
+        before = jnp.broadcast_to(before.astype(after.dtype), (after.shape[0], *before.shape[1:]))
+        return jnp.concatenate([ctx.place(before, ("batch", None, "kv_heads", None)), after], axis=1)
+
+    length = prefix.keys.shape[1]
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (length, 0)), constant_values=True)
+    if bias is not None:
+        bias = jnp.pad(bias, ((0, 0),) * 4 + ((length, 0),))
+    return joined(prefix.keys, k), joined(prefix.values, v), bias, mask

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import Context, dim, dropout, lookup, visit
-from jaxlm.nn.attention import Tokens, attention, attention_spec
+from jaxlm.core import Context, Tokens, dim, dropout, lookup, visit
+from jaxlm.nn.attention import attention, attention_spec
+from jaxlm.nn.cache import Cache
 from jaxlm.nn.dense import ACTIVATIONS, dense, dense_spec, norm, norm_spec
 from jaxlm.nn.layer import Layer
 
@@ -34,9 +35,9 @@ class BlockInputs(NamedTuple):
 
     Attributes:
       queries, keys: tokens of the residual stream and of what it may attend to (the same without a cache).
-      bias: relative position bias `[1, heads, queries, keys]`, or `None`.
+      bias: relative position bias `[1 or batch, heads, queries, keys]`, or `None`.
       source, source_tokens: encoder output and its tokens, for cross-attention.
-      start: index in the cache at which new keys and values are written.
+      start: int `[batch]`, index in the cache at which each row's new keys and values are written; `None` without one.
     """
 
     queries: Tokens
@@ -44,7 +45,7 @@ class BlockInputs(NamedTuple):
     bias: jax.Array | None = None
     source: jax.Array | None = None
     source_tokens: Tokens | None = None
-    start: jax.Array | int = 0
+    start: jax.Array | None = None
 
 
 class BlockOutput(NamedTuple):
@@ -52,7 +53,7 @@ class BlockOutput(NamedTuple):
 
     x: jax.Array
     taps: dict[str, jax.Array]
-    cache: dict[str, Any] | None
+    cache: dict[str, Cache] | None
 
 
 def block(
@@ -60,16 +61,16 @@ def block(
     x: jax.Array,
     layer: Layer,
     inputs: BlockInputs,
-    cache: Mapping[str, Any] | None,
+    cache: Mapping[str, Cache] | None,
     ctx: Context,
     taps: Collection[str] = (),
 ) -> BlockOutput:
     """One layer on `x [batch, length, hidden]`; `taps` are sites of `Tap`.
 
-    Pre-norm: `x + f(norm(x))` for each sublayer f; post-norm: `norm(x + f(x))`. The site `gate` scales the whole
-    layer's update of the residual stream: `x + g · (layer(x) - x)`.
+    Pre-norm: `x + f(norm(x))` for each sublayer f; post-norm: `norm(x + f(x))`. The sites `after_…` change what f
+    gives; the site `gate` scales the whole layer's update of the residual stream: `x + g · (layer(x) - x)`.
     """
-    new_cache: dict[str, Any] = {}
+    new_cache: dict[str, Cache] = {}
     tapped: dict[str, jax.Array] = {}
 
     def attend_to(name: str, h: jax.Array) -> jax.Array:
@@ -91,11 +92,12 @@ def block(
         if attended.cache is not None:
             new_cache[name] = attended.cache
         tapped.update(attended.taps)
-        return visit(params, f"after_{name}", attended.output, ctx)
+        return attended.output
 
     def sublayer(h: jax.Array, name: str, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
         normed = lambda x: norm(layer.norm, params[f"{name}_norm"], x, layer.norm_eps, ctx.hidden)  # noqa: E731
-        update = function(normed(h) if layer.pre_norm else h)
+        inputs = normed(h) if layer.pre_norm else h
+        update = visit(params, f"after_{name}", function(inputs), ctx, inputs)
         h = h + ctx.gated(dropout(update, layer.dropout, ctx.at(f"{name}_dropout")))
         h = ctx.place(h, ("batch", "length", "activation"))
         return h if layer.pre_norm else normed(h)

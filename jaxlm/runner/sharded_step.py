@@ -60,7 +60,6 @@ def sharded_step(setup: RunSetup, method: Method, start: MethodInit, steps: int)
     Args:
       start: what `method.init` gave, arrays or shapes.
     """
-    check_coupling(setup)
     training, network, axes = setup.training, start.lm.network, start.lm.axes
     infos = describe(start.lm.params)
     verdicts = [method.trainable, rule_verdict(training, infos.values())]
@@ -74,7 +73,8 @@ def sharded_step(setup: RunSetup, method: Method, start: MethodInit, steps: int)
             outputs = network.forward(params, batch, ctx=ctx, taps=taps, remat=training.remat, dtype=setup.dtype)
             return setup.task.loss(outputs, batch), outputs
 
-        return Loss(fn, taps)
+        coupled = {f"the task {setup.config['task']!r}"} if setup.task.couples_rows else set()
+        return Loss(fn, taps, frozenset(coupled))
 
     # What the transforms of the loss read is known once they are applied.
     taps = method.loss(base(frozenset())).taps
@@ -97,16 +97,6 @@ def sharded_step(setup: RunSetup, method: Method, start: MethodInit, steps: int)
     placement = state_shardings(jax.eval_shape(create, dropout_key(0), params, start.state), where, replicated)
     step = make_step(grad, tx, method, trained, ctx=setup.ctx, largest_norm=training.clip)
     return ShardedStep(step, create, params, placement, infos, trained)
-
-
-def check_coupling(setup: RunSetup) -> None:
-    """Raises ValueError where a batch is to be computed in parts whose rows read each other."""
-    if setup.task.couples_rows and setup.training.grad_accum > 1:
-        raise ValueError(
-            f"config.train.grad_accum = {setup.training.grad_accum}: in the task {setup.config['task']!r} the loss of "
-            "a row depends on the other rows of its batch, which would be cut in parts; set grad_accum to 1, and "
-            "spread the batch over more devices if it is too large"
-        )
 
 
 def rule_verdict(training: TrainSettings, infos: Iterable[ArrayInfo]) -> Verdict:
