@@ -8,8 +8,22 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import NODES, Context, Gate, Tap, arrays, describe, flatten, map_leaves, unflatten
+from jaxlm.core import (
+    NODES,
+    Context,
+    Gate,
+    Loss,
+    Method,
+    Tap,
+    Term,
+    arrays,
+    describe,
+    flatten,
+    map_leaves,
+    unflatten,
+)
 from jaxlm.generate.decoding import generate
+from jaxlm.io.checkpoint import Checkpoints
 from jaxlm.io.lm import LM
 from jaxlm.models import model_config
 from jaxlm.models.transformer import empty_cache, forward
@@ -17,6 +31,10 @@ from jaxlm.nn.layer import Rotary
 from jaxlm.nn.stack import canonical_view
 from jaxlm.parallel import make_mesh, make_rules, place, shard_tree, shardings
 from jaxlm.parallel.batches import to_devices
+from jaxlm.train.gradient import accumulate, gradient
+from jaxlm.train.optimizer import optimizer
+from jaxlm.train.settings import TrainSettings
+from jaxlm.train.step import create_state, dropout_key, make_step
 from tests.contracts import small_sites
 from tests.contracts.small_models import noisy, quick
 from tests.contracts.small_sites import RowLowRank, Vectors, row_columns_of, with_sites
@@ -167,6 +185,37 @@ def test_save_and_load(tmp_path, monkeypatch, family):
     first = again.network.layer_paths(again.network.sides()[0])[0]
     assert info[f"{first}/attention/kv_prefix.keys"].axes == (None, None, "kv_heads", "head_dim")
     assert info[f"{first}/after_mlp.down"].axes == ("embed", None)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "t5"])
+def test_training_resumes_to_the_bit(tmp_path, family):
+    """Two microbatches, which split the columns of the rows too; a step, a checkpoint, and the next one."""
+    lm, batch = with_occupants(family), batch_of(family)
+    view = lm.network.run_view(lm.params)
+    infos = describe(view, lm.axes)
+    names = frozenset(name for name, info in infos.items() if info.role == "factor")
+
+    def fn(params, constants, batch, ctx):
+        x = forward(lm.config, params, batch, ctx=ctx)["last_hidden"]
+        return {"sines": Term(jnp.sum(jnp.sin(x)), jnp.float32(len(x)))}, {}
+
+    loss = Loss(fn)
+    tx = optimizer(TrainSettings(steps=4, learning_rate=0.01), 4, {name: infos[name] for name in names})
+    grad = accumulate(gradient(loss, names), loss, 2)
+    step = quick(make_step(grad, tx, Method(), names, ctx=Context(), largest_norm=1.0))
+    first, _ = step(create_state(dropout_key(0), view, {}, tx, names), {}, batch)
+    flat, structure = jax.tree.flatten(first)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {str(i): leaf for i, leaf in enumerate(flat)}, {})
+    _, restored, _ = checkpoints.restore(
+        {str(i): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for i, leaf in enumerate(flat)}
+    )
+    checkpoints.close()
+    resumed = jax.tree.unflatten(structure, [restored[str(i)] for i in range(len(flat))])
+    on, again = step(first, {}, batch)[0], step(resumed, {}, batch)[0]
+    before, after = arrays(first.params), arrays(on.params)
+    assert all(np.array_equal(before[n], after[n]) != (n in names) for n in before)
+    assert equal(arrays(again.params), after)
 
 
 # What they compute ---------------------------------------------------------------------------------------------------

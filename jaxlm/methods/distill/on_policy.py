@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxlm.core import Batch, Tree
+from jaxlm.core import Batch, Tree, row_columns
 from jaxlm.losses.cross_entropy import IGNORED
 
 
@@ -77,7 +77,8 @@ def _continue(
         )
     running = (segments[:, :prompt] == segments[:, prompt - 1 : prompt]) & (segments[:, :prompt] > 0)
     running = running.astype(jnp.int32)
-    tokens = generate(params, {"input_ids": ids[:, :prompt], "attention_mask": running}, key, length - prompt)
+    prompts = {"input_ids": ids[:, :prompt], "attention_mask": running} | row_columns(batch)
+    tokens = generate(params, prompts, key, length - prompt)
     real = jnp.concatenate([running, ~_is_over(tokens, ends)], axis=1).astype(jnp.int32)
     predicted = jnp.pad(real[:, 1:], ((0, 0), (0, 1))) > 0
     written = {
@@ -92,7 +93,7 @@ def _continue(
 
 def _answer(generate: Generate, params: Tree, batch: Batch, key: jax.Array, *, ends: Sequence[int]) -> Batch:
     """An encoder-decoder: a target by the student for every source, begun as the data begin theirs."""
-    sources: Batch = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    sources = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch} | row_columns(batch)
     tokens = generate(params, sources, key, batch["labels"].shape[1])
     real = ~_is_over(tokens, ends)
     written = {
