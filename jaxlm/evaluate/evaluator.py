@@ -40,7 +40,7 @@ class Score:
         return self.table()
 
 
-@functools.partial(jax.jit, static_argnames=("model", "read", "without", "ctx", "dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "read", "without", "dtype"))
 def read_batch(
     params: Tree,
     batch: Mapping[str, jax.Array],

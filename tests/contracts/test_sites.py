@@ -9,7 +9,6 @@ import pytest
 
 import jaxlm
 from jaxlm.core import (
-    NODES,
     Context,
     Gate,
     Loss,
@@ -20,6 +19,7 @@ from jaxlm.core import (
     describe,
     flatten,
     map_leaves,
+    nodes,
     unflatten,
 )
 from jaxlm.generate.decoding import generate
@@ -175,7 +175,7 @@ def test_on_a_mesh(family):
 @every
 def test_save_and_load(tmp_path, monkeypatch, family):
     for name, cls in small_sites.NODES.items():
-        monkeypatch.setitem(NODES, name, cls)
+        monkeypatch.setitem(nodes(), name, cls)
     lm, batch = with_occupants(family), batch_of(family)
     jaxlm.save(lm, tmp_path)
     again = jaxlm.load(tmp_path)

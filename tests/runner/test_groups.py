@@ -210,9 +210,7 @@ def test_a_loss_that_couples_rows_refuses_accumulation(recipe, tmp_path):
     config.task = "in_batch"
     assert stage.run(config, tmp_path / "whole")["steps"] == 2
     config.train.grad_accum = 2
-    with pytest.raises(
-        ValueError, match=r"the task .in_batch.: .*config.train.grad_accum = 2"
-    ):
+    with pytest.raises(ValueError, match=r"the task .in_batch.: .*config.train.grad_accum = 2"):
         stage.run(config, tmp_path / "parts")
 
 
