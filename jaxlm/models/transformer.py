@@ -151,7 +151,7 @@ def embed_inputs(
       side: `""` for a single stack, `encoder/` or `decoder/`.
       source: the finished stream of the encoder, which a decoder reads.
     """
-    batch, prefix = text_rows(batch), "decoder_" if side == "decoder/" else ""
+    prefix = "decoder_" if side == "decoder/" else ""
     ids = batch[f"{prefix}input_ids"]
     tokens, start, keys = _tokens(ids, batch, cache, prefix)
     if config.position_offset and config.pad_token_id is not None and cache is None and "positions" not in batch:
