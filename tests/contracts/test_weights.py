@@ -28,7 +28,7 @@ from jaxlm.core import (
     take,
     unflatten,
 )
-from jaxlm.core.paths import field_of
+from jaxlm.core.paths import field_of, replace_field
 from jaxlm.core.weights.scheme import grid, straight_through
 from jaxlm.io.lm import LM
 from jaxlm.methods.observed import Observed
@@ -51,8 +51,20 @@ def normal(seed, *shape):
 
 OPEN = jax.random.bernoulli(jax.random.key(1), 0.6, (IN, OUT))
 WEIGHTS = {name: node_class(name) for name in nodes() if issubclass(node_class(name), Weight)}
+
+
+def trained(cls: type[Weight], base: Any) -> Weight:
+    """`cls.of(base)` with what trains moved off its start."""
+    weight = cls.of(base)  # type: ignore[attr-defined]
+    for field, part in components(weight, AXES).items():
+        if part.role in ("factor", "scale") and not field.startswith("base"):
+            start = field_of(weight, field)
+            weight = replace_field(weight, field, start * jnp.exp(normal(5, *start.shape)) + 0.1)
+    return weight
+
+
 # A Weight that `of(base)` does not make has a line here.
-MAKE = {name: cls.of for name, cls in WEIGHTS.items() if hasattr(cls, "of")} | {
+MAKE = {name: functools.partial(trained, cls) for name, cls in WEIGHTS.items() if hasattr(cls, "of")} | {
     "Masked": lambda base: Masked(base, OPEN),
     "Scored": lambda base: Scored(base, OPEN, scores=normal(4, IN, OUT)),
     "FakeQuant": FakeQuant,

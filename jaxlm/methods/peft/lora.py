@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import LM, ArrayInfo, Method, MethodInit, Quantized, Tree, flatten, map_leaves, matches, materialize
+from jaxlm.core import LM, ArrayInfo, Method, MethodInit, Tree, flatten, map_leaves, matches
 from jaxlm.methods.peft.low_rank import LowRank
+from jaxlm.methods.peft.merging import check_mergeable, merging
 
 
 def lora(
@@ -45,7 +46,7 @@ def lora(
         def adapt(path: str, leaf: Any) -> Any:
             if path not in keys:
                 return leaf
-            check_base(path, leaf)
+            check_mergeable("lora", path, leaf)
             rows, columns = leaf.shape
             bound = 1 / math.sqrt(rows)  # Kaiming uniform with a = sqrt(5): gain sqrt(1/3), bound gain * sqrt(3/rows)
             a = jax.random.uniform(keys[path], (rows, rank), jnp.float32, -bound, bound)
@@ -57,21 +58,7 @@ def lora(
         is_update = info.role == "factor" and ".base." not in info.name  # a factored base has factors too
         return is_update or matches(also_train, info.path)
 
-    def bake(lm: LM, state: dict[str, Any]) -> LM:
-        merged = map_leaves(lambda _, leaf: materialize(leaf) if isinstance(leaf, LowRank) else leaf, lm.params)
-        return lm.replace(params=merged)
-
     def claims(params: Tree) -> set[tuple[str, str]]:
         return {(path, "update") for path in flatten(params) if matches(targets, path)}
 
-    return Method(init=init, trainable=trainable, bake=bake, claims=claims)
-
-
-def check_base(path: str, leaf: Any) -> None:
-    """Raises ValueError for a weight that quantizes its activations, which no sum with an update can do."""
-    parts = jax.tree.leaves(leaf, is_leaf=lambda part: isinstance(part, Quantized))
-    if any(isinstance(part, Quantized) and part.activations is not None for part in parts):
-        raise ValueError(
-            f"lora: {path} quantizes its inputs, and would not once the update is merged; quantize the weights alone "
-            "(quantize with dynamic = False), or quantize in a later stage"
-        )
+    return Method(init=init, trainable=trainable, bake=merging(LowRank), claims=claims)
