@@ -37,6 +37,12 @@ def distill(
 ) -> Method:
     """`(1 - α) L + Σ_i w_i (α T² D(teacher_i, student) + hidden + attention + relations)`, L being the loss without.
 
+    Source: Hinton et al. 2015, arXiv:1503.02531; hidden states, Jiao et al. 2020, TinyBERT, arXiv:1909.10351;
+    attention, Wang et al. 2020, MiniLM, arXiv:2002.10957; relations, Wang et al. 2021, MiniLMv2, arXiv:2012.15828;
+    on the student's text, Agarwal et al. 2023, GKD, arXiv:2306.13649.
+
+    When: after every cut, from the model that was cut, and for a student of fewer layers; on unlabelled data too.
+
     Args:
       configs: what is distilled from each teacher; their weights w sum to 1.
       alpha: share of the teachers' answers; 0 leaves them out.

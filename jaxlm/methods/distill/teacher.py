@@ -75,8 +75,9 @@ class DistillConfig:
       projection: P, `shared` by all pairs (none where widths are equal), or one a `layer` pair.
       attention: coefficient of the attention; attention_on: `probabilities` (KL) or `scores` (mean square); heads:
         `match`, `mean` or pairs (student's, teacher's), see `attention_distance`.
-      relations: coefficient of the relations of `relation_of` (MiniLMv2); relation_layers: their layer map;
-        relation_heads: how many, by default as many as leave each of them a width of 8.
+      relations: coefficient of the relations (MiniLMv2); relation_of: what is related to itself, of `query`, `key`
+        and `value`; relation_layers: layer map of the relations; relation_heads: how many heads they have, by default
+        as many as leave each of them a width of 8.
       sample_weight: column of the batch that weighs its samples (or tokens) in all of these terms.
     """
 

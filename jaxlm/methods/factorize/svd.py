@@ -152,6 +152,10 @@ def svd(
 ) -> LM:
     """Surgery: every target as a product of two narrow kernels, by its own singular values; no data needed.
 
+    Source: Eckart and Young 1936, The approximation of one matrix by another of lower rank.
+
+    When: matrices are wide and there is no calibration data; with data `activation_svd` loses less.
+
     Args:
       rank, energy, size: how much stays, one of them: see `Amount`. With `energy`, a matrix whose factors would be
         larger than itself stays as it is.
@@ -182,6 +186,8 @@ def activation_svd(
     """Surgery: as `svd`, but the outputs `XW` are approximated and not the matrix, on the calibration's inputs X.
 
     Source: Wang et al. 2024, SVD-LLM, arXiv:2403.07378.
+
+    When: matrices are wide, their inputs few-dimensional, and there is calibration data; without data, `svd`.
 
     Args:
       rank, energy, size, larger: as for `svd`; the energy is that of the outputs.

@@ -59,6 +59,8 @@ def ia3(*, targets: str = r".*attention/(key|value)/kernel|.*mlp/up/kernel", als
     its third vector; without a gate the paper scales behind the activation, and this in front of it. Source: Liu et
     al. 2022, arXiv:2205.05638.
 
+    When: many tasks share one frozen model and each may add a few kilobytes only; where it may add more, `lora`.
+
     Args:
       targets: regex over paths of the kernels whose outputs are scaled.
       also_train: regex over paths that train in full besides (a fresh classifier).

@@ -26,8 +26,12 @@ def lora(
     stage). A W that quantizes its activations is refused: what is merged would not. Source: Hu et al. 2021,
     arXiv:2106.09685; `α/√r` with `rank_stabilized`, Kalajdzievski 2023, arXiv:2312.03732.
 
+    When: training all parameters takes too much memory, or many adapted models share one base, which may be
+    quantized (nf4 is the usual one).
+
     Args:
       rank: columns of A; alpha: strength; dropout: rate on the update's input.
+      rank_stabilized: divide α by √r, so that the update does not vanish as the rank grows.
       targets: regex over paths of the kernels that get an update.
       also_train: regex over paths that train in full besides (a fresh classifier).
     """

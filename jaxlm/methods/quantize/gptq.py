@@ -129,6 +129,8 @@ def gptq(
 
     Zeros of a mask stay zeros. Source: Frantar et al. 2022, arXiv:2210.17323.
 
+    When: four bits and fewer, with calibration data: it gains more over round to nearest the fewer the bits.
+
     Args:
       bits, group, symmetric: the number format, see `Scheme`.
       dynamic: products quantize their activations too, a token at a time.

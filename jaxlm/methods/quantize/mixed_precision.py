@@ -134,6 +134,11 @@ def mixed_precision(
     the squared difference where the output is one number). Errors are added up as if they were independent, and
     `allocate` spends the bytes. A target may also stay as it is, at the size that it has.
 
+    Source: the trade of Yao et al. 2020, HAWQ-V3, arXiv:2011.10680, errors measured instead of estimated from
+    curvature.
+
+    When: one format is too coarse for a few matrices, and calibration data can tell which.
+
     Args:
       budget: bytes of the model's parameters afterwards, as a share of what they are now.
       choices: formats, by the fields of a Scheme: `({"bits": "int4", "group": 32}, {"bits": "int8"})`.
@@ -166,7 +171,15 @@ def mixed_precision_weights(
     dynamic: bool | None = None,
     targets: str = TARGETS,
 ) -> LM:
-    """Surgery: `mixed_precision` without data: the error of a format is `‖W - Ŵ‖² / ‖W‖²`, the noise in its product."""
+    """Surgery: `mixed_precision` without data: the error of a format is `‖W - Ŵ‖² / ‖W‖²`, the noise in its product.
+
+    Source: as for `mixed_precision`.
+
+    When: as for `mixed_precision`, where there is no calibration data.
+
+    Args:
+      budget, choices, dynamic, targets: as for `mixed_precision`.
+    """
     flat = flatten(lm.params)
 
     def error(path: str, quantized: Float[Array, "rows columns"]) -> float:

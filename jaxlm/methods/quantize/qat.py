@@ -38,6 +38,11 @@ def qat(
     Ranges follow the weights: `q(W)` with the grid of `quantize`, recomputed in every step. Baking stores the codes:
     the same function.
 
+    Source: Jacob et al. 2017, arXiv:1712.05877; gradients straight through, Bengio et al. 2013, arXiv:1308.3432.
+
+    When: round to nearest loses too much and there is training data: at four bits a channel it recovers most of the
+    drop.
+
     Args:
       bits, group, symmetric: the format of the weights, see `quantize`.
       dynamic: quantize activations too, a token at a time; `None`: where bits is int8.
@@ -71,6 +76,9 @@ def lsq(
     `config.train.learning_rates = ((".*#scale", 0.1),)`. Baking stores codes and steps: the same function. Source:
     Esser et al. 2020, arXiv:1902.08153.
 
+    When: `qat` loses too much at four bits and fewer, so that the steps of the grid should be learned too; where
+    both were measured, `qat` did as well.
+
     Args:
       bits, group: the format of the weights (symmetric integers), see `quantize`.
       dynamic: quantize activations too, a token at a time; `None`: where bits is int8.
@@ -102,6 +110,9 @@ def pact(
     `∂/∂α` is 1 where an input lies above α (-1 below -α); see `learned_clip`. The bounds have the role `scale` and
     never decay; weights are quantized as in `qat`. Baking stores static activations, which need no look at the data
     when the model runs: the same function. Source: Choi et al. 2018, arXiv:1805.06085 (for inputs after a ReLU).
+
+    When: the hardware wants one fixed range of inputs a product, and there is training that can learn it; without
+    training, `quantize_static`.
 
     Args:
       bits, group, symmetric: the format of the weights (integers), see `quantize`.

@@ -33,6 +33,12 @@ def quantize(
 
     Below scaled inputs (`smoothquant`) it is the base that is quantized, of a factored matrix (`svd`) both factors.
 
+    Source: Jacob et al. 2017, arXiv:1712.05877; activations a token, Yao et al. 2022, ZeroQuant, arXiv:2206.01861;
+    nf4, Dettmers et al. 2023, arXiv:2305.14314.
+
+    When: first of all: int8 needs no data and costs next to nothing in quality. Below eight bits try `gptq` beside
+    it.
+
     Args:
       bits: `int2` … `int8`, `fp8_e4m3`, `fp8_e5m2` or `nf4`.
       group: inputs that share a scale; `None` for one a channel, `"tensor"` for one a matrix.

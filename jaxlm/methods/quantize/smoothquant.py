@@ -41,6 +41,8 @@ def smoothquant(
     The function stays the same; what gains is `quantize` with quantized activations, after it. Products that share an
     input share `s`. Source: Xiao et al. 2022, arXiv:2211.10438.
 
+    When: activations have outliers, and `quantize` with quantized activations follows.
+
     Args:
       alpha: how much of the difficulty moves into the weights, in [0, 1].
       fold: fold `1/s` into the norm in front where that is valid; elsewhere, and without, it is an `InputScaled`.

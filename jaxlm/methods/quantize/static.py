@@ -25,6 +25,10 @@ def quantize_static(
     `quantize`, a grid a token, a model is nearly always closer to what it was. `smoothquant` in front helps most where
     it hurts most.
 
+    Source: Jacob et al. 2017, arXiv:1712.05877.
+
+    When: the hardware wants one range of inputs for all tokens, and there is calibration data.
+
     Args:
       bits, group, symmetric: number format of the weights, see `Scheme`.
       input_bits, input_symmetric: that of the activations.

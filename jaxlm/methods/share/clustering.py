@@ -97,6 +97,8 @@ def cluster(
     On disk an entry takes `log2(values)` bits, rounded up. Below a mask only the entries that it keeps are clustered.
     Source: Han et al. 2015, Deep Compression, arXiv:1510.00149.
 
+    When: a file of few distinct values is wanted, and training afterwards may move these values alone.
+
     Args:
       values: size of a codebook, 2 to 256.
       group: inputs that share a codebook; `None` for all of a matrix.

@@ -22,6 +22,9 @@ def share(
 
     Bytes and optimizer state shrink; the computation does not. Source: Lan et al. 2019, ALBERT, arXiv:1909.11942.
 
+    When: fewer layers should be stored and not fewer computed: the file and the optimizer's state shrink, the time
+    does not.
+
     Args:
       layer_map: for every layer the stored layer that it becomes, from 0 without gaps: `(0,) * 12` shares all of
         twelve, `(0, 0, 1, 1)` repeats, `(0, 1, 0, 1)` cycles, `(0, 1, 1, 0)` goes back.
@@ -61,7 +64,12 @@ def share(
 
 
 def unshare(lm: LM, context: SurgeryContext = NO_DATA) -> LM:
-    """Surgery: every layer has parameters to itself again, equal at first; so transformers can express the model."""
+    """Surgery: every layer has parameters to itself again, equal at first; so transformers can express the model.
+
+    Source: none; it undoes `share`.
+
+    When: transformers should read a model that shares layers, or its layers should train apart.
+    """
     config = lm.config
     if not (config.layer_map or config.decoder_layer_map):
         raise ValueError("unshare: no layers are shared")

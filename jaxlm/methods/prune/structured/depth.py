@@ -81,7 +81,15 @@ def read_columns(flat: Mapping[str, Any], axes: Mapping[str, Axes], config: Any)
 
 
 def keep_layers(lm: LM, context: SurgeryContext = NO_DATA, *, keep: tuple[int, ...]) -> LM:
-    """Surgery: keeps the listed layers of a single stack, in order (a student of fewer layers starts like this)."""
+    """Surgery: keeps the listed layers of a single stack, in order (a student of fewer layers starts like this).
+
+    Source: Sanh et al. 2019, DistilBERT, arXiv:1910.01108; Sajjad et al. 2020, arXiv:2004.03844.
+
+    When: a student of fewer layers begins from its teacher; which layers to keep is chosen on a development set.
+
+    Args:
+      keep: numbers of the layers that stay, from 0.
+    """
     if lm.config.encoder_decoder:
         raise ValueError("keep_layers: an encoder-decoder has two stacks; use drop_layers, or close gates and shrink")
     missing = [i for i in keep if not 0 <= i < lm.config.num_layers]
@@ -99,6 +107,10 @@ def drop_layers(
     score: str = "block_influence",
 ) -> LM:
     """Surgery: removes the `share` of the layers of each stack with the smallest scores, at least one stays.
+
+    Source: Men et al. 2024, ShortGPT, arXiv:2403.03853.
+
+    When: a single request must become faster and calibration data should say which layers go; distil afterwards.
 
     Args:
       share: of the layers, in [0, 1).

@@ -248,6 +248,12 @@ def prune(
 ) -> LM:
     """Surgery: removes shares of heads, units and stream dimensions at once.
 
+    Source: Michel et al. 2019, arXiv:1905.10650 (heads); Molchanov et al. 2017, arXiv:1611.06440 (`taylor`);
+    Muralidharan et al. 2024, Minitron, arXiv:2407.14679 (`activation`).
+
+    When: batches and single requests must both become faster. Take `score="taylor"` where there is calibration data,
+    and distil afterwards.
+
     Args:
       heads: share of the heads of every attention; with grouped queries of its KV groups, each with its queries.
       queries: share of the query heads of every KV group (instead of `heads`).
@@ -304,8 +310,15 @@ def structured(
     Shares grow by the cubic schedule from step `begin` to `end`; scores are recomputed every `every` steps, so a unit
     can come back. Baking is `shrink`.
 
+    Source: the cubic schedule of Zhu and Gupta 2017, arXiv:1710.01878, over heads (Michel et al. 2019,
+    arXiv:1905.10650) and units.
+
+    When: the model must become faster and there is a training run anyway: gates that close in it may open again.
+    Cutting with `prune` before the same training did as well.
+
     Args:
       heads, ffn, hidden, budget, multiple: see `prune`.
+      begin, end: first and last step of the schedule, equal for one-shot; every: steps between two new choices.
     """
     shares = {kind: share for kind, share in (("heads", heads), ("ffn", ffn), ("hidden", hidden)) if share}
     for kind, share in shares.items():

@@ -28,6 +28,9 @@ def magnitude(
     An entry that is masked is zero and stays so. Baking stores the zeros in a plain array. Source: Zhu and Gupta 2017,
     arXiv:1710.01878.
 
+    When: zeros are wanted for a smaller file and there is a training run to spread the cut over. They are
+    multiplied like any other number: nothing gets faster.
+
     Args:
       sparsity: final share of zeros, one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
       pattern: `unstructured`, `N:M` (N kept of M inputs) or `block:RxC`.
@@ -51,6 +54,10 @@ def prune_magnitude(
     """Surgery: masks the smallest weights of every target at once.
 
     The leaves are Masked, so that the zeros survive the training that follows; the surgery `bake` leaves plain arrays.
+
+    Source: Han et al. 2015, arXiv:1506.02626.
+
+    When: zeros are wanted at once and there is no data; with calibration data `sparsegpt` loses less.
 
     Args:
       sparsity: final share of zeros, one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.

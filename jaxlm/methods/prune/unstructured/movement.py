@@ -28,6 +28,9 @@ def movement(
     score grows while a weight moves away from zero. The gradient is that of masked entries, too; they keep the value
     that they had, are zero in the forward pass, and may come back. Source: Sanh et al. 2020, arXiv:2005.07683.
 
+    When: a pretrained model is fine-tuned for long while most of its weights go; in short training it loses far
+    more than `magnitude`.
+
     Args:
       sparsity: final share of zeros, one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
       pattern: `unstructured`, `N:M` (N kept of M inputs) or `block:RxC`.

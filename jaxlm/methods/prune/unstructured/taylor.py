@@ -24,6 +24,9 @@ def taylor(
     The loss with `W_ij` set to zero is `L - W_ij ∂L/∂W_ij` to first order. An entry that is masked stays so. Sources:
     Molchanov et al. 2016, arXiv:1611.06440; one-shot before training it is SNIP, Lee et al. 2018, arXiv:1810.02340.
 
+    When: zeros are chosen while training goes on, and gradients should decide and not size; where both were
+    measured, `magnitude` did as well.
+
     Args:
       sparsity: final share of zeros, one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
       pattern: `unstructured`, `N:M` (N kept of M inputs) or `block:RxC`.

@@ -45,6 +45,9 @@ def wanda(
     zeros: training afterwards leaves them zero, and the surgery `bake` makes plain arrays of them.
     Source: Sun et al. 2023, arXiv:2306.11695.
 
+    When: zeros in one pass, without the solve of `sparsegpt`, which loses less; with `per="matrix"` for small
+    models.
+
     Args:
       sparsity: share of zeros in [0, 1), one number or rules `((path regex, share), …)`; `None` under an `N:M` pattern.
       pattern: `unstructured`, `N:M` (N kept of M inputs), `block:RxC`.
