@@ -44,10 +44,11 @@ class ModelConfig:
     Attributes:
       family: `gpt2`, `bert`, `roberta`, `llama`, `mistral`, `qwen2` or `t5`.
       vocab_size: rows of the token table; hidden_size: width of the residual stream.
-      num_layers, num_heads, num_kv_heads, head_dim, ffn_size: the stack (the encoder of a T5). `num_kv_heads` defaults
-        to `num_heads`, `head_dim` to `hidden_size / num_heads`, `ffn_size` to `4 hidden_size`.
-      num_decoder_layers, decoder_num_heads, cross_num_heads, decoder_ffn_size: the decoder of a T5, with the sizes of
-        the encoder by default; 0 layers: no decoder.
+      num_layers: layers of the stack (of a T5's encoder); num_heads: query heads; num_kv_heads: key/value heads, by
+        default `num_heads`; head_dim: width of a head, by default `hidden_size / num_heads`; ffn_size: units of the
+        FFN, by default `4 hidden_size`.
+      num_decoder_layers: layers of a T5's decoder, 0 for none; decoder_num_heads, cross_num_heads, decoder_ffn_size:
+        heads and units of its layers, by default those of the encoder.
       layer_map, decoder_layer_map: number of the stored layer whose parameters each layer of the stack uses,
         `(0, 0, 1, 1)` for four layers with two sets of parameters; `None`: no sharing. Layers that share parameters
         have equal sizes.
@@ -55,15 +56,21 @@ class ModelConfig:
         which counts positions over tokens that are not `pad_token_id`).
       type_vocab_size: token types (BERT), 0 for none.
       relative_buckets, relative_max_distance: T5's relative positions, 0 for none; position_heads,
-        decoder_position_heads: columns of their table that each layer's remaining heads use.
+        decoder_position_heads: columns of the relative positions' table that each layer's remaining heads use.
       rotary: rotary positions, or `None`.
-      norm, norm_eps, pre_norm, embed_norm, final_norm: kind and position of the norms.
-      activation, gated, qkv_bias, output_bias, mlp_bias, scale_scores: see `Layer`.
-      causal, window, window_from: causal attention; sliding window of the layers from `window_from` on.
+      norm: `layer` (with bias), or `rms` (without mean and bias); norm_eps: ε of the norms; pre_norm: norms before the
+        sublayers (GPT-2, Llama, T5) or after the residual sum (BERT); embed_norm: one more behind the embeddings;
+        final_norm: one more behind the last layer.
+      activation: of the FFN: `gelu` (erf), `gelu_tanh`, `relu`, `silu` or `tanh`; gated: `act(x gate) * (x up)`
+        instead of `act(x up)`.
+      qkv_bias, output_bias, mlp_bias: whether query, key and value, the attention's output, and the FFN add a bias.
+      scale_scores: divide attention scores by sqrt(head_dim) (T5 does not).
+      causal: a token attends to itself and what precedes it; window: to at most this many tokens, itself included;
+        window_from: first layer that has the window.
       tie_embeddings: the output projection is the token table; scale_head: hidden states times hidden_size^-0.5 before
         it (T5).
-      head: one of HEADS; pooling: token that a sequence head reads, `first` or `last`; pooler: it passes a tanh layer;
-        next_sentence: the masked head also predicts the next sentence.
+      head: one of HEADS; pooling: token that a sequence head reads, `first` or `last`; pooler: that token passes a
+        tanh layer; next_sentence: the masked head also predicts the next sentence.
       labels: names of the classes of a sequence or token head; regression: the sequence head predicts one number.
       pad_token_id: id that HF configs carry; decoder_start_token_id: first decoder input of a T5.
       dropout, attention_dropout, head_dropout: dropout rates.

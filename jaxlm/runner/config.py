@@ -4,6 +4,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -28,41 +29,76 @@ class Config(ConfigDict):
         super().__setitem__(key, value)
 
 
-def default_config() -> ConfigDict:
-    """What a recipe starts from. A field that a recipe or the command line names and that is not here is an error.
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run does, in the order in which it does it.
 
-    `model` holds `init` (a model directory, a hub id, or "" for a fresh model) and every hyper-parameter, `None` where
-    the family (or the model in `init`) decides. `surgery`, `methods` and `losses` are tuples of `{"name": …, …}`;
-    `bake` folds what methods did into the model; `layout` is that of the model directory: `transformers` wherever that
-    library can express the model, `native` (zeros take no room), `padded` (a copy with zeros for transformers beside
-    a model that it cannot express), or `adapter` (only what the run added to `model.init`). `mesh_axes` names the axes
-    of the mesh, slowest to fastest, `mesh` holds their sizes, and `sharding` maps axis names of the model to them.
-    `calibration` is the text that surgery reads where it must see inputs; `stages` and `report` are read by a pipeline,
-    `search` by a search over one.
+    Attributes:
+      seed: of every draw: initial parameters, order of the data, dropout.
+      task: what is learned, see `jaxlm.tasks`.
+      surgery: what changes the model before training, a tuple of `{"name": …, …}`.
+      methods: what acts while training goes on, a tuple of `{"name": …, …}`.
+      losses: what is added to the loss of the task, a tuple of `{"name": …, …}`.
+      bake: fold what methods did into the model at the end.
+      layout: of the model directory: `transformers` wherever that library can express the model, `native` (zeros take
+        no room), `padded` (a copy with zeros for transformers beside a model that it cannot express), or `adapter`
+        (only what the run added to `model.init`).
+      mesh_axes: names of the axes of the mesh, slowest to fastest; their sizes are in `mesh`, and `sharding` maps axis
+        names of the model to them.
+      stages: of a pipeline: a tuple of `{"name": …, "description": …, …}`, whose other entries are sections of the
+        stage's config.
     """
+
+    seed: int = 0
+    task: str = "causal"
+    surgery: tuple = ()
+    methods: tuple = ()
+    losses: tuple = ()
+    bake: bool = True
+    layout: str = "transformers"
+    mesh_axes: tuple = tuple(DEFAULT_MESH)
+    stages: tuple = ()
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model to begin with: what is read, and every field of ModelConfig, `None` where `init` or the family decides.
+
+    Attributes:
+      init: a model directory, a hub id, or "" for a fresh model.
+    """
+
+    init: str = ""
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """How many devices lie along each axis of the mesh; -1 for all that the other axes leave.
+
+    Attributes:
+      data: copies of the model, each with its part of the batch.
+      fsdp: parts of the batch and of every parameter, which is gathered a layer at a time.
+      tensor: parts of every layer's heads, units and vocabulary.
+    """
+
+    data: int = DEFAULT_MESH["data"]
+    fsdp: int = DEFAULT_MESH["fsdp"]
+    tensor: int = DEFAULT_MESH["tensor"]
+
+
+def default_config() -> ConfigDict:
+    """What a recipe starts from. A field that a recipe or the command line names and that is not here is an error."""
     sections = {
-        "model": {"init": "", "family": config_dict.placeholder(str)} | _placeholders(ModelConfig),
+        "model": _defaults(ModelSettings) | {"family": config_dict.placeholder(str)} | _placeholders(ModelConfig),
         "data": _defaults(DataSettings),
         "train": _defaults(TrainSettings),
         "calibration": _defaults(CalibrationSettings),
-        "mesh": DEFAULT_MESH,
+        "mesh": _defaults(MeshSettings),
         "sharding": {},
         "report": _defaults(ReportSettings),
         "search": _defaults(SearchSettings),
     }
-    config = Config(
-        {
-            "seed": 0,
-            "task": "causal",
-            "surgery": (),
-            "methods": (),
-            "losses": (),
-            "bake": True,
-            "layout": "transformers",
-            "mesh_axes": tuple(DEFAULT_MESH),
-            "stages": (),
-        }
-    )
+    config = Config(_defaults(RunSettings))
     for name, section in sections.items():
         config[name] = Config(section)
     config.lock()

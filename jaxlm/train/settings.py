@@ -19,7 +19,7 @@ class TrainSettings:
       batch_size: rows of a step, all hosts and microbatches together.
       learning_rate: peak; schedule: `linear`, `cosine`, `constant` or `inverse_sqrt` after `warmup`; warmup: steps,
         or a share of all steps when below 1; final_learning_rate: share of the peak at the end of linear and cosine.
-      optimizer: `adamw`, `adafactor`, `lion`, `sgd`; b1, b2, eps: its constants.
+      optimizer: `adamw`, `adafactor`, `lion`, `sgd`; b1, b2, eps: constants of the optimizer.
       weight_decay: decoupled decay; decay: rules `(path regex, bool)` before the default (kernels and embeddings).
       learning_rates: rules `(path regex, factor)` on the learning rate; trainable: rules `(path regex, bool)`.
       clip: largest global norm of the gradient, 0 for none.

@@ -63,8 +63,8 @@ def trained(cls: type[Weight], base: Any) -> Weight:
     return weight
 
 
-# A Weight that `of(base)` does not make has a line here.
-MAKE = {name: functools.partial(trained, cls) for name, cls in WEIGHTS.items() if hasattr(cls, "of")} | {
+# A Weight that `of(base)` does not make, or that `product` knows, has a line here.
+LINES = {
     "Masked": lambda base: Masked(base, OPEN),
     "Scored": lambda base: Scored(base, OPEN, scores=normal(4, IN, OUT)),
     "FakeQuant": FakeQuant,
@@ -76,10 +76,16 @@ MAKE = {name: functools.partial(trained, cls) for name, cls in WEIGHTS.items() i
     "InputScaled": lambda base: InputScaled(base, jnp.exp(normal(4, IN))),
     "Factored": lambda base: Factored(normal(6, IN, 4), normal(7, 4, OUT)),
 }
+MAKE = {name: functools.partial(trained, cls) for name, cls in WEIGHTS.items() if name not in LINES} | LINES
 DENSE = normal(0, IN, OUT)
 SINGLE = {name: make(DENSE) for name, make in MAKE.items()}
 OUTER = [name for name in MAKE if hasattr(SINGLE[name], "base")]
-NESTED = {f"{outer}({inner})": MAKE[outer](SINGLE[inner]) for outer in OUTER for inner in MAKE}
+NESTED = {
+    f"{outer}({inner})": MAKE[outer](SINGLE[inner])
+    for outer in OUTER
+    for inner in MAKE
+    if inner != "PACT" or outer in LINES  # what becomes of inputs that the base quantizes, `product` knows of those
+}
 INT4, ASYMMETRIC, UNSIGNED = Scheme("int4", 6), Scheme("int8", None, False), Scheme("int8", "tensor", False)
 RANGE = (-4.0, 5.0)
 VARIANTS = {
