@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test test-full bench bench-smoke plan-env python reference clean
+.PHONY: help demo reproduce test test-full docs bench bench-smoke plan-env python reference clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: $(VENV)/.installed-dev reference  ## lint, formatting, types and tests
 test-full: $(VENV)/.installed-dev reference  ## the tests, with every pair of methods and 10,000 damaged model files and not samples of them
 	JAXLM_FULL=1 $(RUN) -m pytest -n 2 --dist worksteal
 
+docs: $(VENV)/.installed-docs  ## the site, from docstrings and docs/, in site/
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 reproduce: $(VENV)/.installed  ## the measurements of docs/results.md: 90 minutes on 2 cores, finished ones are skipped
 	$(RUN) experiments/reproduce.py --data=$(DATA) --encoder=$(ENCODER) --workdir=runs/reproduce
 
@@ -35,7 +38,7 @@ bench-smoke: $(VENV)/.installed-dev reference  ## the shortest of these comparis
 plan-env: $(PLAN)/.installed  ## the environment of experiments/plan.py: the TPU compiler, no TPU needed
 
 clean:  ## remove the environments and caches, keep runs/
-	rm -rf $(VENV) $(PLAN) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(PLAN) site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # A stamp is touched once everything before it succeeded, so an interrupted installation is taken up again.
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -46,6 +49,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(RUN) $(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev requirements-docs.txt
+	$(RUN) $(PIP_INSTALL) -r requirements-docs.txt
 	@touch $@
 
 # Apart, because with libtpu installed every jax program looks for a TPU first.

@@ -29,7 +29,7 @@ TOP = {"runner", "commands", "__init__", "__main__"}
 FORBIDDEN_IMPORTS = ("jax.experimental.pjit", "pickle", "cPickle", "cloudpickle", "dill")
 SOURCES = [
     path.relative_to(ROOT)
-    for part in ("jaxlm", "experiments", "configs", "bench")
+    for part in ("jaxlm", "experiments", "configs", "bench", "docs")
     for path in (ROOT / part).rglob("*.py")
 ]
 

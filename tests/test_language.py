@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = sorted(path for part in ("jaxlm", "experiments", "configs", "bench") for path in (ROOT / part).rglob("*.py"))
+CODE = sorted(
+    path for part in ("jaxlm", "experiments", "configs", "bench", "docs") for path in (ROOT / part).rglob("*.py")
+)
 PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "jaxlm").rglob("*.html"))]
 
 RETIRED = {
