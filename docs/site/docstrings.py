@@ -63,10 +63,10 @@ def section(text: str, name: str) -> list[str]:
 
 
 def meanings(lines: list[str], names: Collection[str]) -> dict[str, str]:
-    """The meaning of every name, from the entries of a section.
+    """The meaning of every name, a sentence with its full stop, from the entries of a section.
 
     >>> meanings(["begin, end: first and last step; every: steps", "  between two."], ["begin", "end", "every"])
-    {'begin': 'first and last step', 'end': 'first and last step', 'every': 'steps between two.'}
+    {'begin': 'first and last step.', 'end': 'first and last step.', 'every': 'steps between two.'}
 
     Args:
       names: that may be explained; other words before a colon are prose.
@@ -83,7 +83,7 @@ def meanings(lines: list[str], names: Collection[str]) -> dict[str, str]:
     for entry in entries:
         parts = opening.split(entry)
         for opened, text in zip(parts[1::2], parts[2::2], strict=True):
-            by_name |= dict.fromkeys(opened.split(", "), text.strip().removesuffix(";"))
+            by_name |= dict.fromkeys(opened.split(", "), text.strip().rstrip(";.") + ".")
     return by_name
 
 

@@ -222,7 +222,10 @@ def measured(entry: Entry) -> str:
     if not tables:
         return "Not measured yet."
     return "\n\n".join(
-        ["The stages of `configs/reproduce` that name it; all of them in [results](../results.md).", *tables]
+        [
+            "Stages of `configs/reproduce` that name it. Everything that was measured is in [results](../results.md).",
+            *tables,
+        ]
     )
 
 

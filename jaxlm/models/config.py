@@ -48,7 +48,7 @@ class ModelConfig:
         default `num_heads`; head_dim: width of a head, by default `hidden_size / num_heads`; ffn_size: units of the
         FFN, by default `4 hidden_size`.
       num_decoder_layers: layers of a T5's decoder, 0 for none; decoder_num_heads, cross_num_heads, decoder_ffn_size:
-        heads and units of its layers, by default those of the encoder.
+        heads and units of the decoder's layers, by default those of the encoder.
       layer_map, decoder_layer_map: number of the stored layer whose parameters each layer of the stack uses,
         `(0, 0, 1, 1)` for four layers with two sets of parameters; `None`: no sharing. Layers that share parameters
         have equal sizes.
