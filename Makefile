@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test test-full docs bench bench-smoke plan-env python reference clean
+.PHONY: help demo reproduce test-fast test check test-full docs bench bench-smoke plan-env python reference clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,11 +14,16 @@ help:  ## this list
 demo: $(VENV)/.installed  ## train, distil, prune and quantize a small GPT, and report what each step gained
 	$(RUN) experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-test: $(VENV)/.installed-dev reference  ## lint, formatting, types and tests
+test-fast: $(VENV)/.installed-dev reference check  ## lint, formatting, types and the tests that are not marked slow: under two minutes
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow"
+
+test: $(VENV)/.installed-dev reference check  ## lint, formatting, types and tests
+	$(RUN) -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/.installed-dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
-	$(RUN) -m pytest -n 2 --dist worksteal
 
 test-full: $(VENV)/.installed-dev reference  ## the tests, with every pair of methods and 10,000 damaged model files and not samples of them
 	JAXLM_FULL=1 $(RUN) -m pytest -n 2 --dist worksteal

@@ -65,12 +65,21 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not os.environ.get("JAXLM_FULL"):
+        config.hook.pytest_deselected(items=[item for item in items if _waits(item)])
+        items[:] = [item for item in items if not _waits(item)]
     for marker, missing in MISSING.items():
         if reason := missing():
             for item in items:
                 if item.get_closest_marker(marker):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _waits(item: pytest.Item) -> bool:
+    """Whether a test is one of `make test-full` alone; a marker with arguments means those of its cases."""
+    marker = item.get_closest_marker("full")
+    return marker is not None and (not marker.args or item.callspec.id in marker.args)  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(wrapper=True)

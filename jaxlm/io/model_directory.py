@@ -150,8 +150,8 @@ def _written_config(described: Mapping[str, Any], path: Path) -> ModelConfig:
     if type(described.get("format")) is not int or described["format"] != FORMAT:
         raise ValueError(f"{path} has the format {reprlib.repr(described.get('format'))}, this version reads {FORMAT}")
     layout = described.get("layout", "transformers")
-    if layout not in NEEDED:
-        raise ValueError(f"{path} has the layout {reprlib.repr(layout)}, expected {', '.join(NEEDED)}")
+    if not isinstance(layout, str) or layout not in NEEDED:
+        raise ValueError(f"{path} has the layout {reprlib.repr(layout)}, expected {' or '.join(NEEDED)}")
     needed = ("layout", *NEEDED[layout])
     missing = [key for key in needed if key not in described]
     if missing:

@@ -33,6 +33,8 @@ from jaxlm.runner.sharded_step import ShardedStep, sharded_step
 from jaxlm.runner.teachers import TeacherPool, loss_methods
 from jaxlm.tasks import Task
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SENTENCES = ("the film is a joy", "a dull and weary plot", "we laughed a lot", "nothing works in this sad film") * 12
 
@@ -150,6 +152,7 @@ def total_and_held(step: ShardedStep) -> tuple[int, int]:
     return total, sum(size(placement[name].shard_shape(value.shape), name) for name, value in values.items())
 
 
+@pytest.mark.full("reproduce/gpt.py", "reproduce/sst2.py", "prune_in_steps.py")
 @every_size
 def test_full_size_shards_over_eight_devices(
     recipe: Recipe, stored: dict[str, LM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -248,6 +251,7 @@ def cut_off(workdir: Path) -> None:
 
 
 # The many stages under reproduce/ are of kinds that the other recipes have one of each; `make test-full` runs all.
+@pytest.mark.full("prune_in_steps.py", "distill.py", "prune.py", "finetune/token.py", "pretrain/bert.py")
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -41,6 +41,8 @@ from jaxlm.train.step import TrainState, dropout_key
 from tests.contracts.one_device import one_device_setup
 from tests.contracts.small_models import BATCH, OnlyTeacher, logits, noisy, quick
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_heads": 4, "ffn_size": 16, "max_positions": 8, "dropout": 0.1}
 TRAINING = TrainSettings(steps=2, learning_rate=0.02, schedule="constant", weight_decay=0.1, grad_accum=2)
 

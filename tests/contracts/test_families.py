@@ -15,6 +15,8 @@ from jaxlm.nn.layer import Rotary
 from jaxlm.nn.stack import canonical_view
 from tests.contracts.small_models import noisy, quick
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 23, "hidden_size": 16, "num_layers": 3, "num_heads": 4, "ffn_size": 12}
 MODELS = {
     "gpt2": {"max_positions": 16},

@@ -43,6 +43,8 @@ from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import TrainState, create_state, dropout_key, make_step
 from tests.contracts.small_models import BATCH, OnlyTeacher, logits, noisy, quick
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_size": 12}
 FAMILIES = {
     "gpt2": {"max_positions": 8, "dropout": 0.1},
@@ -164,6 +166,7 @@ RUNS: dict[str, tuple] = {name: ("gpt2", (name,)) for name in ARGUMENTS} | {
 every_run = pytest.mark.parametrize("name", RUNS)
 
 
+@pytest.mark.full("all on bert")
 @every_run
 def test_what_does_not_train_is_bit_identical(name):
     run = trained(name)

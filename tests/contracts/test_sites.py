@@ -39,6 +39,8 @@ from tests.contracts import small_sites
 from tests.contracts.small_models import noisy, quick
 from tests.contracts.small_sites import RowLowRank, Vectors, row_columns_of, with_sites
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 24, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_size": 12}
 MODELS = {
     "gpt2": {"max_positions": 16},
@@ -100,6 +102,7 @@ def test_neutral_occupants_change_no_bit(family):
     assert equal(plain, neutral)
 
 
+@pytest.mark.full("gpt2", "bert")
 @every
 def test_each_place_is_read_and_gets_gradients(family):
     lm, batch = with_occupants(family), batch_of(family)
@@ -187,6 +190,7 @@ def test_save_and_load(tmp_path, monkeypatch, family):
     assert info[f"{first}/after_mlp.down"].axes == ("embed", None)
 
 
+@pytest.mark.full("t5")
 @pytest.mark.parametrize("family", ["qwen2", "t5"])
 def test_training_resumes_to_the_bit(tmp_path, family):
     """Two microbatches, which split the columns of the rows too; a step, a checkpoint, and the next one."""

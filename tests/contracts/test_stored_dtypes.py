@@ -26,6 +26,8 @@ from jaxlm.train.step import TrainState, create_state, dropout_key
 from tests.contracts.one_device import one_device_setup
 from tests.contracts.test_weights import STORED
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_size": 24}
 POSITIONS = {"gpt2": {"max_positions": 8}, "bert": {"max_positions": 8}, "roberta": {"max_positions": 8}}
 FULL = bool(os.environ.get("JAXLM_FULL"))

@@ -17,6 +17,8 @@ from jaxlm.runner import registry
 from tests.contracts.small_models import quick
 from tests.contracts.test_composition import ENTRIES, SHARED, Entry, student
 
+pytestmark = pytest.mark.slow
+
 # One line enrols a new surgery.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "activation_svd": {"size": 0.5},

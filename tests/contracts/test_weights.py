@@ -40,6 +40,8 @@ from jaxlm.models import model_config
 from jaxlm.parallel import make_mesh, make_rules, shard_tree, shardings
 from tests.contracts.small_models import quick
 
+pytestmark = pytest.mark.slow
+
 IN, OUT, ROWS = 16, 24, 5
 AXES = ("embed", "ffn")
 ROLES = {"base", "factor", "scale", "mask", "codes", "buffer"}

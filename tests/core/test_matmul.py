@@ -7,6 +7,8 @@ import pytest
 
 from jaxlm.core import PRODUCT, matmul, matmul_transposed
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(5,), (2, 5), (3, 2, 5), (2, 1, 3, 5)]
 
 

@@ -13,6 +13,8 @@ from jaxlm.core.weights import integer
 from jaxlm.core.weights.integer import integer_product, scaled_product
 from jaxlm.core.weights.scheme import FORMATS, INTEGERS, NF4, from_codes, grid, straight_through, to_codes
 
+pytestmark = pytest.mark.slow
+
 SYMMETRIC = [Scheme(bits, group) for bits in FORMATS for group in (None, 7, "tensor")]
 ASYMMETRIC = [Scheme(bits, group, False) for bits in INTEGERS for group in (None, 7, "tensor")]
 schemes = pytest.mark.parametrize("scheme", SYMMETRIC + ASYMMETRIC, ids=str)

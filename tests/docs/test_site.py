@@ -136,6 +136,7 @@ def test_links_of_the_readme_lead_to_pages():
     assert pages.site_page(text) == "[a](data.md) ![b](b.png) `jaxlm/x.py` [c](contributing.md)"
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(tmp_path, monkeypatch):
     """Cell by cell, in order, as a notebook does."""
     monkeypatch.chdir(tmp_path)

@@ -13,6 +13,8 @@ from jaxlm.generate.decoding import generate, stop_ids
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 
 

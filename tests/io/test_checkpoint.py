@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 from jaxlm.io.checkpoint import Checkpoints, _checksums
 
+pytestmark = pytest.mark.slow
+
 
 def mesh_of(*shape):
     devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)

@@ -7,7 +7,7 @@ import pytest
 
 import jaxlm
 
-pytestmark = [pytest.mark.encoder, pytest.mark.torch]
+pytestmark = [pytest.mark.encoder, pytest.mark.torch, pytest.mark.slow]
 
 
 def mean_pooled(hidden, mask):

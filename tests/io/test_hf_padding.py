@@ -16,6 +16,8 @@ from jaxlm.methods.quantize.round_to_nearest import quantize
 from jaxlm.models import model_config
 from jaxlm.runner import registry
 
+pytestmark = pytest.mark.slow
+
 PRUNED = {
     "bert": {"heads": (0.5, 0.25), "ffn": (0.5, 0.25)},
     "bert, narrow": {"heads": 0.5, "hidden": 0.25},
@@ -62,6 +64,7 @@ def real(config, values, batch):
     return np.asarray(values)[batch["attention_mask"] > 0] if tokens else np.asarray(values)
 
 
+@pytest.mark.full("t5", "bert, narrow", "bert, wide heads")
 @pytest.mark.torch
 @pytest.mark.parametrize("name", PRUNED)
 def test_transformers_loads_the_padded_model(name, tmp_path):

@@ -14,6 +14,8 @@ from jaxlm.io.model_directory import CONFIG, OWN
 from jaxlm.io.safetensors import SINGLE, Tensor, open_file, write_file
 from jaxlm.models import model_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

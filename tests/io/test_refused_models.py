@@ -232,7 +232,7 @@ UP, KEY, GATE = "layers_0/mlp/up/kernel", "layers_0/attention/key/kernel", "laye
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda own: own.update(layout="natve"), "the layout 'natve', expected transformers or native"),
+        (lambda own: own.update(layout="natve"), "the layout 'natve', expected transformers or native or adapter"),
         (lambda own: own.update(format=True), "has the format True"),
         (lambda own: own.update(config=[]), "config: expected a table, found []"),
         (lambda own: own["config"].update(family="lama"), "unknown family 'lama'; did you mean 'llama'"),

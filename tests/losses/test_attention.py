@@ -10,6 +10,8 @@ import pytest
 from jaxlm.losses.attention import attention_distance
 from jaxlm.losses.relations import relation_distance, relation_heads
 
+pytestmark = pytest.mark.slow
+
 LOWEST = jnp.finfo(jnp.float32).min
 TOKENS = jnp.arange(4) < jnp.array([[4], [2]])
 SEGMENTS = TOKENS.astype(jnp.int32)

@@ -11,6 +11,8 @@ from jaxlm.losses.cross_entropy import cross_entropy
 from jaxlm.losses.divergence import DIVERGENCES, divergence_of
 from jaxlm.losses.soft_targets import mean_logits, mixture_logits, response, top_answers, top_response
 
+pytestmark = pytest.mark.slow
+
 ALL = jnp.array([True, True])
 every = pytest.mark.parametrize("name", DIVERGENCES)
 

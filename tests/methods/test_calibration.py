@@ -17,6 +17,8 @@ from jaxlm.methods.prune.unstructured.wanda import wanda
 from jaxlm.models import model_config
 from jaxlm.nn.dense import norm
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_layers": 2, "ffn_size": 12, "num_heads": 4}
 MODELS = {
     "gpt2": {"max_positions": 8},

@@ -15,6 +15,8 @@ from jaxlm.models.network import Network
 from jaxlm.nn.dense import dense, dense_spec
 from jaxlm.parallel import make_mesh, make_rules, place, shard_tree, shardings
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "ffn_size": 48, "max_positions": 32}
 
 

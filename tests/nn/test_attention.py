@@ -10,6 +10,8 @@ from jaxlm.nn.attention import attention, attention_spec
 from jaxlm.nn.layer import Layer, Rotary
 from jaxlm.nn.position import rotate
 
+pytestmark = pytest.mark.slow
+
 ROWS, LENGTH, SOURCE, HEAD = 2, 5, 4, 4
 BASE = Layer(hidden=16, kv_heads=2, q_per_kv=2, head_dim=HEAD, ffn=8, cross_heads=4)
 LAYERS = {

@@ -14,6 +14,8 @@ from jaxlm.models.network import Network
 from jaxlm.models.transformer import empty_cache, forward
 from jaxlm.nn.cache import Cache, Cached, DenseCache, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)

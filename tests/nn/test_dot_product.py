@@ -9,6 +9,8 @@ from jaxlm.core import Context, dropout
 from jaxlm.nn import dot_product
 from jaxlm.nn.dot_product import dot_product_attention, scores
 
+pytestmark = pytest.mark.slow
+
 BATCH, QUERIES, KEYS, KV_HEADS, Q_PER_KV, HEAD_DIM = 2, 5, 7, 3, 2, 4
 
 

@@ -41,6 +41,8 @@ from jaxlm.parallel import (
 )
 from jaxlm.parallel.batches import to_devices
 
+pytestmark = pytest.mark.slow
+
 RULES = {"embed": "fsdp", "ffn": "tensor", "kv_heads": "tensor", "vocab": "tensor", "batch": ("data", "fsdp")}
 HEADS = ("kv_heads", "q_per_kv", "head_dim")
 

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from jaxlm.report.document import PROTOCOL, read, table, to_html, to_json, to_markdown, write
 
+pytestmark = pytest.mark.slow
+
 PICTURE = '<img alt="" src="data:">'
 
 
@@ -64,6 +66,7 @@ def test_rows_are_read_back_as_they_were(rows, protocol, tmp_path):
     assert read(tmp_path / "report.json") == list(rows)
 
 
+@pytest.mark.full
 def test_what_was_not_a_number_is_read_back_as_such(awkward, protocol, tmp_path):
     write(tmp_path, awkward, protocol)
     measured = [(a.held_out, b.held_out) for a, b in zip(read(tmp_path / "report.json"), awkward, strict=True)]

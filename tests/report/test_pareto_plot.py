@@ -7,6 +7,8 @@ from PIL import Image
 from jaxlm.report import pareto_plot
 from jaxlm.report.pareto_plot import COLORS, draw, front, knee
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_front_is_what_no_point_beats():
     rng = np.random.default_rng(0)

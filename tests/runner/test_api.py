@@ -25,7 +25,7 @@ TINY = {
 }
 """Sizes of the README's example, and those to run it with here."""
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = [pytest.mark.usefixtures("quick_to_compile"), pytest.mark.slow]
 
 
 def example() -> str:

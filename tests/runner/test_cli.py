@@ -16,6 +16,8 @@ from jaxlm.core import arrays
 from jaxlm.runner import stage
 from jaxlm.train.metric_writer import read_lines
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

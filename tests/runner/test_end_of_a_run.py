@@ -13,7 +13,7 @@ import jaxlm
 from jaxlm.core import arrays
 from jaxlm.runner import stage
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = [pytest.mark.usefixtures("quick_to_compile"), pytest.mark.slow]
 
 
 @pytest.fixture
@@ -91,6 +91,7 @@ def test_an_average_is_of_baked_checkpoints(method, recipe, tmp_path, monkeypatc
     assert any(not np.array_equal(first[name], second[name]) for name in mean)
 
 
+@pytest.mark.full
 def test_what_bakes_to_codes_is_averaged_before(recipe, tmp_path, monkeypatch):
     config = recipe(average_last=2, learning_rate=0.02, schedule="constant")
     config.methods = ({"name": "qat"},)

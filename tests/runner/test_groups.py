@@ -23,7 +23,7 @@ from jaxlm.tasks.classification import class_examples, padded_batches
 from jaxlm.tasks.metrics import accuracy, example_loss
 from jaxlm.tasks.task import PADDED, Column, only, text_of
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = [pytest.mark.usefixtures("quick_to_compile"), pytest.mark.slow]
 MARGIN = 0.1
 FIELDS = ("text", "positive", "negative")
 TOPICS = (("cat", "dog", "bird", "fish"), ("sun", "rain", "snow", "wind"))
@@ -170,6 +170,7 @@ def test_resume_is_bit_for_bit(recipe, tmp_path, cut_at):
     assert again["params_sha256"] == whole["params_sha256"] and again["metrics"]["eval"] == whole["metrics"]["eval"]
 
 
+@pytest.mark.full
 def test_it_learns_and_a_teacher_is_distilled(recipe, tmp_path):
     config = recipe(steps=16, checkpoint_every=16, learning_rate=3e-3)
     config.model.dropout = 0.0
@@ -222,6 +223,7 @@ def test_groups_of_another_size_are_no_examples_of_the_task(recipe, tmp_path, mo
         stage.run(config, tmp_path)
 
 
+@pytest.mark.full("bert")
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_outputs_of_a_group_are_those_of_its_texts(family):
     fields = {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4}

@@ -16,6 +16,8 @@ from jaxlm.runner.trainer import build_trainer
 from jaxlm.train.checkpointing import Progress
 from jaxlm.train.metric_writer import MetricWriter, read_lines
 
+pytestmark = pytest.mark.slow
+
 FSDP_TENSOR = {"data": 1, "fsdp": 2, "tensor": 4}
 FOUR_AXES = {"data": 1, "fsdp": 1, "expert": 2, "tensor": 4}
 
@@ -41,6 +43,7 @@ def on(recipe, devices):
     return run
 
 
+@pytest.mark.full("three axes")
 @pytest.mark.parametrize("mesh", [FSDP_TENSOR, FOUR_AXES], ids=["three axes", "four axes"])
 def test_losses_and_gradients_equal_those_of_one_device(on, mesh, tmp_path):
     # Plain gradient descent at rate 1: parameters differ after two steps by what their gradients differ.

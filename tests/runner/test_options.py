@@ -11,6 +11,8 @@ from jaxlm.runner.run_setup import apply_surgery, prepare_run
 from jaxlm.runner.trainer import build_trainer
 from jaxlm.train.metric_writer import MetricWriter
 
+pytestmark = pytest.mark.slow
+
 LAYERS = ((r"layers_1/.*", 0.5), (r"embed/.*", 0.0))
 COMBINATIONS = {
     "adafactor": {"dtype": "bfloat16", "remat": "dots", "schedule": "cosine", "learning_rates": LAYERS},
@@ -21,6 +23,7 @@ COMBINATIONS = {
 FROZEN = {"adafactor": "embed/", "lion": "layers_0/", "sgd": "none", "adamw": "none"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", COMBINATIONS)
 def test_optimizers_and_their_company(optimizer, recipe, tmp_path):
     config = recipe(optimizer=optimizer, learning_rate=1e-2, **COMBINATIONS[optimizer])

@@ -1,7 +1,6 @@
 """A pipeline of tiny stages: done once, done again only where inputs changed, and reported."""
 
 import json
-import os
 import random
 import re
 
@@ -13,6 +12,8 @@ from jaxlm.evaluate.benchmark import Answers
 from jaxlm.runner import registry
 from jaxlm.runner.config import default_config, overlay
 from jaxlm.runner.pipeline import fingerprint, run, stage_config
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +188,8 @@ def recipe_of(task, files):
     return config
 
 
-COMPARED = ["masked", "seq2seq", "token"]
-"""One task of every kind of batch and score; `make test-full` compares the others too."""
-
-
-@pytest.mark.parametrize("task", COMPARED + ["sequence", "regression"] * bool(os.environ.get("JAXLM_FULL")))
+@pytest.mark.full("seq2seq", "masked", "sequence", "regression")
+@pytest.mark.parametrize("task", ["masked", "seq2seq", "token", "sequence", "regression"])
 def test_every_task_is_compared(task, files, tmp_path):
     teacher, small = run(recipe_of(task, files), tmp_path)
     stored = json.loads((tmp_path / "teacher" / "result.json").read_text())["metrics"]["eval"]

@@ -10,6 +10,8 @@ from jaxlm.train.loop import Run
 from jaxlm.train.metric_writer import read_lines
 from jaxlm.train.preemption import Interrupted
 
+pytestmark = pytest.mark.slow
+
 MAGNITUDE = {"name": "magnitude", "sparsity": 0.5, "begin": 2, "end": 9, "every": 3}
 STRUCTURED = {"name": "structured", "heads": 0.5, "ffn": 0.5, "begin": 2, "end": 9, "every": 3}
 MOVEMENT = {"name": "movement", "sparsity": 0.5, "begin": 2, "end": 9, "every": 3}
@@ -49,6 +51,7 @@ def best_at_6(monkeypatch) -> None:
     monkeypatch.setattr(trainer, "Run", run)
 
 
+@pytest.mark.full("movement in shared layers", "selecting")
 @pytest.mark.usefixtures("best_at_6")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bit_for_bit(variant, recipe, tmp_path, cut_at, monkeypatch):

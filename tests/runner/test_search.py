@@ -8,6 +8,8 @@ import pytest
 from jaxlm.runner import search
 from jaxlm.runner.config import default_config
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("good", "bad", "fine", "poor", "film", "plot", "we", "saw", "a")
 
 

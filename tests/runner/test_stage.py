@@ -12,6 +12,8 @@ from jaxlm.io.safetensors import open_tensors
 from jaxlm.runner import stage
 from jaxlm.runner.run_setup import prepare_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):

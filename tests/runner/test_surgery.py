@@ -11,6 +11,8 @@ from jaxlm.io.model_directory import PADDED, open_model, write_model
 from jaxlm.runner import registry, stage
 from jaxlm.runner.run_setup import apply_surgery, prepare_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def dense():
@@ -34,6 +36,7 @@ def trained(recipe, dense, tmp_path_factory):
     return config, model
 
 
+@pytest.mark.full
 def test_prune_train_prune_again_and_convert(recipe, dense, tmp_path_factory, tmp_path):
     config, _ = trained(recipe, dense, tmp_path_factory)
     config.surgery = ({"name": "prune", "ffn": 0.25, "hidden": 0.25, "budget": "global", "multiple": 4},)

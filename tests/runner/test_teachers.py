@@ -11,7 +11,7 @@ from jaxlm.runner import stage
 from jaxlm.runner.distillation import distillation, split_options
 from jaxlm.runner.teachers import cache_teachers
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = [pytest.mark.usefixtures("quick_to_compile"), pytest.mark.slow]
 STEPS = 6
 
 
@@ -108,6 +108,7 @@ def test_few_answers_teach_too_and_another_teacher_is_refused(student, teacher, 
     assert not (tmp_path / "refused" / "config.json").exists()
 
 
+@pytest.mark.full
 def test_the_second_of_two_teachers_may_weigh_nothing(student, teacher, tmp_path):
     """Weights (1, 0) are the first alone; the second is quantized to int8 all the same, and deeper."""
     config = student({})
@@ -145,6 +146,7 @@ def test_a_teacher_of_another_width_depth_and_family(student, tmp_path):
     assert "distill/teacher_0/projection/kernel" not in parameters(tmp_path / "llama")
 
 
+@pytest.mark.full
 def test_on_a_mesh_as_on_one_device(student, teacher, devices, tmp_path):
     """A live teacher looked into and a cached one, over a vocabulary that does not divide."""
     cached = {"teacher": teacher, "cache": {"directory": str(tmp_path / "cache"), "top_k": 5}}
@@ -174,6 +176,7 @@ def test_the_student_writes_and_the_teacher_judges(student, tmp_path, cut_at):
     assert stage.run(config, tmp_path / "run")["params_sha256"] == whole["params_sha256"]
 
 
+@pytest.mark.full
 def test_a_classifier_learns_from_a_cache_by_weighed_samples(recipe, tmp_path):
     """One answer a text, over all its classes; the file's weights reach the config: 0 everywhere teaches nothing."""
     lines = [

@@ -15,7 +15,7 @@ from jaxlm.runner.run_setup import prepare_run
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.task import with_unlabelled
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = [pytest.mark.usefixtures("quick_to_compile"), pytest.mark.slow]
 SENTENCES = {
     "train": ["we saw Anna", "the red bird sings in Rome", "Anna ran", "a dog sat", "we sing", "trees and water"],
     "more": ["Rome saw Anna run up the hill", "a red hill", "water sings", "we ran", "the dog and the bird saw trees"],
@@ -75,6 +75,7 @@ def parameters(directory):
     return {name: np.asarray(a) for name, a in arrays(jaxlm.load(directory / "model").params).items()}
 
 
+@pytest.mark.full("sequence")
 @pytest.mark.parametrize("task", ["token", "sequence"])
 def test_distillation_alone_needs_no_labels(recipe, teachers, folder, tmp_path, task):
     """With α = 1 labels do not count, so unlabelled data teach what the same data with labels do."""

@@ -18,6 +18,8 @@ from jaxlm.parallel import make_mesh
 from jaxlm.runner import run_setup, stage
 from jaxlm.runner.config import default_config
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("cat", "sat", "mat", "dog", "ran", "hill", "we", "saw", "red", "bird", "sing", "tree", "water", "Anna", "Rome")
 FAMILY = {"causal": "gpt2", "seq2seq": "t5", "denoising": "t5"}
 

@@ -12,6 +12,8 @@ from jaxlm.losses.soft_targets import response
 from jaxlm.methods.peft.low_rank import LowRank
 from jaxlm.train.gradient import accumulate, gradient
 
+pytestmark = pytest.mark.slow
+
 ROWS, LENGTH, WIDTH, CLASSES = 12, 5, 6, 7
 
 

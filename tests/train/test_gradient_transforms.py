@@ -23,6 +23,8 @@ from jaxlm.train.optimizer import optimizer
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import create_state, dropout_key, make_step
 
+pytestmark = pytest.mark.slow
+
 ROWS, LENGTH, WIDTH, CLASSES = 16, 3, 8, 4
 PERTURBATION = "rows/perturbation"
 

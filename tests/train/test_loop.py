@@ -23,6 +23,8 @@ from jaxlm.train.optimizer import optimizer
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import create_state, dropout_key, make_step
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"steps": 8, "batch_size": 4, "learning_rate": 0.1, "log_every": 2, "checkpoint_every": 4, "warmup": 0}
 
 
@@ -218,6 +220,7 @@ def test_a_trail_of_regular_checkpoints(start):
     assert run.stores.latest.steps() == [6, 8]
 
 
+@pytest.mark.full
 def test_a_profile_of_the_chosen_steps(start, tmp_path):
     go(*start(profile_from=3, profile_steps=2))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

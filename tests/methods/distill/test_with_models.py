@@ -17,6 +17,8 @@ from jaxlm.models import model_config
 from jaxlm.models.network import Network
 from jaxlm.train.gradient import accumulate, gradient
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 19, "num_layers": 2, "hidden_size": 16, "ffn_size": 12}
 STUDENTS = {
     "bert": model_config("bert", **SIZES, num_heads=4, max_positions=8),
@@ -88,6 +90,7 @@ def test_nothing_to_learn_from_oneself(family):
         assert abs(term.sum) < 1e-5 and term.weight > 0, name
 
 
+@pytest.mark.full
 def test_longer_padding_changes_nothing():
     short, long = (terms_and_gradient("llama", of_itself=False, length=length) for length in (6, 8))
     for name, term in short[0].items():

@@ -13,6 +13,8 @@ from jaxlm.io.lm import LM
 from jaxlm.methods.prune.vocabulary import merge_ranks, merges_of, trim_vocabulary, trimmed, used_ids
 from jaxlm.models import model_config
 
+pytestmark = pytest.mark.slow
+
 CORPUS = ["the film is a joy, unaffected and naïve!", "a dull and weary plot", "we laughed 3.5 times in this film"] * 3
 OTHER = ["zebras crossing quickly over many other animals, over and over again", "nothing of this is in the corpus"] * 9
 CONTEXT = SurgeryContext(read_texts=lambda split: CORPUS)
@@ -155,7 +157,7 @@ def test_a_real_tokenizer(encoder_path, tmp_path):
 
 
 def test_a_model_without_tokenizer_is_refused():
-    lm = lm_with(tokenizer_of("bpe:420")).replace(tokenizer=None)
+    lm = lm_with(tokenizer_of("bpe:420")).replace(tokenizer_source=None)
     with pytest.raises(ValueError, match="trim_vocabulary: the model has no tokenizer"):
         trim_vocabulary(lm, CONTEXT)
 

@@ -26,6 +26,8 @@ from jaxlm.methods.quantize.awq import awq, awq_scale, output_error, power_scale
 from jaxlm.models import model_config
 from jaxlm.models.network import Network
 
+pytestmark = pytest.mark.slow
+
 IN, OUT = 40, 12
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(300, IN)) * np.exp(1.5 * RNG.normal(size=IN))

@@ -25,6 +25,8 @@ from jaxlm.methods.quantize.gptq import gptq, gptq_matrix
 from jaxlm.methods.quantize.smoothquant import smoothquant
 from jaxlm.models import model_config
 
+pytestmark = pytest.mark.slow
+
 IN, OUT = 40, 12
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(300, IN)) * np.exp(RNG.normal(size=IN)) + RNG.normal(size=(300, 5)) @ RNG.normal(size=(5, IN)) * 2
@@ -161,6 +163,7 @@ def logits(lm):
     return np.asarray(forward(lm.params))
 
 
+@pytest.mark.full
 def test_a_model_of_codes(tmp_path):
     small = gptq(DENSE, CONTEXT, bits="int3", group=8)
     leaf = small.params["layers_1"]["mlp"]["down"]["kernel"]

@@ -9,6 +9,8 @@ from jaxlm.core import Quantized, Scheme, components, dot, materialize
 from jaxlm.core.weights.scheme import spread
 from jaxlm.methods.quantize.learned import LSQ, PACT, learned_clip, learned_step
 
+pytestmark = pytest.mark.slow
+
 SCHEMES = [Scheme("int4"), Scheme("int3", 5), Scheme("int8", "tensor")]
 
 

@@ -31,6 +31,8 @@ from jaxlm.methods.quantize.mixed_precision import Choice, allocate
 from jaxlm.models import model_config
 from jaxlm.runner import registry
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 48}
 
 
@@ -75,6 +77,7 @@ def test_tables_and_heads_are_quantized_tied_or_not(tied):
     assert np.abs(logits(small) - exact).max() < 0.1 * np.abs(exact).max()
 
 
+@pytest.mark.full
 def test_finer_formats_change_the_answers_less():
     lm = lm_of()
     exact = logits(lm)

@@ -20,6 +20,8 @@ from jaxlm.methods.share.layers import share, unshare
 from jaxlm.models import model_config
 from jaxlm.nn.stack import canonical_view, runs
 
+pytestmark = pytest.mark.slow
+
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 SIZES = {"vocab_size": 17, "hidden_size": 8, "num_layers": 4, "num_heads": 2, "ffn_size": 12}
 FAMILIES = {"gpt2": {"max_positions": 8}, "qwen2": {"num_kv_heads": 1, "window": 2, "window_from": 3}}
@@ -63,6 +65,7 @@ def summed(grads, layer_map):
     return total
 
 
+@pytest.mark.full("cycle-full", "back-none")
 @pytest.mark.parametrize(("name", "remat"), [("all", "none"), ("cycle", "full"), ("back", "none"), ("mixed", "full")])
 def test_the_gradient_is_the_sum_over_the_layers(name, remat):
     """With dropout, other in each layer of the stack; both views; the window starts within a shared layer."""

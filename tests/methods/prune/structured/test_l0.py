@@ -20,6 +20,8 @@ from jaxlm.train.optimizer import optimizer
 from jaxlm.train.settings import TrainSettings
 from jaxlm.train.step import create_state, dropout_key, make_step
 
+pytestmark = pytest.mark.slow
+
 
 def test_open_as_often_as_expected():
     """Monte Carlo against P(z > 0), and P(z = 1) by symmetry of the stretched interval."""

@@ -17,6 +17,8 @@ from jaxlm.methods.prune.structured.scores import (
     unit_scores,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_head_scores_by_hand(tools):
     module = tools.lm_of("GQA").params["layers_0"]["attention"]

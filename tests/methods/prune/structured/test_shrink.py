@@ -14,6 +14,8 @@ from jaxlm.methods.prune.structured.slicing import cut
 from jaxlm.methods.quantize.round_to_nearest import quantize
 from jaxlm.models import FAMILIES as MODEL_FAMILIES
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("MHA", "GQA", "MQA", "post-norm", "T5")
 
 

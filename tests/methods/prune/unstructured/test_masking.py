@@ -16,6 +16,8 @@ from jaxlm.methods.prune.unstructured.scored import Scored
 from jaxlm.runner import registry
 from jaxlm.train.checkpointing import flatten, unflatten
 
+pytestmark = pytest.mark.slow
+
 
 def by_entry(share):
     return round(float(share) * 64)
