@@ -25,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages."""
     texts = {entry.page: pages.method_page(entry) for entry in pages.entries()}
     texts |= {"methods/index.md": pages.methods_index(), "config.md": pages.config_page()}
-    for page, file in {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md"}.items():
+    for page, file in pages.ROOT_PAGES.items():
         texts[page] = pages.site_page((pages.ROOT / file).read_text("utf-8"))
     texts["quickstart.md"] = pages.notebook_page((pages.ROOT / "docs/quickstart.ipynb").read_text("utf-8"))
     for page, text in texts.items():

@@ -347,11 +347,16 @@ def cell(default: Any) -> str:
 # README and notebook --------------------------------------------------------------------------------------------------
 
 
+ROOT_PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+"""Pages that are files of the repository's root."""
+
+
 def site_page(text: str) -> str:
     """A page of the repository's root as one of the site: its links lead to pages, and to files only in words."""
     text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
-    text = text.replace("](CONTRIBUTING.md)", "](contributing.md)")
-    return re.sub(r"\[(`[^`]+`)\]\((?:jaxlm|configs|tests)/[^)]*\)", r"\1", text)
+    for page, file in ROOT_PAGES.items():
+        text = text.replace(f"]({file})", f"]({page})")
+    return re.sub(r"\[([^\]]+)\]\((?:(?:jaxlm|configs|tests)/[^)]*|LICENSE|CITATION\.cff)\)", r"\1", text)
 
 
 def part(text: str, heading: str) -> str:

@@ -132,8 +132,8 @@ def test_parts_of_the_readme_are_included():
 
 
 def test_links_of_the_readme_lead_to_pages():
-    text = "[a](docs/data.md) ![b](docs/b.png) [`jaxlm/x.py`](jaxlm/x.py) [c](CONTRIBUTING.md)"
-    assert pages.site_page(text) == "[a](data.md) ![b](b.png) `jaxlm/x.py` [c](contributing.md)"
+    text = "[a](docs/data.md) ![b](docs/b.png) [`jaxlm/x.py`](jaxlm/x.py) [c](CONTRIBUTING.md) [d](LICENSE)"
+    assert pages.site_page(text) == "[a](data.md) ![b](b.png) `jaxlm/x.py` [c](contributing.md) d"
 
 
 @pytest.mark.slow
