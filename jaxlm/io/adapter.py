@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.core import arrays, checked, lookup
 from jaxlm.io.fingerprint import params_sha256
+from jaxlm.io.hub import find
 from jaxlm.io.lm import LM
 from jaxlm.io.safetensors import DTYPES, NAMES, Tensor, is_float
 
@@ -103,16 +104,20 @@ class Described(NamedTuple):
         entry = checked(entry, dict, f"{file}: base")
         return cls(**{key: checked(entry.get(key), kind, f"{file}: base: {key}") for key, kind in kinds.items()})
 
-    def location(self, directory: Path) -> str | Path:
-        """The directory or the hub id of the base of an adapter in `directory`.
+    def location(self, directory: Path, above: tuple[Path, ...]) -> Path:
+        """The directory of the base of an adapter in `directory`; of a hub's only what was fetched before.
 
         Raises:
-          ValueError: where none was written down.
+          FileNotFoundError: where it is not on this machine.
+          ValueError: where none was written down, or one of the adapters `above` stands on itself.
         """
         if not self.path:
             raise ValueError(f"{directory} is an adapter, and does not say of which model; give it: load(…, base=…)")
         local = directory / self.path
-        return local.resolve() if local.is_dir() else self.path
+        base = local.resolve() if local.is_dir() else find(self.path, fetch=False)
+        if base in above:
+            raise ValueError(f"{directory} is an adapter whose base is {base}, which stands on it")
+        return base
 
 
 def borrowed_tensors(described: Described, base: LM, file: Path) -> dict[str, Tensor]:

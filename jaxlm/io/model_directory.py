@@ -32,7 +32,6 @@ from jaxlm.io.adapter import Base, Described, beyond, borrowed_tensors
 from jaxlm.io.carried import GENERATION, GENERATION_FILE, carried_of
 from jaxlm.io.hf_padding import pad_model
 from jaxlm.io.hf_tensors import from_transformers, to_transformers
-from jaxlm.io.hub import find
 from jaxlm.io.lm import LM, TokenizerFiles
 from jaxlm.io.safetensors import (
     INDEX,
@@ -78,7 +77,7 @@ TOKENIZER_FILES = (
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def open_model(directory: Path, head: str | None = None, base: LM | None = None) -> LM:
+def open_model(directory: Path, head: str | None = None, base: LM | None = None, above: tuple[Path, ...] = ()) -> LM:
     """Opens a model directory of any layout: an LM with a Tensor for every array, read when it is asked for.
 
     Its head may lack parameters; `load` fits it to what is wanted.
@@ -88,6 +87,7 @@ def open_model(directory: Path, head: str | None = None, base: LM | None = None)
       head: the head wanted, which allows that the stored one is another, of an unknown class even; `None` takes the
         stored one, and then every tensor must be known and there.
       base: of an adapter, with Tensors; `None` opens the one that the adapter names.
+      above: adapters that are being opened and stand on this directory.
 
     Raises:
       FileNotFoundError: no directory, config or tensors.
@@ -105,7 +105,8 @@ def open_model(directory: Path, head: str | None = None, base: LM | None = None)
         tensors = expand(open_tensors(directory), described.get("sparse", {}), directory / OWN)
         if described["layout"] == "adapter":
             entry = Described.of(described["base"], directory / OWN)
-            base = open_model(find(entry.location(directory))) if base is None else base
+            above = (*above, directory.resolve())
+            base = open_model(entry.location(directory, above), above=above) if base is None else base
             tensors |= borrowed_tensors(entry, base, directory / OWN)
             tokenizer = tokenizer or base.tokenizer_source
         params, axes = _native_params(directory, described, written, tensors)
@@ -266,6 +267,8 @@ def write_model(
     """
     _check(lm)
     target = directory.resolve()
+    if base is not None and base.path is not None and Path(base.path).expanduser().resolve() == target:
+        raise ValueError(f"{target} is the base of the adapter, which would take its place; choose another directory")
     recover(target)
     if target.exists() and any(target.iterdir()) and not ((target / OWN).exists() or (target / CONFIG).exists()):
         raise FileExistsError(f"{target} holds other files and no model; choose an empty or a new directory")

@@ -143,6 +143,47 @@ def test_another_model_is_refused(base, tmp_path):
             jaxlm.load(tmp_path / "adapter", base=other if directory.name == "adapter" else None)
 
 
+def test_an_adapter_does_not_replace_its_base(base, tmp_path):
+    jaxlm.save(base, tmp_path / "base")
+    with pytest.raises(ValueError, match="is the base of the adapter"):
+        jaxlm.save(adapted(base), tmp_path / "base", base=tmp_path / "base")
+    same(jaxlm.load(tmp_path / "base"), base)
+
+
+@pytest.mark.parametrize("path", ["../second", "../first"])
+def test_an_adapter_that_stands_on_itself_is_refused(base, tmp_path, path):
+    jaxlm.save(base, tmp_path / "base")
+    jaxlm.save(adapted(base), tmp_path / "first", base=tmp_path / "base")
+    second = changed(adapted(base), {"prompt": normal(9, 5, 16)})
+    jaxlm.save(second, tmp_path / "second", base=tmp_path / "first")
+    file = tmp_path / "first" / OWN
+    described = json.loads(file.read_text())
+    described["base"]["path"] = path
+    file.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="which stands on it"):
+        jaxlm.load(tmp_path / "second")
+
+
+def test_no_base_is_fetched_without_being_asked_for(base, tmp_path, monkeypatch):
+    jaxlm.save(base, tmp_path / "base")
+    jaxlm.save(adapted(base), tmp_path / "adapter", base=tmp_path / "base")
+    file = tmp_path / "adapter" / OWN
+    described = json.loads(file.read_text())
+    described["base"]["path"] = "somebody/model"
+    file.write_text(json.dumps(described))
+    asked = []
+
+    def snapshot_download(path, *, local_files_only, **_):
+        asked.append(local_files_only)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match=r"somebody/model, the base of an adapter, .*base="):
+        jaxlm.load(tmp_path / "adapter")
+    assert asked == [True]
+    same(jaxlm.load(tmp_path / "adapter", base=base), adapted(base))
+
+
 def test_nothing_beyond_the_base_is_no_adapter(base, tmp_path):
     with pytest.raises(ValueError, match="every parameter is the base's"):
         jaxlm.save(base, tmp_path / "adapter", base=base)
